@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Everything runs from .venv, which the first target that needs it creates.
+
+PYTHON ?= python3
+ARGS ?=
+BENCH ?= benchmarks/bench_*.py
+
+BIN := .venv/bin
+# The stamp's name carries a checksum of what decides the environment's content: a change installs again, a `touch` does not.
+STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-long check fix bench gpu docs clean
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@PYTHON="$(PYTHON)" .ci/setup "$@"
+
+setup: $(STAMP) ## create .venv and install everything at the pinned versions
+
+demo: $(STAMP) ## the whole loop on a real stream; ARGS=--keep-running leaves it up
+	@$(BIN)/headrace demo $(ARGS)
+
+test: $(STAMP) ## the test suite; ARGS="tests/ops -k settings" for a part of it
+	$(PYTEST) $(ARGS)
+
+test-long: $(STAMP) ## the test suite with the slow tests
+	$(PYTEST) -m "slow or not slow" --timeout 1800 $(ARGS)
+
+check: $(STAMP) ## lint, format, types, import directions, spelling, schema
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	@BIN="$(BIN)" .ci/schema-check
+
+fix: $(STAMP) ## mend what lint and format can mend by themselves
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmarks; BENCH=benchmarks/bench_x.py for one of them
+	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+gpu: ## kernel and model tests on a CUDA machine, with that machine's own Python (PYTHON=…)
+	$(PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/kernels tests/model $(ARGS)
+
+docs: $(STAMP) ## check the documentation: links, settings, commands, topics, instruments
+	$(BIN)/pytest tests/docs $(ARGS)
+
+clean: ## remove caches and build outputs (keeps .venv and var/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Recorded streams: data sets, replay, baselines and reports."""

@@ -1,0 +1,1 @@
+"""Running headrace: command line, settings, telemetry SDK, local broker, supervision, deployment."""
