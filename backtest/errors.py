@@ -1,0 +1,20 @@
+"""What can go wrong with recorded streams.
+
+BacktestError
+├── RecordedStreamError     a file cannot be replayed: unreadable, a column is missing or holds what it must not
+└── DatasetMissingError     a data set that ships with headrace is not where it should be
+"""
+
+from __future__ import annotations
+
+
+class BacktestError(Exception):
+    """Root of the errors of this room."""
+
+
+class RecordedStreamError(BacktestError):
+    """The recorded file cannot be replayed; the message names file, column, row and remedy."""
+
+
+class DatasetMissingError(BacktestError):
+    """A data set that ships with headrace is incomplete; the message names the file."""
