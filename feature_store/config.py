@@ -1,0 +1,107 @@
+"""Settings of the feature store and of the hot histories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from feature_store.interactions import BYTES_PER_INTERACTION
+
+MAX_CHUNK_LEN = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureStoreConfig:
+    """Where the database is and how to use it."""
+
+    url: str = field(repr=False)
+    """SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/database` (driver: psycopg).
+    Not shown in the repr: it may hold a password."""
+    chunk_len: int = 64
+    """Interactions per stored chunk. Only the tail chunk is rewritten by an append, so small writes little and large
+    reads fast; fixed for the life of a store."""
+    busy_timeout_ms: int = 10_000
+    """How long a SQLite writer waits for another writer before it gives up (milliseconds)."""
+    sqlite_synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
+    """SQLite fsync policy. NORMAL survives any crash of the process; FULL also never loses the last commits to a power
+    cut, and costs an fsync a transaction. (Lost commits are read from the log again: positions are lost with them.)"""
+    pool_size: int = 5
+    """Connections kept open per process: one writer and a few readers."""
+    pool_timeout_s: float = 10.0
+    """How long a caller waits for a free connection (seconds)."""
+    connect_timeout_s: int = 5
+    """How long to wait for PostgreSQL to accept a connection (seconds)."""
+    max_ids_per_statement: int = 2_000
+    """Users or items asked for in one SQL statement; bounds the memory of one result."""
+
+    def __post_init__(self) -> None:
+        url = parse_url(self.url)
+        if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+            raise ValueError(
+                f"feature_store.url={self.url!r} keeps the store in one connection's memory, but it is shared by "
+                "several connections and processes: name a file, e.g. sqlite:///headrace.db"
+            )
+        _check_range("feature_store.chunk_len", self.chunk_len, 1, MAX_CHUNK_LEN)
+        _check_range("feature_store.busy_timeout_ms", self.busy_timeout_ms, 0, 3_600_000)
+        _check_range("feature_store.pool_size", self.pool_size, 2, 1_000)
+        _check_range("feature_store.pool_timeout_s", self.pool_timeout_s, 0.001, 3_600)
+        _check_range("feature_store.connect_timeout_s", self.connect_timeout_s, 1, 3_600)
+        _check_range("feature_store.max_ids_per_statement", self.max_ids_per_statement, 1, 100_000)
+        if self.sqlite_synchronous not in ("NORMAL", "FULL"):
+            raise ValueError(
+                f"feature_store.sqlite_synchronous={self.sqlite_synchronous!r} must be 'NORMAL' or 'FULL': OFF could "
+                "corrupt the store in a power cut"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HotHistoriesConfig:
+    """How much history is kept in memory."""
+
+    max_len: int = 512
+    """Newest interactions kept per user; the longest history that `gather` can be asked for."""
+    budget_bytes: int = 256 * 1024 * 1024
+    """Memory for all resident histories; beyond it the least recently touched users are evicted to about half."""
+    behind_retry_interval_ms: int = 50
+    """Pause between looks for an interaction that was announced but is not committed in SQL yet (milliseconds)."""
+    behind_num_retries: int = 200
+    """Looks before `HistoryBehindError`: with the pause above, ten seconds."""
+
+    def __post_init__(self) -> None:
+        _check_range("hot_histories.max_len", self.max_len, 1, 1_000_000)
+        smallest = 4 * self.max_len * BYTES_PER_INTERACTION
+        if self.budget_bytes < smallest:
+            raise ValueError(
+                f"hot_histories.budget_bytes={self.budget_bytes} cannot hold one growing history of "
+                f"max_len={self.max_len}: raise it to at least {smallest}, or lower max_len"
+            )
+        _check_range("hot_histories.behind_retry_interval_ms", self.behind_retry_interval_ms, 1, 60_000)
+        _check_range("hot_histories.behind_num_retries", self.behind_num_retries, 0, 1_000_000)
+
+
+def parse_url(text: str) -> URL:
+    """The database URL with the driver this project ships (psycopg 3 for PostgreSQL).
+
+    Raises:
+        ValueError: not a URL, or neither SQLite nor PostgreSQL.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise ValueError(
+            f"feature_store.url={text!r} is not a database URL: use sqlite:///headrace.db or postgresql://user@host/db"
+        ) from error
+    backend = url.get_backend_name()
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    if backend == "sqlite":
+        return url.set(drivername="sqlite")
+    raise ValueError(f"feature_store.url={text!r} names {backend!r}: only sqlite and postgresql are supported")
+
+
+def _check_range(name: str, value: float, smallest: float, largest: float) -> None:
+    if not smallest <= value <= largest:
+        raise ValueError(f"{name}={value} must be between {smallest} and {largest}: change {name}")

@@ -1,0 +1,30 @@
+"""Stable numbers for strings: hashed user and item ids, and the 64-bit key of an event id.
+
+These values are stored and sent between processes, so the functions may never change: `tests/feature_store/test_ids.py`
+pins their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HASH_BYTES = 8
+
+
+def stable_id(text: str) -> int:
+    """The id of a user or item named by a string: 63 bits of BLAKE2b, so it fits a signed 64-bit column and is ≥ 0."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=_HASH_BYTES, person=b"headrace-id").digest(), "big") >> 1
+
+
+def event_key(event_id: str) -> int:
+    """The identity of an event within its user's history and time: 64 unsigned bits of BLAKE2b of its `event_id`."""
+    return int.from_bytes(blake2b(event_id.encode(), digest_size=_HASH_BYTES, person=b"headrace-event").digest(), "big")
+
+
+def event_keys(event_ids: Iterable[str]) -> NDArray[np.uint64]:
+    """`event_key` of every id, as u64[N]."""
+    return np.fromiter(map(event_key, event_ids), dtype=np.uint64)

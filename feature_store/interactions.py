@@ -1,0 +1,169 @@
+"""Interactions in columns: a flat batch, and per-user jagged histories.
+
+Both check their columns once, on construction, and are trusted afterwards. Shapes: N rows of a batch, B users,
+T interactions of all users together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns = Mapping[str, NDArray[Any]]
+"""One array per name in `COLUMN_DTYPES`, all of one length."""
+
+COLUMN_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "event_time_ms": np.dtype(np.int64),
+    "event_key": np.dtype(np.uint64),
+    "item_id": np.dtype(np.int64),
+    "action": np.dtype(np.uint32),
+    "value": np.dtype(np.float32),
+    "arrival_ms": np.dtype(np.int64),
+    "seq": np.dtype(np.uint32),
+}
+"""The columns of one interaction in a history; the last two depend on arrival order, the others only on the event."""
+
+BYTES_PER_INTERACTION: Final = sum(dtype.itemsize for dtype in COLUMN_DTYPES.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interactions:
+    """N interactions of any users, in arrival order."""
+
+    user_id: NDArray[np.int64]
+    """i64[N], ≥ 0."""
+    item_id: NDArray[np.int64]
+    """i64[N], ≥ 0."""
+    event_time_ms: NDArray[np.int64]
+    """i64[N], epoch milliseconds: when it happened."""
+    action: NDArray[np.uint32]
+    """u32[N], bitmask of the declared actions."""
+    value: NDArray[np.float32]
+    """f32[N], rating or watch seconds; NaN where there is none."""
+    event_key: NDArray[np.uint64]
+    """u64[N], 64-bit hash of the event id: with the event time, the identity within the user's history."""
+    seq: NDArray[np.uint32]
+    """u32[N], arrival number within the user; 0 until the store has accepted the row."""
+    arrival_ms: NDArray[np.int64]
+    """i64[N], epoch milliseconds: when ingest handled it."""
+
+    def __post_init__(self) -> None:
+        _check_column("Interactions", "user_id", self.user_id, np.dtype(np.int64), len(self.user_id))
+        for name, dtype in COLUMN_DTYPES.items():
+            _check_column("Interactions", name, getattr(self, name), dtype, len(self.user_id))
+
+    def __len__(self) -> int:
+        return len(self.user_id)
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The seven columns that are stored in a history, without the user."""
+        return {name: getattr(self, name) for name in COLUMN_DTYPES}
+
+    def take(self, rows: NDArray[np.integer[Any]] | NDArray[np.bool_] | slice) -> Interactions:
+        """The rows selected by an index array, a mask or a slice, in that order."""
+        return Interactions(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @staticmethod
+    def concat(parts: Sequence[Interactions]) -> Interactions:
+        """All rows of all parts, in order."""
+        if not parts:
+            return Interactions.empty()
+        return Interactions(
+            **{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Interactions)}
+        )
+
+    @staticmethod
+    def empty() -> Interactions:
+        """No rows."""
+        columns = {name: np.empty(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
+        return Interactions(user_id=np.empty(0, np.int64), **columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JaggedHistories:
+    """B histories, each in `(event_time_ms, event_key)` order; row b owns `[offsets[b], offsets[b + 1])` of every column."""
+
+    user_ids: NDArray[np.int64]
+    """i64[B], as asked for (a user may occur more than once)."""
+    offsets: NDArray[np.int64]
+    """i64[B + 1], row boundaries: `offsets[0] == 0`, `offsets[B] == T`."""
+    item_id: NDArray[np.int64]
+    """i64[T]."""
+    event_time_ms: NDArray[np.int64]
+    """i64[T], non-decreasing within a row."""
+    action: NDArray[np.uint32]
+    """u32[T]."""
+    value: NDArray[np.float32]
+    """f32[T], NaN where there is none."""
+    event_key: NDArray[np.uint64]
+    """u64[T]."""
+    seq: NDArray[np.uint32]
+    """u32[T], arrival number within the user."""
+    arrival_ms: NDArray[np.int64]
+    """i64[T]."""
+
+    def __post_init__(self) -> None:
+        _check_column("JaggedHistories", "user_ids", self.user_ids, np.dtype(np.int64), len(self.user_ids))
+        _check_column("JaggedHistories", "offsets", self.offsets, np.dtype(np.int64), len(self.user_ids) + 1)
+        if self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
+            raise ValueError("JaggedHistories.offsets must start at 0 and never fall")
+        for name, dtype in COLUMN_DTYPES.items():
+            _check_column("JaggedHistories", name, getattr(self, name), dtype, int(self.offsets[-1]))
+
+    @property
+    def num_users(self) -> int:
+        """B."""
+        return len(self.user_ids)
+
+    @property
+    def num_interactions(self) -> int:
+        """T."""
+        return int(self.offsets[-1])
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The seven columns, each of length T."""
+        return {name: getattr(self, name) for name in COLUMN_DTYPES}
+
+    def lengths(self) -> NDArray[np.int64]:
+        """i64[B], the number of interactions in each row."""
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def empty(user_ids: NDArray[np.int64]) -> JaggedHistories:
+        """A row without interactions for every user."""
+        columns = {name: np.empty(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
+        return JaggedHistories(user_ids=user_ids, offsets=np.zeros(len(user_ids) + 1, np.int64), **columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AppendResult:
+    """What became of each row of an appended batch, in the batch's order."""
+
+    accepted: NDArray[np.bool_]
+    """bool[N]: stored by this append; False is a duplicate (of a stored interaction or of an earlier row)."""
+    seq: NDArray[np.uint32]
+    """u32[N]: the arrival number given to an accepted row; 0 for a duplicate."""
+    late: NDArray[np.bool_]
+    """bool[N]: accepted, and older than an interaction that was stored before this append."""
+
+    def accepted_from(self, interactions: Interactions) -> Interactions:
+        """The accepted rows of the batch that was appended, carrying their `seq`: what an update announces."""
+        columns = interactions.columns | {"seq": self.seq}
+        return Interactions(
+            user_id=interactions.user_id[self.accepted],
+            **{name: column[self.accepted] for name, column in columns.items()},
+        )
+
+
+def _check_column(owner: str, name: str, column: NDArray[Any], dtype: np.dtype[Any], length: int) -> None:
+    if column.dtype != dtype or column.ndim != 1 or len(column) != length:
+        raise ValueError(
+            f"{owner}.{name} must be {dtype}[{length}], not {column.dtype}{list(column.shape)}: "
+            f"convert it with np.asarray(…, np.{dtype})"
+        )

@@ -1,0 +1,67 @@
+"""The rows of the small tables, as values: items, published snapshots, who served them first, and the totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """What is known about an item besides its interactions."""
+
+    item_id: int
+    title: str = ""
+    text: str = ""
+    categories: tuple[str, ...] = ()
+    embedding: bytes | None = None
+    """Content embedding as little-endian float32 bytes, or None."""
+    available: bool = True
+    """False: retired, must not be recommended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedSnapshot:
+    """One snapshot that the trainer published; the files' manifest says the same."""
+
+    model: str
+    version: int
+    kind: str
+    """`anchor` or `delta`."""
+    parent: int | None
+    """The version a delta builds on; None for an anchor."""
+    created_at_ms: int
+    published_at_ms: int
+    """When the pointer moved: the snapshot became loadable."""
+    watermark_ms: int | None
+    """Event-time watermark of what is inside; None before the first event."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    """Log identity, next source offset per partition, number and fingerprint of interactions inside."""
+    event_age: Mapping[str, Any] = field(default_factory=dict)
+    """Histogram of publish time − event time of the newly contained interactions."""
+    append_age: Mapping[str, Any] = field(default_factory=dict)
+    """The same, from broker append time."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Prequential metrics at publish."""
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstServed:
+    """When one replica first answered with one snapshot version."""
+
+    model: str
+    version: int
+    replica: str
+    at_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreTotals:
+    """Counts over all histories, for comparing a store with the truth."""
+
+    num_users: int
+    num_interactions: int
+    fingerprint: int
+    """Σ event_key mod 2**64 over all stored interactions: equal sets give equal values, whatever the order."""
