@@ -1,4 +1,4 @@
-"""Writes `headrace.toml` from the Config dataclasses: a key's comment is its field's docstring, its value the default."""
+"""Writes `headrace.toml` from the Config dataclasses: field docstrings become comments, defaults become values."""
 
 from __future__ import annotations
 
