@@ -1,0 +1,299 @@
+"""The Faust application of the stream worker: life cycle, agents for the low-rate topics, and the ingest service.
+
+Two facts about Faust shape the agents: an event whose agent raises counts as done and is lost, and events are
+marked done in the background. So agents take events without automatic acknowledgement, catch what can go wrong
+with one message (it becomes a dead letter), and acknowledge only what is durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faust
+import numpy as np
+from faust.types import EventT
+from mode import Service
+
+from feature_store.errors import IdCollisionError, StoreUnavailableError
+from feature_store.ids import stable_id
+from feature_store.interactions import Interactions
+from feature_store.records import Item
+from feature_store.store import FeatureStore
+from stream.clock import Clock
+from stream.dead_letters import dead_letter_headers
+from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
+from stream.events import EventDecoder, EventRules, Refusal
+from stream.ingest import Committer, IngestConfig, IngestWorker
+from stream.kafka import KafkaConfig, KafkaLog
+from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
+from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
+
+logger = logging.getLogger(__name__)
+
+_ITEMS_PER_TRANSACTION = 1_000
+_ITEMS_WAIT_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamParts:
+    """What the stream worker is made of."""
+
+    kafka: KafkaConfig
+    rules: EventRules
+    ingest: IngestConfig
+    store: FeatureStore
+    clock: Clock
+    mode: str = "live"
+
+
+class IngestService(Service):
+    """The hot path as a Faust service: whole batches through aiokafka, beside Faust's own consumer."""
+
+    def __init__(self, parts: StreamParts, **options: Any) -> None:
+        super().__init__(**options)
+        self._parts = parts
+        self._log = KafkaLog(parts.kafka)
+        self.decoder = EventDecoder(parts.rules)
+        self.writer: LogWriter = self._log.writer()
+        self.committer = Committer(
+            store=parts.store,
+            writer=self.writer,
+            topics=self._log.topics,
+            log_id=parts.kafka.log_id,
+            decoder=self.decoder,
+            clock=parts.clock,
+            mode=parts.mode,
+        )
+        self.worker = IngestWorker(parts.ingest, parts.kafka, self._log.topics, self.committer)
+        self._stopping = asyncio.Event()
+        self._finished = asyncio.Event()
+        self.fatal: LogResetError | None = None
+
+    async def on_start(self) -> None:
+        """Have the topics and a writer before anything else starts."""
+        await start_when_available(self._log.create_topics, what="ingest", stopping=self._stopping)
+        await start_when_available(self.writer.start, what="ingest", stopping=self._stopping)
+
+    @Service.task
+    async def _ingest(self) -> None:
+        try:
+            delay_s = RETRY_FIRST_S
+            while not self._stopping.is_set():
+                try:
+                    await self.worker.run(self._stopping)
+                except LogUnavailableError as error:
+                    self.worker.blocked_by = str(error)
+                    logger.warning("%s; trying again in %.1f s", error, delay_s)
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, RETRY_MAX_S)
+        except LogResetError as error:
+            self.fatal = error
+            await self.crash(error)
+        finally:
+            self._finished.set()
+
+    async def on_stop(self) -> None:
+        """Finish the batch in hand, then close."""
+        self._stopping.set()
+        try:
+            await asyncio.wait_for(self._finished.wait(), self._parts.ingest.drain_timeout_ms / 1000)
+        except TimeoutError:
+            logger.warning("the batch in hand did not finish in time; it will be applied after the restart")
+        await self.writer.stop()
+        self.committer.close()
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether this worker applies events, and if not, why."""
+        blocked_by = self.worker.blocked_by
+        return blocked_by is None, blocked_by or "applying events"
+
+    def status(self) -> dict[str, object]:
+        """Counts, positions, lag and freshness, JSON-ready."""
+        counts = self.committer.counts
+        return {
+            "accepted": counts.num_accepted,
+            "duplicate": counts.num_duplicate,
+            "late": counts.num_late,
+            "skipped": counts.num_skipped,
+            "refused": dict(counts.num_refused),
+            "with_unknown_fields": self.decoder.num_with_unknown_fields,
+            "batches": counts.num_batches,
+            "watermark_ms": counts.watermark_ms,
+            "positions": self.worker.positions(),
+            "lag": sum(self.worker.lag().values()),
+            "freshness": {"F1": self.committer.freshness.summary()},
+        }
+
+
+def build_app(parts: StreamParts, service: IngestService) -> faust.App:
+    """The Faust app with the agents for `items` and `commands`."""
+    log = KafkaLog(parts.kafka)
+    app = faust.App(
+        parts.ingest.group_id + "-agents",
+        broker=[f"kafka://{server}" for server in parts.kafka.bootstrap_servers.split(",")],
+        broker_credentials=_credentials(parts.kafka),
+        store="memory://",
+        autodiscover=False,
+        web_enabled=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        stream_wait_empty=False,
+        key_serializer="raw",
+        value_serializer="raw",
+    )
+    agents = LowRateAgents(parts.store, service.writer, log, parts.clock)
+    for topic, handler in ((log.topics.items, agents.items), (log.topics.commands, agents.commands)):
+        channel = app.topic(topic, key_type=bytes, value_type=bytes)
+        app.agent(channel, name=f"headrace.{topic}")(handler)
+    return app
+
+
+def _credentials(kafka: KafkaConfig) -> Any:
+    context = kafka.ssl_context()
+    if kafka.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            username=kafka.sasl_username,
+            password=kafka.sasl_password,
+            mechanism=kafka.sasl_mechanism,
+            ssl_context=context,
+        )
+    return faust.SSLCredentials(context) if context is not None else None
+
+
+class LowRateAgents:
+    """What happens to records of `items` and `commands`."""
+
+    def __init__(self, store: FeatureStore, writer: LogWriter, log: KafkaLog, clock: Clock) -> None:
+        self._store, self._writer, self._log, self._clock = store, writer, log, clock
+
+    async def items(self, stream: Any) -> AsyncIterator[None]:
+        """Keep item metadata current; a record without value retires the item."""
+        async for events in stream.noack_take(_ITEMS_PER_TRANSACTION, within=_ITEMS_WAIT_S):
+            await self._until_durable(self._apply_items, events)
+            for event in events:
+                await stream.ack(event)
+            yield None
+
+    async def commands(self, stream: Any) -> AsyncIterator[None]:
+        """Carry out operator commands, one at a time."""
+        async for event in stream.noack().events():
+            await self._until_durable(self._apply_command, [event])
+            await stream.ack(event)
+            yield None
+
+    async def _until_durable(self, apply: Any, events: Sequence[EventT[bytes]]) -> None:
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                await apply(events)
+            except (StoreUnavailableError, LogUnavailableError) as error:
+                logger.warning("%s; trying again in %.1f s", error, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+            else:
+                return
+
+    async def _apply_items(self, events: Sequence[EventT[bytes]]) -> None:
+        changes: dict[int, Item | None] = {}
+        names: dict[int, str] = {}
+        for event in events:
+            try:
+                item_id, name, item = read_item(event.message.key, event.message.value)
+            except MessageFormatError as error:
+                await self._refuse(event, error)
+                continue
+            # The last message of an item wins; dict order keeps first sight, which does not matter here.
+            changes[item_id] = item
+            if name is not None:
+                names[item_id] = name
+        try:
+            await asyncio.to_thread(self._store_items, changes, names)
+        except IdCollisionError as error:
+            logger.error("%s; none of these %d items was stored", error, len(changes))  # noqa: TRY400 - no traceback wanted
+            for event in events:
+                await self._refuse(event, MessageFormatError(str(error)))
+
+    def _store_items(self, changes: dict[int, Item | None], names: dict[int, str]) -> None:
+        with self._store.transaction() as transaction:
+            if names:
+                transaction.register_names("item", names)
+            transaction.upsert_items([item for item in changes.values() if item is not None])
+            retired = [item_id for item_id, item in changes.items() if item is None]
+            if retired:
+                transaction.retire_items(np.array(retired, np.int64))
+
+    async def _apply_command(self, events: Sequence[EventT[bytes]]) -> None:
+        event = events[0]
+        try:
+            command = decode_message(Command, event.message.value)
+        except MessageFormatError as error:
+            await self._refuse(event, error)
+            return
+        user_id = stable_id(command.user_id) if isinstance(command.user_id, str) else command.user_id
+        await asyncio.to_thread(self._forget, user_id)
+        # Durable first, announced second: the command is acknowledged after both, and doing it twice is harmless.
+        update = HistoryUpdate(
+            log_id=self._log.log_id,
+            partition=0,
+            first_offset=-1,
+            last_offset=-1,
+            watermark_ms=0,
+            offsets=np.empty(0, np.int64),
+            append_ms=np.empty(0, np.int64),
+            interactions=Interactions.empty(),
+            forgotten=(user_id,),
+        )
+        sent = await self._writer.send(self._log.topics.history_updates, update.encode(), partition=0)
+        await acknowledged([sent])
+
+    def _forget(self, user_id: int) -> None:
+        with self._store.transaction() as transaction:
+            num_removed = transaction.forget_users(np.array([user_id], np.int64))
+        logger.info("forgot user %d: %d interactions removed", user_id, num_removed)
+
+    async def _refuse(self, event: EventT[bytes], error: MessageFormatError) -> None:
+        message = event.message
+        headers = message.headers or ()
+        record = Record(
+            message.topic,
+            message.partition,
+            message.offset,
+            int(message.timestamp * 1000),
+            message.key,
+            message.value,
+            tuple(headers.items() if isinstance(headers, Mapping) else headers),
+        )
+        sent = await self._writer.send(
+            self._log.topics.dead_letters,
+            record.value,
+            key=record.key,
+            headers=dead_letter_headers(
+                record, Refusal("malformed_message", None, str(error)), now_ms=self._clock.now_ms()
+            ),
+        )
+        await acknowledged([sent])
+
+
+def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, Item | None]:
+    """Item id, its text if the id is one, and the item (None: retired). Raises MessageFormatError."""
+    if not value:
+        if not key:
+            raise MessageFormatError("an item record without value needs the item id as key")
+        text = key.decode("utf-8", "replace")
+        return (int(text), None, None) if text.isdigit() else (stable_id(text), None, None)
+    message = decode_message(ItemMessage, value)
+    raw_id = message.item_id
+    item_id = stable_id(raw_id) if isinstance(raw_id, str) else raw_id
+    item = Item(
+        item_id=item_id,
+        title=message.title,
+        text=message.text,
+        categories=tuple(message.categories),
+        embedding=None if message.embedding is None else np.array(message.embedding, "<f4").tobytes(),
+        available=message.available,
+    )
+    return item_id, (raw_id if isinstance(raw_id, str) else None), item

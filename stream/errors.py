@@ -1,0 +1,25 @@
+"""What can go wrong in `stream`.
+
+StreamError
+├── LogUnavailableError       the broker cannot be reached; retry with back-off
+├── LogResetError             the log ends before, or starts after, the stored position: events were lost upstream
+└── MessageFormatError        a headrace message on a topic cannot be decoded
+"""
+
+from __future__ import annotations
+
+
+class StreamError(Exception):
+    """Root of this room's errors."""
+
+
+class LogUnavailableError(StreamError):
+    """The broker cannot be reached or does not answer."""
+
+
+class LogResetError(StreamError):
+    """The log no longer holds the records that the stored position points at."""
+
+
+class MessageFormatError(StreamError):
+    """A message written by headrace cannot be decoded by this version."""

@@ -1,0 +1,192 @@
+"""The event schema: what producers may send, and exactly why a record is refused.
+
+Validation is pure. A record either becomes an `Event` or a `Refusal` with a reason code; nothing is dropped
+silently and nothing raises for bad input. Unknown fields are ignored and counted, so that adding a field
+never stops the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+
+import msgspec
+
+INT64_MAX: Final = 2**63 - 1
+MAX_ACTIONS: Final = 32
+"""Actions are bits of a 32-bit mask."""
+SUPPORTED_SCHEMA_VERSIONS: Final = (1,)
+
+IntId = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
+TextId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+EventId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+EpochMs = Annotated[int, msgspec.Meta(ge=-(2**63), le=INT64_MAX)]
+
+
+class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One user event as producers write it (`schema_version` 1, JSON object).
+
+    Ids are non-negative 64-bit integers or text of at most 256 characters. `event_time` is epoch milliseconds
+    or RFC 3339 with an offset. `value` is a rating, a watch time in seconds or the like.
+    """
+
+    event_id: EventId
+    user_id: IntId | TextId
+    item_id: IntId | TextId
+    action: str
+    event_time: EpochMs | datetime
+    value: float | None = None
+    request_id: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    context: dict[str, str | int | float | bool | None] | None = None
+    schema_version: int = 1
+
+    def event_time_ms(self) -> int:
+        """Event time in epoch milliseconds."""
+        if isinstance(self.event_time, int):
+            return self.event_time
+        return (self.event_time - _EPOCH) // timedelta(milliseconds=1)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class _StrictEvent(Event, kw_only=True, forbid_unknown_fields=True):
+    """The same schema, used to notice unknown fields."""
+
+
+REASONS: Final = {
+    "empty": "the record has no value",
+    "oversize": "the record is larger than events.max_event_bytes",
+    "malformed_json": "the value is not a JSON object",
+    "missing_field": "a required field is absent",
+    "wrong_type": "a field has another type or is out of its range",
+    "unsupported_schema_version": "schema_version is not one this headrace reads",
+    "unknown_action": "the action is not declared in events.actions",
+    "negative_time": "event_time lies before 1970",
+    "future_time": "event_time lies further ahead than events.max_future_skew_ms",
+    "naive_time": "event_time is text without a UTC offset",
+    "non_finite_value": "value is NaN or infinite",
+    "id_collision": "two different texts hash to the same 63-bit id",
+}
+"""Reason code → what it means. The codes are part of the dead-letter contract: they never change meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a record did not become an event."""
+
+    reason: str
+    field: str | None
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventRules:
+    """What the stream accepts beyond the schema itself."""
+
+    actions: tuple[str, ...] = ("rating", "view", "click", "like", "purchase")
+    """Declared actions, at most 32, since an action is stored as a bit: append only, never reorder."""
+    max_event_bytes: int = 16_384
+    """Largest accepted record in bytes; bounds what one poison record can cost."""
+    max_future_skew_ms: int = 300_000
+    """How far ahead of our clock a producer's event time may lie (ms); beyond it, the producer's clock is wrong."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.actions) <= MAX_ACTIONS or len(set(self.actions)) != len(self.actions):
+            raise ValueError(f"events.actions = {self.actions!r}: name 1 to {MAX_ACTIONS} different actions")
+        if self.max_event_bytes < 256:
+            raise ValueError(f"events.max_event_bytes = {self.max_event_bytes}: must be at least 256")
+        if self.max_future_skew_ms < 0:
+            raise ValueError(f"events.max_future_skew_ms = {self.max_future_skew_ms}: must not be negative")
+
+    def action_bit(self, action: str) -> int:
+        """Bitmask of one action; raises KeyError for an undeclared one."""
+        try:
+            return 1 << self.actions.index(action)
+        except ValueError:
+            raise KeyError(action) from None
+
+
+def encode_event(event: Event) -> bytes:
+    """JSON bytes of an event, as producers send it."""
+    return msgspec.json.encode(event)
+
+
+class EventDecoder:
+    """Turns record values into events, counting unknown fields.
+
+    The strict decoder is the fast path; a record it refuses is decoded again leniently (unknown fields are
+    fine), and only a record that fails twice is examined field by field to name the reason.
+    """
+
+    def __init__(self, rules: EventRules) -> None:
+        self.rules = rules
+        self.num_with_unknown_fields = 0
+        self.action_bits = {action: 1 << bit for bit, action in enumerate(rules.actions)}
+        self._strict = msgspec.json.Decoder(_StrictEvent)
+        self._lenient = msgspec.json.Decoder(Event)
+
+    def decode(self, value: bytes | None, now_ms: int) -> Event | Refusal:
+        """Decode and validate one record value; `now_ms` is processing time, for the future check."""
+        if value is None or len(value) == 0:
+            return Refusal("empty", None, "the record has no value")
+        if len(value) > self.rules.max_event_bytes:
+            limit = self.rules.max_event_bytes
+            return Refusal("oversize", None, f"{len(value)} bytes; the limit events.max_event_bytes is {limit}")
+        try:
+            event: Event = self._strict.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            try:
+                event = self._lenient.decode(value)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return _diagnose(value)
+            self.num_with_unknown_fields += 1
+        return self._refusal(event, now_ms) or event
+
+    def _refusal(self, event: Event, now_ms: int) -> Refusal | None:
+        if event.schema_version not in SUPPORTED_SCHEMA_VERSIONS:
+            return Refusal(
+                "unsupported_schema_version",
+                "schema_version",
+                f"schema_version {event.schema_version}; this headrace reads {SUPPORTED_SCHEMA_VERSIONS}",
+            )
+        if event.action not in self.action_bits:
+            declared = ", ".join(self.rules.actions)
+            return Refusal("unknown_action", "action", f"action {event.action!r} is not one of: {declared}")
+        if isinstance(event.event_time, datetime) and event.event_time.tzinfo is None:
+            return Refusal("naive_time", "event_time", "event_time as text needs a UTC offset (RFC 3339)")
+        time_ms = event.event_time_ms()
+        if time_ms < 0:
+            return Refusal("negative_time", "event_time", f"event_time {time_ms} ms lies before 1970")
+        ahead_ms = time_ms - now_ms
+        if ahead_ms > self.rules.max_future_skew_ms:
+            return Refusal(
+                "future_time",
+                "event_time",
+                f"event_time lies {ahead_ms} ms ahead; events.max_future_skew_ms is {self.rules.max_future_skew_ms}",
+            )
+        if event.value is not None and not math.isfinite(event.value):
+            return Refusal("non_finite_value", "value", f"value is {event.value}")
+        return None
+
+
+def _diagnose(value: bytes) -> Refusal:
+    """Name the reason for a record that does not decode: which field, and how."""
+    try:
+        raw: Any = msgspec.json.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return Refusal("malformed_json", None, str(error))
+    if not isinstance(raw, dict):
+        return Refusal("malformed_json", None, f"expected a JSON object, got {type(raw).__name__}")
+    for field in msgspec.structs.fields(Event):
+        if field.name not in raw:
+            if field.required:
+                return Refusal("missing_field", field.name, f"required field {field.name!r} is absent")
+            continue
+        try:
+            msgspec.convert(raw[field.name], field.type)
+        except msgspec.ValidationError as error:
+            return Refusal("wrong_type", field.name, f"field {field.name!r}: {error}")
+    raise AssertionError("a record that does not decode has a field that does not convert")

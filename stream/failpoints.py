@@ -1,0 +1,36 @@
+"""Named places where a fault test can kill the process, so that every crash point is reproducible.
+
+`HEADRACE_FAIL_POINT=ingest.produced:3` kills the process with SIGKILL when it reaches `ingest.produced` for the
+third time. Without the variable a fail point costs one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+FAIL_POINTS: Final = (
+    "ingest.appended",
+    "ingest.produced",
+    "ingest.committed",
+    "trainer.trained",
+    "trainer.checkpoint_written",
+    "trainer.snapshot_written",
+    "serving.swapped",
+)
+"""Every fail point, for the tests that visit them all."""
+
+_name, _, _count = os.environ.get("HEADRACE_FAIL_POINT", "").partition(":")
+_remaining = int(_count or 1)
+
+
+def fail_point(name: str) -> None:
+    """Kill this process here, if the environment asks for it."""
+    if name != _name:
+        return
+    assert name in FAIL_POINTS, name
+    global _remaining  # noqa: PLW0603 - a countdown per process is the point
+    _remaining -= 1
+    if _remaining == 0:
+        os.kill(os.getpid(), signal.SIGKILL)

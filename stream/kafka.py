@@ -1,0 +1,269 @@
+"""The log on a Kafka-protocol broker: Apache Kafka, Redpanda, or the local broker."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
+from aiokafka.helpers import create_ssl_context
+
+from stream.errors import LogResetError, LogUnavailableError
+from stream.log import PartitionId, Record, Start
+from stream.messages import COMPACTED_TOPICS, Topics
+from stream.tracing import Headers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KafkaConfig:
+    """How to reach the broker (Apache Kafka, Redpanda, or the local broker)."""
+
+    bootstrap_servers: str = "127.0.0.1:9092"
+    """Comma-separated host:port list."""
+    log_id: str = "main"
+    """Name of this log; stored with every position. Give a new name when the topics were recreated on purpose."""
+    topic_prefix: str = ""
+    """Put before every topic name, so that several installations can share one cluster."""
+    num_partitions: int = 4
+    """Partitions of `interactions` and `history-updates` when headrace creates them: at most so many ingest workers."""
+    replication_factor: int = 1
+    """Replicas of topics that headrace creates; 3 in production."""
+    security_protocol: str = "PLAINTEXT"
+    """PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."""
+    sasl_mechanism: str = "PLAIN"
+    """PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512; used with SASL_*."""
+    sasl_username: str = ""
+    """User for SASL."""
+    sasl_password: str = ""
+    """Secret: set it by environment or `sasl_password_file`, never in the file."""
+    ssl_cafile: str = ""
+    """CA certificate (PEM) to verify brokers with; empty: the system's."""
+    ssl_certfile: str = ""
+    """Client certificate (PEM) for mutual TLS."""
+    ssl_keyfile: str = ""
+    """Client key (PEM) for mutual TLS."""
+    request_timeout_ms: int = 15_000
+    """A broker that does not answer within this time counts as away (ms)."""
+    max_message_bytes: int = 4_194_304
+    """Largest record headrace sends or fetches per partition (bytes); the broker's own limit must allow it."""
+    fetch_max_wait_ms: int = 50
+    """How long the broker may hold a fetch that has no data (ms): a floor under freshness on a quiet stream."""
+
+    def __post_init__(self) -> None:
+        if self.security_protocol not in {"PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"}:
+            raise ValueError(
+                f"log.security_protocol = {self.security_protocol!r}: use PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL"
+            )
+        if self.sasl_mechanism not in {"PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"}:
+            raise ValueError(f"log.sasl_mechanism = {self.sasl_mechanism!r}: use PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512")
+        if not 1 <= self.num_partitions <= 1024:
+            raise ValueError(f"log.num_partitions = {self.num_partitions}: must lie in 1..1024")
+        if self.replication_factor < 1:
+            raise ValueError(f"log.replication_factor = {self.replication_factor}: must be at least 1")
+        if not self.log_id:
+            raise ValueError("log.log_id is empty: positions belong to a named log")
+
+    def client_options(self) -> dict[str, Any]:
+        """Connection options in aiokafka's words, for consumers, producers and admin clients."""
+        options: dict[str, Any] = {
+            "bootstrap_servers": self.bootstrap_servers,
+            "security_protocol": self.security_protocol,
+            "request_timeout_ms": self.request_timeout_ms,
+        }
+        if self.security_protocol.startswith("SASL"):
+            options |= {
+                "sasl_mechanism": self.sasl_mechanism,
+                "sasl_plain_username": self.sasl_username,
+                "sasl_plain_password": self.sasl_password,
+            }
+        context = self.ssl_context()
+        if context is not None:
+            options["ssl_context"] = context
+        return options
+
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """TLS context for the SSL protocols, else None."""
+        if not self.security_protocol.endswith("SSL"):
+            return None
+        context: ssl.SSLContext = create_ssl_context(
+            cafile=self.ssl_cafile or None, certfile=self.ssl_certfile or None, keyfile=self.ssl_keyfile or None
+        )
+        return context
+
+
+class KafkaLog:
+    """The log on a Kafka-protocol broker."""
+
+    def __init__(self, config: KafkaConfig) -> None:
+        self.config = config
+        self.topics = Topics.with_prefix(config.topic_prefix)
+        self.log_id = config.log_id
+
+    def reader(self) -> KafkaReader:
+        """A reader without a consumer group."""
+        return KafkaReader(self.config)
+
+    def writer(self) -> KafkaWriter:
+        """A writer that waits for all in-sync replicas."""
+        return KafkaWriter(self.config)
+
+    async def create_topics(self) -> None:
+        """Create the topics that do not exist yet; raises LogUnavailableError."""
+        admin = AIOKafkaAdminClient(**self.config.client_options())
+        try:
+            await admin.start()
+            existing = set(await admin.list_topics())
+            wanted = [self._new_topic(field.name) for field in fields(Topics)]
+            missing = [topic for topic in wanted if topic.name not in existing]
+            for topic in missing:
+                try:
+                    await admin.create_topics([topic])
+                except TopicAlreadyExistsError:
+                    logger.debug("topic %s was created by another process", topic.name)
+        except (KafkaError, OSError) as error:
+            raise LogUnavailableError(self._away(error)) from error
+        finally:
+            await admin.close()
+
+    def _new_topic(self, field: str) -> NewTopic:
+        parallel = field in {"interactions", "history_updates"}
+        return NewTopic(
+            name=getattr(self.topics, field),
+            num_partitions=self.config.num_partitions if parallel else 1,
+            replication_factor=self.config.replication_factor,
+            topic_configs={"cleanup.policy": "compact"} if field in COMPACTED_TOPICS else {},
+        )
+
+    def _away(self, error: BaseException) -> str:
+        return f"the broker at {self.config.bootstrap_servers} does not answer: {error}"
+
+
+class KafkaReader:
+    """LogReader on aiokafka."""
+
+    def __init__(self, config: KafkaConfig) -> None:
+        self._config = config
+        self._consumer: Any = None
+
+    async def start(self) -> None:
+        """Connect; raises LogUnavailableError."""
+        consumer = AIOKafkaConsumer(
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            fetch_max_wait_ms=self._config.fetch_max_wait_ms,
+            max_partition_fetch_bytes=self._config.max_message_bytes,
+            **self._config.client_options(),
+        )
+        try:
+            await consumer.start()
+        except (KafkaError, OSError) as error:
+            await consumer.stop()
+            raise LogUnavailableError(
+                f"the broker at {self._config.bootstrap_servers} does not answer: {error}"
+            ) from error
+        self._consumer = consumer
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._consumer is not None:
+            await self._consumer.stop()
+            self._consumer = None
+
+    async def partitions(self, topic: str) -> list[int]:
+        """Partition numbers of a topic; raises LogUnavailableError when it does not exist."""
+        found = self._consumer.partitions_for_topic(topic)
+        if not found:
+            await self._consumer.topics()
+            found = self._consumer.partitions_for_topic(topic)
+        if not found:
+            raise LogUnavailableError(f"topic {topic!r} does not exist at {self._config.bootstrap_servers}")
+        return sorted(found)
+
+    async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
+        """Read these partitions from these positions, replacing any earlier assignment."""
+        partitions = {TopicPartition(*partition): start for partition, start in starts.items()}
+        self._consumer.assign(list(partitions))
+        for partition, start in partitions.items():
+            if start == "earliest":
+                await self._consumer.seek_to_beginning(partition)
+            elif start == "latest":
+                # The local broker may report the base offset of the last batch; re-reading its tail is harmless.
+                await self._consumer.seek_to_end(partition)
+            else:
+                self._consumer.seek(partition, start)
+
+    async def poll(self, *, timeout_ms: int, max_records: int) -> list[Record]:
+        """See LogReader; raises LogResetError when a position no longer exists in the log."""
+        try:
+            fetched = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=max_records)
+        except OffsetOutOfRangeError as error:
+            raise LogResetError(f"a stored position no longer exists in the log: {error}") from error
+        except KafkaError as error:
+            raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
+        return [record_of(raw) for records in fetched.values() for raw in records]
+
+
+class KafkaWriter:
+    """LogWriter on aiokafka: acks=all, one batch in flight per partition, so order survives retries.
+
+    Not idempotent on purpose: readers of our topics drop what they have already applied, and not every broker
+    supports idempotent producers.
+    """
+
+    def __init__(self, config: KafkaConfig) -> None:
+        self._config = config
+        self._producer: Any = None
+
+    async def start(self) -> None:
+        """Connect; raises LogUnavailableError."""
+        producer = AIOKafkaProducer(
+            acks="all",
+            linger_ms=0,
+            max_request_size=self._config.max_message_bytes,
+            **self._config.client_options(),
+        )
+        try:
+            await producer.start()
+        except (KafkaError, OSError) as error:
+            await producer.stop()
+            raise LogUnavailableError(
+                f"the broker at {self._config.bootstrap_servers} does not answer: {error}"
+            ) from error
+        self._producer = producer
+
+    async def stop(self) -> None:
+        """Send what is buffered and disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+            self._producer = None
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Awaitable[object]:
+        """Queue a record; awaiting the result waits for the acknowledgement. Raises LogUnavailableError."""
+        try:
+            sent: Awaitable[object] = await self._producer.send(
+                topic, value, key=key, partition=partition, headers=list(headers)
+            )
+        except KafkaError as error:
+            raise LogUnavailableError(f"sending to {topic!r} failed: {error}") from error
+        return sent
+
+
+def record_of(raw: Any) -> Record:
+    """An aiokafka ConsumerRecord as a `Record`."""
+    return Record(raw.topic, raw.partition, raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))

@@ -1,0 +1,141 @@
+"""The log as headrace uses it: append records, read partitions from a position.
+
+Implementations: `stream.kafka` (any Kafka-protocol broker) and `stream.memory_log` (tests and backtests). Readers
+here are assigned by hand and belong to no consumer group: every trainer and every inference worker reads all
+partitions and keeps its own positions. (Ingest shares partitions between workers through a group; see `stream.ingest`.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+from aiokafka.errors import KafkaError
+
+from stream.errors import LogUnavailableError
+from stream.messages import Topics
+from stream.tracing import Headers
+
+logger = logging.getLogger(__name__)
+
+Start = int | Literal["earliest", "latest"]
+PartitionId = tuple[str, int]
+"""(topic, partition)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of the log. `timestamp_ms` is when the broker or producer stamped it."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp_ms: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+class LogReader(Protocol):
+    """Reads assigned partitions from given positions."""
+
+    async def start(self) -> None:
+        """Connect; raises LogUnavailableError."""
+        ...
+
+    async def stop(self) -> None:
+        """Disconnect; harmless when not connected."""
+        ...
+
+    async def partitions(self, topic: str) -> list[int]:
+        """Partition numbers of a topic; raises LogUnavailableError when it does not exist."""
+        ...
+
+    async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
+        """Read these partitions from these positions, replacing any earlier assignment."""
+        ...
+
+    async def poll(self, *, timeout_ms: int, max_records: int) -> list[Record]:
+        """Records in offset order per partition; empty after `timeout_ms` without any.
+
+        Raises LogResetError when a position no longer exists, LogUnavailableError when the broker is away.
+        """
+        ...
+
+
+class LogWriter(Protocol):
+    """Appends records; an awaited `send` result means the log has it on all in-sync replicas."""
+
+    async def start(self) -> None:
+        """Connect; raises LogUnavailableError."""
+        ...
+
+    async def stop(self) -> None:
+        """Send what is buffered and disconnect; harmless when not connected."""
+        ...
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: bytes | None = None,
+        partition: int | None = None,
+        headers: Headers = (),
+    ) -> Awaitable[object]:
+        """Queue a record; `acknowledged` waits for the results. Raises LogUnavailableError."""
+        ...
+
+
+class EventLog(Protocol):
+    """Where topics live."""
+
+    topics: Topics
+    log_id: str
+
+    def reader(self) -> LogReader:
+        """A reader without a consumer group."""
+        ...
+
+    def writer(self) -> LogWriter:
+        """A writer that waits for all in-sync replicas."""
+        ...
+
+    async def create_topics(self) -> None:
+        """Create the topics that do not exist yet; raises LogUnavailableError."""
+        ...
+
+
+async def acknowledged(sends: Sequence[Awaitable[object]]) -> None:
+    """Wait until the log has every record sent; raises LogUnavailableError if one failed."""
+    try:
+        await asyncio.gather(*sends)
+    except KafkaError as error:
+        raise LogUnavailableError(f"the broker did not acknowledge: {error}") from error
+
+
+RETRY_FIRST_S: Final = 0.2
+RETRY_MAX_S: Final = 5.0
+
+
+async def start_when_available(start: Callable[[], Awaitable[None]], *, what: str, stopping: asyncio.Event) -> bool:
+    """Call `start` (async, raises LogUnavailableError) until it succeeds, with exponential back-off.
+
+    Says once per attempt what is missing and when it tries again. Returns False if `stopping` was set meanwhile.
+    """
+    delay_s = RETRY_FIRST_S
+    while not stopping.is_set():
+        try:
+            await start()
+        except LogUnavailableError as error:
+            logger.warning("%s: %s; trying again in %.1f s", what, error, delay_s)
+            try:
+                await asyncio.wait_for(stopping.wait(), delay_s)
+            except TimeoutError:
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+        else:
+            return True
+    return False

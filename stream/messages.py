@@ -1,0 +1,194 @@
+"""What travels on headrace's own topics, and how it is encoded.
+
+`history-updates` carries columnar micro-batches: one message holds the accepted interactions of one poll of one
+source partition, each column as little-endian bytes inside a msgpack map. Readers apply a row only if its source
+offset lies above the last one they applied for that partition, which makes re-sent messages harmless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_store.interactions import Interactions
+from stream.errors import MessageFormatError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topics:
+    """Topic names; a prefix lets several installations share a cluster."""
+
+    interactions: str = "interactions"
+    history_updates: str = "history-updates"
+    items: str = "items"
+    impressions: str = "impressions"
+    snapshots: str = "snapshots"
+    commands: str = "commands"
+    dead_letters: str = "dead-letters"
+
+    @classmethod
+    def with_prefix(cls, prefix: str) -> Topics:
+        """The same topics, each name preceded by `prefix`."""
+        plain = cls()
+        return cls(**{name: prefix + getattr(plain, name) for name in cls.__dataclass_fields__})
+
+
+COMPACTED_TOPICS: Final = ("items", "snapshots")
+"""Fields of `Topics` whose last value per key is kept for ever."""
+
+_FORMAT: Final = 1
+_COLUMNS: Final = {
+    "user_id": "<i8",
+    "item_id": "<i8",
+    "event_time_ms": "<i8",
+    "action": "<u4",
+    "value": "<f4",
+    "event_key": "<u8",
+    "seq": "<u4",
+    "arrival_ms": "<i8",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryUpdate:
+    """Interactions that ingest accepted from one source partition, in source order.
+
+    `first_offset` and `last_offset` span everything the batch consumed, refused and duplicate records included.
+    """
+
+    log_id: str
+    partition: int
+    first_offset: int
+    last_offset: int
+    watermark_ms: int
+    """Highest event time seen on this partition, which never runs back."""
+    offsets: NDArray[np.int64]
+    """[N] source offset of each interaction, ascending."""
+    append_ms: NDArray[np.int64]
+    """[N] when the broker appended the source record, epoch ms."""
+    interactions: Interactions
+    forgotten: tuple[int, ...] = ()
+    """Users removed from the feature store: drop what you hold of them."""
+
+    def encode(self) -> bytes:
+        """Msgpack bytes."""
+        columns = {name: _bytes(getattr(self.interactions, name), kind) for name, kind in _COLUMNS.items()}
+        return msgspec.msgpack.encode(
+            {
+                "format": _FORMAT,
+                "log_id": self.log_id,
+                "partition": self.partition,
+                "first_offset": self.first_offset,
+                "last_offset": self.last_offset,
+                "watermark_ms": self.watermark_ms,
+                "offsets": _bytes(self.offsets, "<i8"),
+                "append_ms": _bytes(self.append_ms, "<i8"),
+                "columns": columns,
+                "forgotten": self.forgotten,
+            }
+        )
+
+    @classmethod
+    def decode(cls, value: bytes | None) -> HistoryUpdate:
+        """Read `encode`'s bytes; raises MessageFormatError for anything else."""
+        try:
+            raw: dict[str, Any] = msgspec.msgpack.decode(value or b"")
+            if raw["format"] != _FORMAT:
+                raise MessageFormatError(f"history update of format {raw['format']}; this headrace reads {_FORMAT}")
+            columns = {name: np.frombuffer(raw["columns"][name], kind) for name, kind in _COLUMNS.items()}
+            return cls(
+                log_id=raw["log_id"],
+                partition=raw["partition"],
+                first_offset=raw["first_offset"],
+                last_offset=raw["last_offset"],
+                watermark_ms=raw["watermark_ms"],
+                offsets=np.frombuffer(raw["offsets"], "<i8"),
+                append_ms=np.frombuffer(raw["append_ms"], "<i8"),
+                interactions=Interactions(**columns),
+                forgotten=tuple(raw["forgotten"]),
+            )
+        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+            raise MessageFormatError(f"not a history update: {error}") from error
+
+    def above(self, offset: int) -> HistoryUpdate:
+        """The rows whose source offset is greater than `offset`."""
+        start = int(np.searchsorted(self.offsets, offset, side="right"))
+        if start == 0:
+            return self
+        return HistoryUpdate(
+            log_id=self.log_id,
+            partition=self.partition,
+            first_offset=max(self.first_offset, offset + 1),
+            last_offset=self.last_offset,
+            watermark_ms=self.watermark_ms,
+            offsets=self.offsets[start:],
+            append_ms=self.append_ms[start:],
+            interactions=self.interactions.take(slice(start, None)),
+            forgotten=self.forgotten,
+        )
+
+
+def _bytes(column: NDArray[Any], kind: str) -> bytes:
+    return np.ascontiguousarray(column, dtype=kind).tobytes()
+
+
+class SnapshotPointer(msgspec.Struct, frozen=True, kw_only=True):
+    """Announces a published snapshot on the `snapshots` topic; key: model name."""
+
+    model: str
+    version: int
+    kind: str
+    parent: int | None
+    created_at_ms: int
+
+
+class Impression(msgspec.Struct, frozen=True, kw_only=True):
+    """What one answer showed, on the `impressions` topic; key: user id."""
+
+    request_id: str
+    user_id: int | str
+    items: list[int | str]
+    scores: list[float | None]
+    snapshot_version: int | None
+    shown_at_ms: int
+
+
+class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Metadata of one item on the `items` topic; key: item id; no value retires the item."""
+
+    item_id: int | str
+    title: str = ""
+    text: str = ""
+    categories: list[str] = []
+    embedding: list[float] | None = None
+    available: bool = True
+
+
+class ForgetUser(msgspec.Struct, frozen=True, kw_only=True, tag="forget_user", tag_field="command"):
+    """Remove everything headrace holds about one user."""
+
+    user_id: int | str
+
+
+Command = ForgetUser
+"""Every command on the `commands` topic (a tagged union: later commands join it)."""
+
+
+def encode_message(message: SnapshotPointer | Impression | ItemMessage | Command) -> bytes:
+    """JSON bytes of a low-rate message."""
+    return msgspec.json.encode(message)
+
+
+_Message = TypeVar("_Message", bound=msgspec.Struct)
+
+
+def decode_message(kind: type[_Message], value: bytes | None) -> _Message:
+    """Read a low-rate message; raises MessageFormatError naming what is wrong."""
+    try:
+        return msgspec.json.decode(value or b"", type=kind)
+    except msgspec.DecodeError as error:
+        raise MessageFormatError(f"not a {kind.__name__}: {error}") from error

@@ -1,0 +1,131 @@
+"""Every bad record gets a reason code; every good one becomes an event."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.events import REASONS, Event, EventDecoder, EventRules, Refusal, encode_event
+
+NOW_MS = 1_700_000_000_000
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "event_id": "e1",
+        "user_id": 7,
+        "item_id": 9,
+        "action": "rating",
+        "event_time": NOW_MS - 5,
+    }
+    return {name: value for name, value in (fields | changes).items() if value is not ...}
+
+
+def decode(value: Any, **rules: Any) -> Event | Refusal:
+    raw = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
+    return EventDecoder(EventRules(**rules)).decode(raw, NOW_MS)
+
+
+def test_a_minimal_event_is_accepted() -> None:
+    event = decode(good())
+    assert isinstance(event, Event)
+    assert (event.user_id, event.item_id, event.event_time_ms()) == (7, 9, NOW_MS - 5)
+
+
+def test_an_encoded_event_decodes_to_itself() -> None:
+    event = Event(event_id="e", user_id="anna", item_id=3, action="view", event_time=5, value=1.5, context={"a": 1})
+    decoded = decode(encode_event(event))
+    assert isinstance(decoded, Event)
+    assert msgspec.structs.asdict(decoded) == msgspec.structs.asdict(event)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected_ms"),
+    [
+        ("2023-11-14T22:13:19.123Z", 1_699_999_999_123),
+        ("2023-11-14T23:13:19.123+01:00", 1_699_999_999_123),
+        ("2023-11-14T22:13:19Z", 1_699_999_999_000),
+    ],
+)
+def test_rfc_3339_times_keep_their_milliseconds(text: str, expected_ms: int) -> None:
+    event = decode(good(event_time=text))
+    assert isinstance(event, Event)
+    assert event.event_time_ms() == expected_ms
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "field"),
+    [
+        (None, "empty", None),
+        (b"", "empty", None),
+        (b"{not json", "malformed_json", None),
+        (b"\xff\xfe", "malformed_json", None),
+        ([1, 2], "malformed_json", None),
+        (good(user_id=...), "missing_field", "user_id"),
+        (good(event_time=...), "missing_field", "event_time"),
+        (good(event_id=5), "wrong_type", "event_id"),
+        (good(event_id=""), "wrong_type", "event_id"),
+        (good(event_id="x" * 129), "wrong_type", "event_id"),
+        (good(user_id=-1), "wrong_type", "user_id"),
+        (good(user_id=2**63), "wrong_type", "user_id"),
+        (good(user_id=1.5), "wrong_type", "user_id"),
+        (good(user_id=True), "wrong_type", "user_id"),
+        (good(item_id="x" * 257), "wrong_type", "item_id"),
+        (good(value="high"), "wrong_type", "value"),
+        (good(context={"deep": {"er": 1}}), "wrong_type", "context"),
+        (good(event_time="yesterday"), "wrong_type", "event_time"),
+        (good(event_time="2023-11-14T22:13:19"), "naive_time", "event_time"),
+        (good(event_time=-1), "negative_time", "event_time"),
+        (good(event_time="1969-12-31T23:59:59Z"), "negative_time", "event_time"),
+        (good(event_time=NOW_MS + 300_001), "future_time", "event_time"),
+        (good(action="teleport"), "unknown_action", "action"),
+        (good(schema_version=99), "unsupported_schema_version", "schema_version"),
+        (good(context={"filler": "x" * 20_000}), "oversize", None),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_reason(value: Any, reason: str, field: str | None) -> None:
+    refusal = decode(value)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.field) == (reason, field)
+    assert refusal.reason in REASONS
+    assert refusal.error
+
+
+def test_an_event_at_the_edge_of_the_future_is_accepted() -> None:
+    assert isinstance(decode(good(event_time=NOW_MS + 300_000)), Event)
+
+
+def test_unknown_fields_are_ignored_and_counted() -> None:
+    decoder = EventDecoder(EventRules())
+    assert isinstance(decoder.decode(json.dumps(good(experiment="b")).encode(), NOW_MS), Event)
+    assert isinstance(decoder.decode(json.dumps(good()).encode(), NOW_MS), Event)
+    assert decoder.num_with_unknown_fields == 1
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_make_the_decoder_raise(raw: bytes) -> None:
+    assert isinstance(decode(raw), Event | Refusal)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*good(), "value", "context", "request_id", "schema_version", "other"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+            max_leaves=4,
+        ),
+    )
+)
+def test_no_json_object_makes_the_decoder_raise(changes: dict[str, Any]) -> None:
+    assert isinstance(decode(json.dumps(good() | changes).encode()), Event | Refusal)
+
+
+def test_rules_refuse_more_actions_than_bits() -> None:
+    with pytest.raises(ValueError, match=r"events.actions"):
+        EventRules(actions=tuple(f"a{n}" for n in range(33)))

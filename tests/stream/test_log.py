@@ -1,0 +1,128 @@
+"""The log's contract: the broker and the in-memory log behave alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from ops.local_broker import LocalBroker
+from stream.clock import ManualClock
+from stream.errors import LogUnavailableError
+from stream.kafka import KafkaConfig, KafkaLog
+from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
+from stream.memory_log import MemoryLog
+
+
+@pytest.fixture(params=["memory", "kafka"])
+async def log(request: pytest.FixtureRequest, fresh_broker: LocalBroker) -> EventLog:
+    made: EventLog
+    if request.param == "memory":
+        made = MemoryLog(ManualClock(1_000), num_partitions=2)
+    else:
+        made = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, num_partitions=2))
+    await made.create_topics()
+    await made.create_topics()  # a second time is harmless
+    return made
+
+
+@pytest.fixture
+async def writer(log: EventLog) -> AsyncIterator[LogWriter]:
+    writer = log.writer()
+    await writer.start()
+    yield writer
+    await writer.stop()
+
+
+@pytest.fixture
+async def reader(log: EventLog) -> AsyncIterator[LogReader]:
+    reader = log.reader()
+    await reader.start()
+    yield reader
+    await reader.stop()
+
+
+async def read(reader: LogReader, count: int) -> list[Record]:
+    records: list[Record] = []
+    async with asyncio.timeout(10):
+        while len(records) < count:
+            records += await reader.poll(timeout_ms=200, max_records=count)
+    return records
+
+
+async def test_partitions_of_a_topic(log: EventLog, reader: LogReader) -> None:
+    assert await reader.partitions(log.topics.interactions) == [0, 1]
+    assert await reader.partitions(log.topics.commands) == [0]
+    with pytest.raises(LogUnavailableError, match="no-such-topic"):
+        await reader.partitions("no-such-topic")
+
+
+async def test_records_come_back_in_order_with_key_and_headers(
+    log: EventLog, writer: LogWriter, reader: LogReader
+) -> None:
+    topic = log.topics.history_updates
+    sends = [
+        await writer.send(topic, f"v{n}".encode(), key=b"k", partition=1, headers=(("traceparent", b"00-1"),))
+        for n in range(5)
+    ]
+    await acknowledged(sends)
+    await reader.assign({(topic, 0): "earliest", (topic, 1): "earliest"})
+    records = await read(reader, 5)
+    assert [r.value for r in records] == [b"v0", b"v1", b"v2", b"v3", b"v4"]
+    assert [r.offset for r in records] == [0, 1, 2, 3, 4]
+    assert {(r.partition, r.key, r.headers) for r in records} == {(1, b"k", (("traceparent", b"00-1"),))}
+
+
+async def test_reading_starts_where_it_is_told(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.commands
+    await acknowledged([await writer.send(topic, str(n).encode()) for n in range(6)])
+    await reader.assign({(topic, 0): 4})
+    assert [r.value for r in await read(reader, 2)] == [b"4", b"5"]
+    await reader.assign({(topic, 0): 1})
+    assert [r.value for r in await read(reader, 5)] == [b"1", b"2", b"3", b"4", b"5"]
+
+
+async def test_a_poll_respects_its_limit_and_its_time(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.commands
+    await acknowledged([await writer.send(topic, b"x") for _ in range(10)])
+    await reader.assign({(topic, 0): "earliest"})
+    async with asyncio.timeout(10):
+        while not (polled := await reader.poll(timeout_ms=200, max_records=3)):
+            pass
+    assert 1 <= len(polled) <= 3
+    rest = await read(reader, 10 - len(polled))
+    assert len(polled) + len(rest) == 10
+    assert await reader.poll(timeout_ms=20, max_records=3) == []
+
+
+async def test_a_reader_at_the_end_sees_only_what_comes(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.commands
+    await acknowledged([await writer.send(topic, b"old")])
+    await reader.assign({(topic, 0): "latest"})
+    await reader.poll(timeout_ms=100, max_records=10)
+    await acknowledged([await writer.send(topic, b"new")])
+    assert [r.value for r in await read(reader, 1)] == [b"new"]
+
+
+async def test_a_tombstone_and_an_empty_value_differ(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.items
+    await acknowledged([await writer.send(topic, None, key=b"a"), await writer.send(topic, b"", key=b"b")])
+    await reader.assign({(topic, 0): "earliest"})
+    assert [(r.key, r.value) for r in await read(reader, 2)] == [(b"a", None), (b"b", b"")]
+
+
+async def test_a_missing_broker_is_named_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    log = KafkaLog(KafkaConfig(bootstrap_servers="127.0.0.1:9", request_timeout_ms=500))
+    stopping = asyncio.Event()
+
+    async def stop_soon() -> None:
+        await asyncio.sleep(0.5)
+        stopping.set()
+
+    _, started = await asyncio.gather(
+        stop_soon(), start_when_available(log.reader().start, what="trainer", stopping=stopping)
+    )
+    assert started is False
+    assert "127.0.0.1:9" in caplog.text
+    assert "trying again" in caplog.text

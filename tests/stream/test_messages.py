@@ -1,0 +1,72 @@
+"""What headrace writes on its own topics reads back, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from feature_store.interactions import Interactions
+from stream.errors import MessageFormatError
+from stream.messages import Command, ForgetUser, HistoryUpdate, ItemMessage, Topics, decode_message, encode_message
+
+
+def update_of(num_rows: int, *, first_offset: int = 10) -> HistoryUpdate:
+    rows = np.arange(num_rows)
+    return HistoryUpdate(
+        log_id="main",
+        partition=2,
+        first_offset=first_offset,
+        last_offset=first_offset + 2 * num_rows,
+        watermark_ms=99,
+        offsets=first_offset + 2 * rows,
+        append_ms=rows + 500,
+        interactions=Interactions(
+            user_id=rows * 3,
+            item_id=rows * 5,
+            event_time_ms=rows + 7,
+            action=np.ones(num_rows, np.uint32),
+            value=np.full(num_rows, np.nan, np.float32),
+            event_key=np.array([2**64 - 1 - row for row in range(num_rows)], np.uint64),
+            seq=rows.astype(np.uint32),
+            arrival_ms=rows + 600,
+        ),
+    )
+
+
+def test_a_history_update_reads_back() -> None:
+    update = update_of(5)
+    again = HistoryUpdate.decode(update.encode())
+    assert again.encode() == update.encode()
+    np.testing.assert_array_equal(again.interactions.event_key, update.interactions.event_key)
+
+
+def test_above_drops_what_was_applied() -> None:
+    kept = update_of(5).above(13)
+    assert kept.offsets.tolist() == [14, 16, 18]
+    assert kept.interactions.seq.tolist() == [2, 3, 4]
+    assert update_of(5).above(9).offsets.tolist() == [10, 12, 14, 16, 18]
+    assert len(update_of(5).above(18).offsets) == 0
+
+
+@pytest.mark.parametrize("value", [None, b"", b"\x01", b"not msgpack at all", update_of(3).encode()[:-9]])
+def test_what_is_no_history_update_is_refused(value: bytes | None) -> None:
+    with pytest.raises(MessageFormatError):
+        HistoryUpdate.decode(value)
+
+
+def test_low_rate_messages_read_back() -> None:
+    item = ItemMessage(item_id="tt1", title="Metropolis", categories=["Drama"])
+    assert decode_message(ItemMessage, encode_message(item)) == item
+    command = ForgetUser(user_id="anna")
+    assert decode_message(Command, encode_message(command)) == command
+
+
+def test_an_unknown_command_is_refused() -> None:
+    with pytest.raises(MessageFormatError, match="ForgetUser"):
+        decode_message(Command, b'{"command": "self_destruct", "user_id": 1}')
+
+
+def test_a_prefix_precedes_every_topic() -> None:
+    topics = Topics.with_prefix("acme.")
+    assert topics.history_updates == "acme.history-updates"
+    assert topics.interactions == "acme.interactions"
