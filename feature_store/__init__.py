@@ -1,1 +1,1 @@
-"""Everything that is SQL: per-user histories, positions, names, items and published snapshots, and the hot histories in memory."""
+"""Everything that is SQL: histories, positions, names, items, published snapshots; and the hot histories in memory."""

@@ -34,8 +34,6 @@ class FeatureStoreConfig:
     """How long a caller waits for a free connection (seconds)."""
     connect_timeout_s: int = 5
     """How long to wait for PostgreSQL to accept a connection (seconds)."""
-    max_ids_per_statement: int = 2_000
-    """Users or items asked for in one SQL statement; bounds the memory of one result."""
 
     def __post_init__(self) -> None:
         url = parse_url(self.url)
@@ -49,7 +47,6 @@ class FeatureStoreConfig:
         _check_range("feature_store.pool_size", self.pool_size, 2, 1_000)
         _check_range("feature_store.pool_timeout_s", self.pool_timeout_s, 0.001, 3_600)
         _check_range("feature_store.connect_timeout_s", self.connect_timeout_s, 1, 3_600)
-        _check_range("feature_store.max_ids_per_statement", self.max_ids_per_statement, 1, 100_000)
         if self.sqlite_synchronous not in ("NORMAL", "FULL"):
             raise ValueError(
                 f"feature_store.sqlite_synchronous={self.sqlite_synchronous!r} must be 'NORMAL' or 'FULL': OFF could "

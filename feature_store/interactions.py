@@ -86,7 +86,7 @@ class Interactions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JaggedHistories:
-    """B histories, each in `(event_time_ms, event_key)` order; row b owns `[offsets[b], offsets[b + 1])` of every column."""
+    """B histories in `(event_time_ms, event_key)` order; row b owns `[offsets[b], offsets[b + 1])` of every column."""
 
     user_ids: NDArray[np.int64]
     """i64[B], as asked for (a user may occur more than once)."""

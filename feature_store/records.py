@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+IdKind = Literal["user", "item"]
+"""What a hashed id names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,134 @@
+"""Appending interactions to the stored histories: deduplicated, in order, rewriting only the chunks that change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, text
+
+from feature_store.chunk_rows import ChunkRows, chunks_ending_since, newest_chunks
+from feature_store.chunk_writes import ChunkWrite, write_chunks
+from feature_store.chunks import encode_chunks
+from feature_store.errors import ChunkCorruptError
+from feature_store.interactions import COLUMN_DTYPES, AppendResult, Columns, Interactions
+from feature_store.jagged import concat_ranges, offsets_of, rank_in_group
+from feature_store.merging import Merge, Places, merge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Users:
+    """The U users of a batch, in order of their ids, and the end of what is stored of each."""
+
+    ids: NDArray[np.int64]
+    first_chunk: NDArray[np.int64]
+    """i64[U], row of the user's first loaded chunk."""
+    num_chunks: NDArray[np.int64]
+    """i64[U], loaded chunks."""
+    base_chunk_no: NDArray[np.int64]
+    """i64[U], number of the first loaded chunk; 0 for a new user."""
+    next_seq: NDArray[np.int64]
+    """i64[U], arrivals accepted so far."""
+
+    @staticmethod
+    def of(ids: NDArray[np.int64], chunks: ChunkRows) -> _Users:
+        num_chunks = np.bincount(chunks.pos, minlength=len(ids))
+        offsets = offsets_of(num_chunks)
+        base_chunk_no = np.zeros(len(ids), np.int64)
+        next_seq = np.zeros(len(ids), np.int64)
+        is_known = num_chunks > 0
+        base_chunk_no[is_known] = chunks.chunk_no[offsets[:-1][is_known]]
+        next_seq[is_known] = chunks.next_seq[offsets[1:][is_known] - 1]
+        return _Users(
+            ids=ids,
+            first_chunk=offsets[:-1],
+            num_chunks=num_chunks,
+            base_chunk_no=base_chunk_no,
+            next_seq=next_seq,
+        )
+
+
+def append(connection: Connection, interactions: Interactions, chunk_len: int) -> AppendResult:
+    """Append a batch inside the caller's transaction; see `StoreTransaction.append`."""
+    if connection.dialect.name == "postgresql":
+        # Shared by appends, exclusive against forget_users: no append can write back a history it read before that.
+        connection.execute(text("LOCK TABLE history_chunk IN ROW EXCLUSIVE MODE"))
+    # Step 1: read the end of each history, as far back as the new interactions reach.
+    ids, group = np.unique(interactions.user_id, return_inverse=True)
+    first_new_ms = np.full(len(ids), np.iinfo(np.int64).max)
+    np.minimum.at(first_new_ms, group, interactions.event_time_ms)
+    chunks = _load_ends(connection, ids, first_new_ms, chunk_len)
+    stored = chunks.interactions()
+    users = _Users.of(ids, chunks)
+    # Step 2: decide order and duplicates; number the accepted in order of arrival.
+    stored_places = Places.of(np.repeat(chunks.pos, chunks.length), stored)
+    merged = merge(stored_places, Places.of(group, interactions.columns), len(ids))
+    seq = _assign_seq(group, merged.accepted, users.next_seq)
+    # Step 3: write the chunks from the first changed interaction on.
+    new = interactions.columns | {"seq": seq}
+    columns = {name: np.concatenate([stored[name], new[name]]) for name in COLUMN_DTYPES}
+    num_accepted = np.bincount(group[merged.accepted], minlength=len(ids))
+    users = replace(users, next_seq=users.next_seq + num_accepted)
+    write_chunks(connection, _changed_chunks(users, chunks, columns, merged, chunk_len))
+    return AppendResult(accepted=merged.accepted, seq=seq, late=merged.late)
+
+
+def _load_ends(
+    connection: Connection, user_ids: NDArray[np.int64], first_new_ms: NDArray[np.int64], chunk_len: int
+) -> ChunkRows:
+    """The tail chunk of every user, and all chunks back to the one that the earliest new interaction falls in."""
+    chunks = newest_chunks(connection, user_ids, 1)
+    # At the tail's very first millisecond the place may still be in the chunk before it: only the keys could tell.
+    reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0)
+    if reaches_back.any():
+        asked = chunks.pos[reaches_back]
+        deep = chunks_ending_since(connection, user_ids[asked], first_new_ms[asked])
+        chunks = chunks.replaced(reaches_back, deep.moved_to(asked[deep.pos]))
+    follows = chunks.pos[1:] == chunks.pos[:-1]
+    is_gap = follows & ((np.diff(chunks.chunk_no) != 1) | (chunks.length[:-1] != chunk_len))
+    if is_gap.any():
+        row = int(np.argmax(is_gap))
+        problem = f"it holds {chunks.length[row]} interactions and chunk {chunks.chunk_no[row + 1]} follows it"
+        raise ChunkCorruptError(int(chunks.user_id[row]), int(chunks.chunk_no[row]), problem)
+    return chunks
+
+
+def _assign_seq(
+    group: NDArray[np.int64], accepted: NDArray[np.bool_], next_seq: NDArray[np.int64]
+) -> NDArray[np.uint32]:
+    """Arrival numbers u32[N]: each user's accepted rows count on from its `next_seq`; 0 for the others."""
+    rows = np.flatnonzero(accepted)
+    rows = rows[np.argsort(group[rows], kind="stable")]
+    numbers = next_seq[group[rows]] + rank_in_group(group[rows], len(next_seq))
+    assert len(numbers) == 0 or numbers.max() <= np.iinfo(np.uint32).max
+    seq = np.zeros(len(accepted), np.uint32)
+    seq[rows] = numbers
+    return seq
+
+
+def _changed_chunks(users: _Users, chunks: ChunkRows, columns: Columns, merged: Merge, chunk_len: int) -> ChunkWrite:
+    """Cut every changed history into chunks again, from the first interaction that is new or has moved."""
+    lengths = np.diff(merged.offsets)
+    first_local = merged.first_changed // chunk_len
+    num_writes = np.where(merged.first_changed < lengths, -(-lengths // chunk_len) - first_local, 0)
+    group = np.repeat(np.arange(len(lengths)), num_writes)
+    local = concat_ranges(first_local, num_writes)
+    starts = merged.offsets[group] + local * chunk_len
+    chunk_lengths = np.minimum(chunk_len, merged.offsets[group + 1] - starts)
+    source = merged.source[concat_ranges(starts, chunk_lengths)]
+    content = {name: column[source] for name, column in columns.items()}
+    ends = np.cumsum(chunk_lengths)
+    is_stored = local < users.num_chunks[group]
+    expected_seq = np.full(len(group), -1)
+    expected_seq[is_stored] = chunks.next_seq[(users.first_chunk[group] + local)[is_stored]]
+    return ChunkWrite(
+        user_id=users.ids[group],
+        chunk_no=users.base_chunk_no[group] + local,
+        n=chunk_lengths,
+        first_ms=content["event_time_ms"][ends - chunk_lengths],
+        last_ms=content["event_time_ms"][ends - 1],
+        next_seq=users.next_seq[group],
+        expected_seq=expected_seq,
+        payload=encode_chunks(content, chunk_lengths),
+    )

@@ -1,0 +1,99 @@
+"""Writing rows of `history_chunk`: a whole batch in two statements, refused if another writer was faster.
+
+The two statements are the hot path of ingest, so they are written out for each database: SQLite takes rows one by one,
+PostgreSQL takes whole columns as arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection
+
+from feature_store.errors import ConcurrentAppendError
+
+_NAMES: Final = ("user_id", "chunk_no", "n", "first_ms", "last_ms", "next_seq", "payload", "expected_seq")
+
+_SQLITE_INSERT: Final = """
+    INSERT INTO history_chunk (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload)
+    VALUES (:user_id, :chunk_no, :n, :first_ms, :last_ms, :next_seq, :payload) ON CONFLICT DO NOTHING
+"""
+_SQLITE_OVERWRITE: Final = """
+    UPDATE history_chunk
+    SET n = :n, first_ms = :first_ms, last_ms = :last_ms, next_seq = :next_seq, payload = :payload
+    WHERE user_id = :user_id AND chunk_no = :chunk_no AND next_seq = :expected_seq
+"""
+_POSTGRES_ROWS: Final = """
+    unnest(
+        %(user_id)s::bigint[], %(chunk_no)s::integer[], %(n)s::integer[], %(first_ms)s::bigint[], %(last_ms)s::bigint[],
+        %(next_seq)s::bigint[], %(payload)s::bytea[], %(expected_seq)s::bigint[]
+    ) AS new (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload, expected_seq)
+"""
+_POSTGRES_INSERT: Final = f"""
+    INSERT INTO history_chunk (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload)
+    SELECT user_id, chunk_no, n, first_ms, last_ms, next_seq, payload FROM {_POSTGRES_ROWS} ON CONFLICT DO NOTHING
+"""  # noqa: S608 - made of constants only
+_POSTGRES_OVERWRITE: Final = f"""
+    UPDATE history_chunk AS chunk
+    SET n = new.n, first_ms = new.first_ms, last_ms = new.last_ms, next_seq = new.next_seq, payload = new.payload
+    FROM {_POSTGRES_ROWS}
+    WHERE chunk.user_id = new.user_id AND chunk.chunk_no = new.chunk_no AND chunk.next_seq = new.expected_seq
+"""  # noqa: S608 - made of constants only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkWrite:
+    """W chunks to write, in order of users and chunk numbers."""
+
+    user_id: NDArray[np.int64]
+    chunk_no: NDArray[np.int64]
+    n: NDArray[np.int64]
+    """i64[W], interactions in each chunk."""
+    first_ms: NDArray[np.int64]
+    last_ms: NDArray[np.int64]
+    next_seq: NDArray[np.int64]
+    """i64[W], the user's next arrival number after this write."""
+    expected_seq: NDArray[np.int64]
+    """i64[W], the stored `next_seq` of the chunk that is overwritten; -1: the chunk is new."""
+    payload: list[bytes]
+
+    def rows(self, selected: NDArray[np.bool_]) -> dict[str, list[Any]]:
+        """The selected chunks' values by column, as the drivers take them."""
+        index = np.flatnonzero(selected)
+        columns: dict[str, list[Any]] = {
+            name: getattr(self, name)[index].tolist() for name in _NAMES if name != "payload"
+        }
+        columns["payload"] = [self.payload[row] for row in index.tolist()]
+        return columns
+
+
+def write_chunks(connection: Connection, write: ChunkWrite) -> None:
+    """Write all chunks, or refuse if another writer changed one of them since it was read.
+
+    Every append changes its user's tail chunk or adds one after it, so two writers of one user always meet in a chunk,
+    and the `next_seq` in it tells the second one that it has read something old.
+
+    Raises:
+        ConcurrentAppendError: a chunk is not as it was read; the transaction must be rolled back.
+    """
+    is_new = write.expected_seq < 0
+    is_postgres = connection.dialect.name == "postgresql"
+    num_written = _execute(connection, _POSTGRES_INSERT if is_postgres else _SQLITE_INSERT, write.rows(is_new))
+    num_written += _execute(connection, _POSTGRES_OVERWRITE if is_postgres else _SQLITE_OVERWRITE, write.rows(~is_new))
+    if num_written != len(write.payload):
+        raise ConcurrentAppendError(
+            f"{len(write.payload) - num_written} of {len(write.payload)} history chunks were changed by another "
+            "writer between our read and our write: retry the transaction"
+        )
+
+
+def _execute(connection: Connection, statement: str, columns: dict[str, list[Any]]) -> int:
+    if not columns["user_id"]:
+        return 0
+    if connection.dialect.name == "postgresql":
+        return connection.exec_driver_sql(statement, columns).rowcount
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return connection.exec_driver_sql(statement, rows).rowcount

@@ -1,0 +1,86 @@
+"""SQL of log positions, published snapshots and who served them first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from sqlalchemy import Connection, select
+
+from feature_store.errors import PositionError
+from feature_store.records import FirstServed, PublishedSnapshot
+from feature_store.tables import first_served, log_position, published_snapshot
+from feature_store.values import insert_missing, upsert
+
+
+def lock_position(connection: Connection, log_id: str, topic: str, partition: int) -> int:
+    """Lock one partition's position until the transaction ends; see `StoreTransaction.lock_position`."""
+    key = {"log_id": log_id, "topic": topic, "partition": partition}
+    connection.execute(insert_missing(connection.dialect.name, log_position).values(next_offset=0, **key))
+    # SQLite has no row locks and needs none: BEGIN IMMEDIATE holds the only write lock already.
+    query = select(log_position.c.next_offset).filter_by(**key).with_for_update()
+    next_offset: int = connection.execute(query).scalar_one()
+    return next_offset
+
+
+def set_position(connection: Connection, log_id: str, topic: str, partition: int, next_offset: int) -> None:
+    """Move one partition's position forward; see `StoreTransaction.set_position`."""
+    statement = (
+        log_position.update()
+        .filter_by(log_id=log_id, topic=topic, partition=partition)
+        .where(log_position.c.next_offset <= next_offset)
+        .values(next_offset=next_offset)
+    )
+    if connection.execute(statement).rowcount != 1:
+        stored = load_positions(connection, log_id, topic).get(partition)
+        raise PositionError(
+            f"position of {topic}[{partition}] in log {log_id!r} is {stored}, it cannot become {next_offset}: lock it "
+            "first, and use a new log_id for a log that was reset"
+        )
+
+
+def load_positions(connection: Connection, log_id: str, topic: str) -> dict[int, int]:
+    """Next offset to apply of every partition that has one."""
+    query = select(log_position.c.partition, log_position.c.next_offset).filter_by(log_id=log_id, topic=topic)
+    return {row.partition: row.next_offset for row in connection.execute(query)}
+
+
+def record_published(connection: Connection, snapshot: PublishedSnapshot) -> None:
+    """Store what was published, replacing an earlier record of the same version."""
+    row = asdict(snapshot)
+    statement = upsert(connection.dialect.name, published_snapshot).values(row)
+    statement = statement.on_conflict_do_update(
+        index_elements=list(published_snapshot.primary_key),
+        set_={name: statement.excluded[name] for name in row if name not in published_snapshot.primary_key.columns},
+    )
+    connection.execute(statement)
+
+
+def load_published(connection: Connection, model: str, since_version: int) -> list[PublishedSnapshot]:
+    """Snapshots of a model with a version above `since_version`, oldest first."""
+    query = (
+        select(published_snapshot)
+        .where(published_snapshot.c.model == model, published_snapshot.c.version > since_version)
+        .order_by(published_snapshot.c.version)
+    )
+    return [PublishedSnapshot(**row) for row in connection.execute(query).mappings()]
+
+
+def record_first_served(connection: Connection, served: FirstServed) -> None:
+    """Store when a replica first answered with a version; the earliest time stays."""
+    statement = upsert(connection.dialect.name, first_served).values(asdict(served))
+    statement = statement.on_conflict_do_update(
+        index_elements=list(first_served.primary_key),
+        set_={"at_ms": statement.excluded.at_ms},
+        where=first_served.c.at_ms > statement.excluded.at_ms,
+    )
+    connection.execute(statement)
+
+
+def load_first_served(connection: Connection, model: str, since_version: int) -> list[FirstServed]:
+    """First answers with versions above `since_version`, by version and replica."""
+    query = (
+        select(first_served)
+        .where(first_served.c.model == model, first_served.c.version > since_version)
+        .order_by(first_served.c.version, first_served.c.replica)
+    )
+    return [FirstServed(**row) for row in connection.execute(query).mappings()]

@@ -1,0 +1,206 @@
+"""The feature store: durable, ordered, deduplicated histories in SQL, and the small tables beside them.
+
+Safe to use from several threads: each call takes its own connection from the pool. Every call blocks on the database,
+so asynchronous callers wrap it: `await asyncio.to_thread(store.read, user_ids, max_len=512)`; a whole transaction
+belongs in one function that runs in one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, select, text
+
+from feature_store import catalogue, publications, reading, schema
+from feature_store.config import FeatureStoreConfig
+from feature_store.engine import build_engine
+from feature_store.engine import reading as read_transaction
+from feature_store.engine import writing as write_transaction
+from feature_store.errors import StoreLayoutError
+from feature_store.interactions import JaggedHistories
+from feature_store.reading import CurrentHistories, HistoryQuery
+from feature_store.records import FirstServed, IdKind, Item, PublishedSnapshot, StoreTotals
+from feature_store.tables import store_property
+from feature_store.transaction import StoreTransaction
+from feature_store.values import insert_missing
+
+
+class FeatureStore:
+    """One database of histories. Opening it connects to nothing; `close` it when done."""
+
+    def __init__(self, config: FeatureStoreConfig) -> None:
+        self.config = config
+        self._engine = build_engine(config)
+        self._layout_is_checked = False
+
+    def close(self) -> None:
+        """Close all pooled connections."""
+        self._engine.dispose()
+
+    def ping(self) -> None:
+        """Do nothing, if the database is there.
+
+        Raises:
+            StoreUnavailableError: it is not; the message is one sentence for an operator.
+        """
+        with read_transaction(self._engine) as connection:
+            connection.execute(text("SELECT 1"))
+
+    def require_current_schema(self) -> None:
+        """Refuse to work on a schema this code was not written for.
+
+        Raises:
+            SchemaRevisionError: run `headrace migrate`.
+            StoreLayoutError: the store was built with another chunk_len.
+            StoreUnavailableError: the database is away.
+        """
+        with read_transaction(self._engine) as connection:
+            schema.require_revision(connection)
+            self._check_layout(connection)
+
+    @contextmanager
+    def transaction(self) -> Iterator[StoreTransaction]:
+        """One writer transaction: committed on leaving the block, rolled back if the block raises.
+
+        Raises:
+            ConcurrentAppendError: two writers met; retry the whole block.
+            StoreUnavailableError: the database is away (StoreBusyError: locked by another writer); nothing was stored.
+        """
+        if not self._layout_is_checked:
+            self._fix_layout()
+        with write_transaction(self._engine) as connection:
+            yield StoreTransaction(connection, self.config.chunk_len)
+
+    def read(
+        self,
+        user_ids: NDArray[np.int64],
+        *,
+        max_len: int,
+        before_ms: NDArray[np.int64] | int | None = None,
+        known_at_ms: int | None = None,
+        below_seq: NDArray[np.integer] | int | None = None,
+    ) -> JaggedHistories:
+        """Histories as of a point in time, in the order asked for (a user may be asked for more than once).
+
+        Args:
+            user_ids: i64[B].
+            max_len: the newest this many interactions that pass the limits below.
+            before_ms: i64[B] or one for all: strictly before this event time.
+            known_at_ms: arrived at or before this processing time.
+            below_seq: integer[B] or one for all: with a smaller arrival number.
+
+        Raises:
+            ChunkCorruptError: a stored chunk is damaged.
+            StoreUnavailableError: the database is away.
+        """
+        query = _query(user_ids, max_len, before_ms, known_at_ms, below_seq)
+        with read_transaction(self._engine) as connection:
+            return reading.read(connection, query, self._chunk_len(connection))
+
+    def read_current(
+        self, user_ids: NDArray[np.int64], *, max_len: int, below_seq: NDArray[np.integer] | int | None = None
+    ) -> CurrentHistories:
+        """Newest histories together with each user's next arrival number, in one state of the database."""
+        query = _query(user_ids, max_len, None, None, below_seq)
+        with read_transaction(self._engine) as connection:
+            return reading.read_current(connection, query, self._chunk_len(connection))
+
+    def positions(self, log_id: str, topic: str) -> dict[int, int]:
+        """Partition → next log offset to apply, for partitions that have been applied from."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_positions(connection, log_id, topic)
+
+    def names(self, kind: IdKind, ids: NDArray[np.int64] | Iterable[int]) -> dict[int, str]:
+        """The strings behind hashed ids; ids that were numbers from the start are absent."""
+        with read_transaction(self._engine) as connection:
+            return catalogue.load_names(connection, kind, _ids(ids))
+
+    def items(self, ids: NDArray[np.int64] | Iterable[int]) -> dict[int, Item]:
+        """What is known about items; unknown ones are absent."""
+        with read_transaction(self._engine) as connection:
+            return catalogue.load_items(connection, _ids(ids))
+
+    def unavailable_items(self) -> NDArray[np.int64]:
+        """i64[K], ids of retired items, ascending."""
+        with read_transaction(self._engine) as connection:
+            return catalogue.unavailable_items(connection)
+
+    def record_published(self, snapshot: PublishedSnapshot) -> None:
+        """Store what was published; a version published again (after a crash) replaces its record."""
+        with write_transaction(self._engine) as connection:
+            publications.record_published(connection, snapshot)
+
+    def published_snapshots(self, model: str, since_version: int = 0) -> list[PublishedSnapshot]:
+        """Published versions above `since_version`, oldest first."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_published(connection, model, since_version)
+
+    def record_first_served(self, model: str, version: int, replica: str, at_ms: int) -> None:
+        """Store when a replica first answered with a version; the earliest time stays."""
+        served = FirstServed(model=model, version=version, replica=replica, at_ms=at_ms)
+        with write_transaction(self._engine) as connection:
+            publications.record_first_served(connection, served)
+
+    def first_served(self, model: str, since_version: int = 0) -> list[FirstServed]:
+        """First answers with versions above `since_version`, by version and replica."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_first_served(connection, model, since_version)
+
+    def totals(self) -> StoreTotals:
+        """Counts and fingerprint of all stored interactions; reads every chunk.
+
+        Raises:
+            ChunkCorruptError: a stored chunk is damaged.
+        """
+        with read_transaction(self._engine) as connection:
+            return reading.totals(connection)
+
+    def _chunk_len(self, connection: Connection) -> int:
+        """The layout's chunk length, once it is known that the store was built with it."""
+        if not self._layout_is_checked:
+            self._check_layout(connection)
+        return self.config.chunk_len
+
+    def _check_layout(self, connection: Connection) -> None:
+        query = select(store_property.c.value).where(store_property.c.name == "chunk_len")
+        stored = connection.execute(query).scalar_one_or_none()
+        if stored is None:
+            return  # nothing has been written yet
+        if int(stored) != self.config.chunk_len:
+            raise StoreLayoutError(
+                f"the store was built with chunk_len={stored}, but feature_store.chunk_len={self.config.chunk_len}: "
+                f"set it to {stored}, or replay the log into an empty database"
+            )
+        self._layout_is_checked = True
+
+    def _fix_layout(self) -> None:
+        # A transaction of its own: the flag must not outlive a rollback, nor two first writers wait for each other.
+        row = {"name": "chunk_len", "value": str(self.config.chunk_len)}
+        with write_transaction(self._engine) as connection:
+            connection.execute(insert_missing(connection.dialect.name, store_property).values(row))
+        with read_transaction(self._engine) as connection:
+            self._check_layout(connection)
+
+
+def _query(
+    user_ids: NDArray[np.int64],
+    max_len: int,
+    before_ms: NDArray[np.int64] | int | None,
+    known_at_ms: int | None,
+    below_seq: NDArray[np.integer] | int | None,
+) -> HistoryQuery:
+    shape = np.shape(user_ids)
+    return HistoryQuery(
+        user_ids=user_ids,
+        max_len=max_len,
+        before_ms=None if before_ms is None else np.broadcast_to(np.asarray(before_ms, np.int64), shape),
+        known_at_ms=known_at_ms,
+        below_seq=None if below_seq is None else np.broadcast_to(np.asarray(below_seq, np.int64), shape),
+    )
+
+
+def _ids(ids: NDArray[np.int64] | Iterable[int]) -> NDArray[np.int64]:
+    return ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)

@@ -1,0 +1,98 @@
+"""The tables. Alembic builds them (`migrations/`); nothing here creates anything."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
+
+SCHEMA_REVISION: Final = "0001"
+"""The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+store_property = Table(
+    "store_property",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", String(256), nullable=False),
+    comment="Facts fixed for the life of the store, such as chunk_len.",
+)
+
+history_chunk = Table(
+    "history_chunk",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("chunk_no", Integer, primary_key=True, autoincrement=False),
+    Column("n", Integer, nullable=False),
+    Column("first_ms", BigInteger, nullable=False),
+    Column("last_ms", BigInteger, nullable=False),
+    Column("next_seq", BigInteger, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    comment="Chunk k holds its user's interactions [k*chunk_len, (k+1)*chunk_len) by (event_time_ms, event_key).",
+)
+
+log_position = Table(
+    "log_position",
+    metadata,
+    Column("log_id", String(128), primary_key=True),
+    Column("topic", String(249), primary_key=True),
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("next_offset", BigInteger, nullable=False),
+    comment="Next log offset to apply, written in the transaction that stores the effect.",
+)
+
+id_name = Table(
+    "id_name",
+    metadata,
+    Column("kind", String(16), primary_key=True),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Text, nullable=False),
+    comment="The string behind each hashed user or item id.",
+)
+
+item = Table(
+    "item",
+    metadata,
+    Column("item_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("title", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("categories", JSON, nullable=False),
+    Column("embedding", LargeBinary, nullable=True),
+    Column("available", Boolean, nullable=False),
+)
+
+published_snapshot = Table(
+    "published_snapshot",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(16), nullable=False),
+    Column("parent", BigInteger, nullable=True),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("published_at_ms", BigInteger, nullable=False),
+    Column("watermark_ms", BigInteger, nullable=True),
+    Column("lineage", JSON, nullable=False),
+    Column("event_age", JSON, nullable=False),
+    Column("append_age", JSON, nullable=False),
+    Column("metrics", JSON, nullable=False),
+    Column("traceparent", String(128), nullable=True),
+)
+
+first_served = Table(
+    "first_served",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("replica", String(128), primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    comment="When each replica first answered with a snapshot version.",
+)

@@ -1,0 +1,92 @@
+"""What one writer transaction can do; everything in it becomes visible at once or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, func, select, text
+
+from feature_store import appending, catalogue, publications
+from feature_store.interactions import AppendResult, Interactions
+from feature_store.records import IdKind, Item
+from feature_store.tables import history_chunk
+from feature_store.values import values_table
+
+_USERS_PER_STATEMENT = 4_000
+
+
+class StoreTransaction:
+    """Handed out by `FeatureStore.transaction()`; not to be used after it ends, nor by two threads at once."""
+
+    def __init__(self, connection: Connection, chunk_len: int) -> None:
+        self._connection = connection
+        self._chunk_len = chunk_len
+
+    def lock_position(self, log_id: str, topic: str, partition: int) -> int:
+        """Lock a partition's position (made at 0 if there is none) until the transaction ends.
+
+        A second writer of the same partition waits here until the first one's transaction ends, and then sees the
+        position it left: that is the fence between two workers that both believe they own the partition.
+
+        Returns:
+            The next log offset to apply.
+        """
+        return publications.lock_position(self._connection, log_id, topic, partition)
+
+    def set_position(self, log_id: str, topic: str, partition: int, next_offset: int) -> None:
+        """Store the next log offset to apply.
+
+        Raises:
+            PositionError: the position was never locked, or would move backwards.
+        """
+        publications.set_position(self._connection, log_id, topic, partition, next_offset)
+
+    def append(self, interactions: Interactions) -> AppendResult:
+        """Put interactions into their users' histories: in order, without duplicates, numbered by arrival.
+
+        The batch may hold any users and any event times; `seq` of the input is ignored.
+
+        Raises:
+            ConcurrentAppendError: another writer changed one of the users; retry the whole transaction.
+            ChunkCorruptError: a stored chunk that the batch needs is damaged.
+        """
+        return appending.append(self._connection, interactions, self._chunk_len)
+
+    def register_names(self, kind: IdKind, names: Mapping[int, str]) -> None:
+        """Remember the strings behind hashed ids.
+
+        Raises:
+            IdCollisionError: an id already belongs to another string.
+        """
+        catalogue.register_names(self._connection, kind, names)
+
+    def upsert_items(self, items: Sequence[Item]) -> None:
+        """Store items, replacing what was known about them."""
+        catalogue.upsert_items(self._connection, items)
+
+    def retire_items(self, ids: NDArray[np.int64] | Iterable[int]) -> None:
+        """Mark items as not to be recommended; remembered also for items never heard of."""
+        catalogue.retire_items(self._connection, np.asarray(list(ids), np.int64))
+
+    def forget_users(self, user_ids: NDArray[np.int64]) -> int:
+        """Remove everything about users: their histories and their names.
+
+        Returns:
+            How many of them had a history.
+        """
+        if self._connection.dialect.name == "postgresql":
+            # Waits for every append under way and holds off new ones; see appending.append.
+            self._connection.execute(text("LOCK TABLE history_chunk IN SHARE ROW EXCLUSIVE MODE"))
+        user_ids = np.unique(user_ids)
+        num_forgotten = 0
+        for start in range(0, len(user_ids), _USERS_PER_STATEMENT):
+            part = {"user_id": user_ids[start : start + _USERS_PER_STATEMENT]}
+            wanted = values_table(self._connection.dialect.name, part)
+            is_wanted = history_chunk.c.user_id.in_(select(wanted.c.user_id))
+            count = select(func.count(history_chunk.c.user_id.distinct())).where(is_wanted)
+            num_forgotten += self._connection.execute(count).scalar_one()
+            self._connection.execute(history_chunk.delete().where(is_wanted))
+        catalogue.forget_names(self._connection, "user", user_ids)
+        return num_forgotten
