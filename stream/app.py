@@ -252,8 +252,8 @@ class LowRateAgents:
 
     def _forget(self, user_id: int) -> None:
         with self._store.transaction() as transaction:
-            num_removed = transaction.forget_users(np.array([user_id], np.int64))
-        logger.info("forgot user %d: %d interactions removed", user_id, num_removed)
+            num_forgotten = transaction.forget_users(np.array([user_id], np.int64))
+        logger.info("forgot user %d%s", user_id, "" if num_forgotten else ", who had no history")
 
     async def _refuse(self, event: EventT[bytes], error: MessageFormatError) -> None:
         message = event.message
@@ -297,3 +297,27 @@ def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, 
         available=message.available,
     )
     return item_id, (raw_id if isinstance(raw_id, str) else None), item
+
+
+def run_worker(app: faust.App, service: IngestService, *, log_level: str) -> int:
+    """Run the Faust worker until SIGTERM or SIGINT; returns the exit code.
+
+    Raises LogResetError when the log contradicts the stored positions.
+    """
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    worker = faust.Worker(
+        app,
+        service,
+        loop=loop,
+        loglevel=log_level,
+        quiet=True,
+        override_logging=False,
+        redirect_stdouts=False,
+    )
+    try:
+        worker.execute_from_commandline()
+    except SystemExit as finished:
+        if service.fatal is not None:
+            raise service.fatal from None
+        return finished.code if isinstance(finished.code, int) else 0

@@ -21,7 +21,8 @@ from aiokafka.errors import KafkaError
 from opentelemetry import metrics, trace
 
 from feature_store.errors import ConcurrentAppendError, IdCollisionError, StoreUnavailableError
-from feature_store.store import FeatureStore, StoreTransaction
+from feature_store.store import FeatureStore
+from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
 from stream.clock import Clock
 from stream.dead_letters import dead_letter_headers
@@ -177,9 +178,10 @@ class Committer:
         return (update if len(update.offsets) else None), position
 
     def _append(self, transaction: StoreTransaction, partition: int, batch: DecodedBatch) -> tuple[HistoryUpdate, int]:
-        for kind, names in (("user", batch.user_names), ("item", batch.item_names)):
-            if names:
-                transaction.register_names(kind, names)
+        if batch.user_names:
+            transaction.register_names("user", batch.user_names)
+        if batch.item_names:
+            transaction.register_names("item", batch.item_names)
         result = transaction.append(batch.interactions)
         accepted = result.accepted
         newest_ms = int(batch.interactions.event_time_ms.max(initial=0))

@@ -1,0 +1,217 @@
+"""The commit protocol: each event's effect exactly once, whatever is repeated, refused or interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from feature_store.config import FeatureStoreConfig
+from feature_store.errors import StoreUnavailableError
+from feature_store.ids import stable_id
+from feature_store.schema import migrate
+from feature_store.store import FeatureStore
+from stream.clock import ManualClock
+from stream.errors import LogUnavailableError
+from stream.events import EventDecoder, EventRules
+from stream.ingest import Committer
+from stream.log import Record
+from stream.memory_log import MemoryLog, MemoryWriter
+from stream.messages import HistoryUpdate
+
+NOW_MS = 1_700_000_000_000
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FeatureStore]:
+    url = f"sqlite:///{tmp_path}/store.db"
+    migrate(url)
+    store = FeatureStore(FeatureStoreConfig(url=url))
+    yield store
+    store.close()
+
+
+@pytest.fixture
+async def log() -> MemoryLog:
+    log = MemoryLog(ManualClock(NOW_MS))
+    await log.create_topics()
+    return log
+
+
+@pytest.fixture
+async def committer(store: FeatureStore, log: MemoryLog) -> AsyncIterator[Committer]:
+    committer = committer_of(store, log, log.writer())
+    yield committer
+    committer.close()
+
+
+def committer_of(store: FeatureStore, log: MemoryLog, writer: MemoryWriter) -> Committer:
+    return Committer(
+        store=store,
+        writer=writer,
+        topics=log.topics,
+        log_id=log.log_id,
+        decoder=EventDecoder(EventRules()),
+        clock=ManualClock(NOW_MS),
+    )
+
+
+def record(offset: int, value: dict[str, Any] | bytes | None = None, **changes: Any) -> Record:
+    if value is None:
+        value = {"event_id": f"e{offset}", "user_id": offset % 3, "item_id": offset, "action": "rating"}
+        value |= {"event_time": NOW_MS - 1_000 + offset} | changes
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return Record("interactions", 0, offset, NOW_MS - 10, b"key", raw, (("traceparent", b"00-ab"),))
+
+
+def updates_of(log: MemoryLog) -> list[HistoryUpdate]:
+    return [HistoryUpdate.decode(r.value) for r in log.records((log.topics.history_updates, 0))]
+
+
+def stored_items(store: FeatureStore, *users: int) -> dict[int, list[int]]:
+    histories = store.read(np.array(users, np.int64), max_len=1_000)
+    bounds = histories.offsets.tolist()
+    return {u: histories.item_id[bounds[n] : bounds[n + 1]].tolist() for n, u in enumerate(users)}
+
+
+async def test_events_become_histories_updates_and_a_position(
+    committer: Committer, store: FeatureStore, log: MemoryLog
+) -> None:
+    position = await committer.commit(0, [record(n) for n in range(6)])
+    assert position == 6
+    assert store.positions(log.log_id, log.topics.interactions) == {0: 6}
+    assert stored_items(store, 0, 1, 2) == {0: [0, 3], 1: [1, 4], 2: [2, 5]}
+    (update,) = updates_of(log)
+    assert update.offsets.tolist() == [0, 1, 2, 3, 4, 5]
+    assert update.interactions.seq.tolist() == [0, 0, 0, 1, 1, 1]
+    assert update.append_ms.tolist() == [NOW_MS - 10] * 6
+    assert update.watermark_ms == NOW_MS - 995
+
+
+async def test_a_repeated_batch_changes_nothing(committer: Committer, store: FeatureStore, log: MemoryLog) -> None:
+    batch = [record(n) for n in range(6)]
+    await committer.commit(0, batch)
+    await committer.commit(0, batch)
+    assert store.totals().num_interactions == 6
+    assert len(updates_of(log)) == 1
+    assert committer.counts.num_skipped == 6
+
+
+async def test_an_overlapping_batch_applies_only_what_is_new(committer: Committer, store: FeatureStore) -> None:
+    await committer.commit(0, [record(n) for n in range(4)])
+    await committer.commit(0, [record(n) for n in range(2, 7)])
+    assert store.totals().num_interactions == 7
+    assert (committer.counts.num_accepted, committer.counts.num_skipped) == (7, 2)
+
+
+async def test_an_event_sent_twice_by_its_producer_counts_once(committer: Committer, store: FeatureStore) -> None:
+    await committer.commit(0, [record(0), record(1, event_id="e0", user_id=0, item_id=0, event_time=NOW_MS - 1_000)])
+    assert stored_items(store, 0) == {0: [0]}
+    assert committer.counts.num_duplicate == 1
+
+
+async def test_poison_records_become_dead_letters_and_stop_nothing(
+    committer: Committer, store: FeatureStore, log: MemoryLog
+) -> None:
+    poison = Record("interactions", 0, 1, NOW_MS, b"k", b"\x00{", (("traceparent", b"00-ab"),))
+    position = await committer.commit(0, [record(0), poison, record(2, action="teleport"), record(3)])
+    assert position == 4
+    assert store.totals().num_interactions == 2
+    letters = log.records((log.topics.dead_letters, 0))
+    assert [letter.value for letter in letters] == [poison.value, record(2, action="teleport").value]
+    headers = dict(letters[0].headers)
+    assert headers["traceparent"] == b"00-ab"
+    assert headers["headrace-reason"] == b"malformed_json"
+    assert headers["headrace-source-offset"] == b"1"
+    assert dict(letters[1].headers)["headrace-reason"] == b"unknown_action"
+    assert committer.counts.num_refused == {"malformed_json": 1, "unknown_action": 1}
+
+
+async def test_a_batch_of_nothing_but_poison_still_moves_the_position(
+    committer: Committer, store: FeatureStore, log: MemoryLog
+) -> None:
+    await committer.commit(0, [record(5, b"?")])
+    assert store.positions(log.log_id, log.topics.interactions) == {0: 6}
+    assert updates_of(log) == []
+
+
+async def test_a_late_event_is_put_where_it_belongs_and_counted(committer: Committer, store: FeatureStore) -> None:
+    await committer.commit(0, [record(0, user_id=1, event_time=200), record(1, user_id=1, event_time=300)])
+    await committer.commit(0, [record(2, user_id=1, event_time=250)])
+    assert stored_items(store, 1) == {1: [0, 2, 1]}
+    assert committer.counts.num_late == 1
+
+
+async def test_text_ids_keep_their_names(committer: Committer, store: FeatureStore) -> None:
+    await committer.commit(0, [record(0, user_id="anna", item_id="tt0017136")])
+    assert store.names("user", [stable_id("anna")]) == {stable_id("anna"): "anna"}
+    assert stored_items(store, stable_id("anna")) == {stable_id("anna"): [stable_id("tt0017136")]}
+
+
+async def test_two_names_with_one_hash_are_never_merged(
+    committer: Committer, store: FeatureStore, log: MemoryLog
+) -> None:
+    with store.transaction() as transaction:
+        transaction.register_names("user", {stable_id("anna"): "somebody else with the same hash"})
+    await committer.commit(0, [record(0, user_id="anna"), record(1)])
+    assert stored_items(store, stable_id("anna"), 1) == {stable_id("anna"): [], 1: [1]}
+    (letter,) = log.records((log.topics.dead_letters, 0))
+    assert dict(letter.headers)["headrace-reason"] == b"id_collision"
+
+
+class FailingWriter(MemoryWriter):
+    """A broker that stops acknowledging after some records."""
+
+    def __init__(self, log: MemoryLog, num_good: int) -> None:
+        super().__init__(log)
+        self.num_left = num_good
+
+    async def send(self, *args: Any, **options: Any) -> Any:
+        if self.num_left == 0:
+            raise LogUnavailableError("the broker went away")
+        self.num_left -= 1
+        return await super().send(*args, **options)
+
+
+async def test_without_the_broker_nothing_is_applied_and_the_batch_can_be_tried_again(
+    store: FeatureStore, log: MemoryLog
+) -> None:
+    batch = [record(0), record(1, b"?"), record(2)]
+    failing = committer_of(store, log, FailingWriter(log, num_good=1))
+    with pytest.raises(LogUnavailableError):
+        await failing.commit(0, batch)
+    assert store.totals().num_interactions == 0
+    assert store.positions(log.log_id, log.topics.interactions) == {}
+    failing.close()
+    working = committer_of(store, log, log.writer())
+    assert await working.commit(0, batch) == 3
+    assert store.totals().num_interactions == 2
+    working.close()
+
+
+async def test_a_missing_database_is_reported_with_nothing_sent(tmp_path: Path, log: MemoryLog) -> None:
+    store = FeatureStore(FeatureStoreConfig(url=f"sqlite:///{tmp_path}/missing/store.db"))
+    committer = committer_of(store, log, log.writer())
+    with pytest.raises(StoreUnavailableError):
+        await committer.commit(0, [record(0)])
+    assert updates_of(log) == []
+    committer.close()
+    store.close()
+
+
+async def test_two_workers_on_one_partition_fence_each_other(store: FeatureStore, log: MemoryLog) -> None:
+    left, right = committer_of(store, log, log.writer()), committer_of(store, log, log.writer())
+    batch = [record(n) for n in range(50)]
+    positions = await asyncio.gather(left.commit(0, batch), right.commit(0, batch))
+    assert positions == [50, 50]
+    assert store.totals().num_interactions == 50
+    assert left.counts.num_accepted + right.counts.num_accepted == 50
+    # Consumers drop by source offset; together the updates hold each event at least once and nothing else.
+    assert {o for update in updates_of(log) for o in update.offsets.tolist()} == set(range(50))
+    left.close()
+    right.close()
