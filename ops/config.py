@@ -23,7 +23,19 @@ class HeadraceConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line that is written."""
 
+    probe_host: str = "127.0.0.1"
+    """Address on which ingest and trainer answer /livez, /readyz, /metrics and /status; 0.0.0.0 in a container."""
+
+    ingest_port: int = 8081
+    """Port of the ingest worker's probes; 0 takes any free one."""
+
+    trainer_port: int = 8082
+    """Port of the trainer's probes; 0 takes any free one."""
+
     def __post_init__(self) -> None:
+        for name in ("ingest_port", "trainer_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ValueError(f"headrace.{name} = {getattr(self, name)}: must lie between 0 and 65535")
         if not self.model or any(not (letter.isalnum() or letter in "-_.") for letter in self.model):
             raise ValueError(
                 f"headrace.model = {self.model!r}: it names a folder, so use letters, digits, '-', '_' and '.' only"

@@ -49,12 +49,14 @@ class Section:
 
 SECTIONS: Final = (
     Section("headrace", "ops.config", "HeadraceConfig"),
-    Section("log", "stream.log", "KafkaConfig"),
+    Section("log", "stream.kafka", "KafkaConfig"),
     Section("events", "stream.events", "EventRules"),
     Section("ingest", "stream.ingest", "IngestConfig"),
     Section("store", "feature_store.config", "FeatureStoreConfig"),
     Section("hot", "feature_store.config", "HotHistoriesConfig"),
     Section("model", "model.config", "ModelConfig"),
+    Section("loss", "model.config", "LossConfig"),
+    Section("optimizer", "model.config", "OptimizerConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("serving", "serving.config", "ServingConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),

@@ -1,0 +1,136 @@
+"""Composes each daemon from the settings: what it is made of, its probes, its way to stop. No logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
+from feature_store.errors import StoreUnavailableError
+from feature_store.store import FeatureStore
+from ops import telemetry
+from ops.config import HeadraceConfig
+from ops.probes import Probes, ProbeServer, Readiness
+from ops.settings import Settings
+from ops.telemetry_config import TelemetryConfig
+from stream.clock import WallClock
+from stream.kafka import KafkaConfig, KafkaLog
+
+logger = logging.getLogger(__name__)
+
+_STORE_RETRY_MAX_S: Final = 5.0
+
+
+def ingest(settings: Settings) -> int:
+    """Run the ingest worker until it is told to stop; returns the exit code."""
+    from stream.app import IngestService, StreamParts, build_app, run_worker
+    from stream.events import EventRules
+    from stream.ingest import IngestConfig
+
+    config = settings.get(HeadraceConfig)
+    signals = telemetry.start(settings.get(TelemetryConfig), daemon="ingest", mode=config.mode)
+    store = _open_store(settings)
+    if store is None:
+        return 0
+    parts = StreamParts(
+        kafka=settings.get(KafkaConfig),
+        rules=settings.get(EventRules),
+        ingest=settings.get(IngestConfig),
+        store=store,
+        clock=WallClock(),
+        mode=config.mode,
+    )
+    service = IngestService(parts)
+    probes = _probes(service.ready, service.status, signals)
+    try:
+        with ProbeServer(probes, host=config.probe_host, port=config.ingest_port):
+            return run_worker(build_app(parts, service), service, log_level=config.log_level)
+    finally:
+        store.close()
+        signals.shutdown()
+
+
+def train(settings: Settings) -> int:
+    """Run the trainer until it is told to stop; returns the exit code."""
+    from model.config import LossConfig, ModelConfig, OptimizerConfig
+    from online_trainer.config import TrainerConfig
+    from online_trainer.daemon import TrainerDaemon, TrainerParts
+
+    config = settings.get(HeadraceConfig)
+    signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
+    store = _open_store(settings)
+    if store is None:
+        return 0
+    daemon = TrainerDaemon(
+        TrainerParts(
+            config=settings.get(TrainerConfig),
+            model_config=settings.get(ModelConfig),
+            loss_config=settings.get(LossConfig),
+            optimizer_config=settings.get(OptimizerConfig),
+            model_name=config.model,
+            log=KafkaLog(settings.get(KafkaConfig)),
+            store=store,
+            hot_config=settings.get(HotHistoriesConfig),
+            snapshot_root=config.data_dir / "snapshots",
+            checkpoint_root=config.data_dir / "checkpoints" / config.model,
+            clock=WallClock(),
+            mode=config.mode,
+        )
+    )
+    probes = _probes(daemon.ready, daemon.status, signals)
+    try:
+        with ProbeServer(probes, host=config.probe_host, port=config.trainer_port):
+            asyncio.run(_until_told_to_stop(daemon.run))
+    finally:
+        store.close()
+        signals.shutdown()
+    return 0
+
+
+async def _until_told_to_stop(run: Callable[[asyncio.Event], Any]) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await run(stopping)
+
+
+def _open_store(settings: Settings) -> FeatureStore | None:
+    """The feature store, once it answers; None if told to stop while waiting. Raises SchemaRevisionError."""
+    stopping = threading.Event()
+    before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (signal.SIGTERM, signal.SIGINT)}
+    store, delay_s = FeatureStore(settings.get(FeatureStoreConfig)), 0.2
+    try:
+        while not stopping.is_set():
+            try:
+                store.require_current_schema()
+            except StoreUnavailableError as error:
+                logger.warning("%s; trying again in %.1f s", error, delay_s)
+                stopping.wait(delay_s)
+                delay_s = min(2 * delay_s, _STORE_RETRY_MAX_S)
+            else:
+                return store
+        return None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _probes(
+    ready: Callable[[], tuple[bool, str]], status: Callable[[], Mapping[str, Any]], signals: telemetry.Telemetry
+) -> Probes:
+    return Probes(
+        is_alive=lambda: True,
+        readiness=lambda: Readiness(*ready()),
+        metrics=signals.metrics_text,
+        status=status,
+    )
+
+
+def replica_name(port: int) -> str:
+    """What this inference worker calls itself in records of what it served."""
+    return f"{socket.gethostname()}:{port}"
