@@ -8,6 +8,7 @@ refused with the nearest name that exists. Secrets come from the environment or 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import json
@@ -40,6 +41,14 @@ class Section:
     table: str
     module: str
     class_name: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Defaults for fields that have none in the room, because only the installation knows (where the database is)."""
+
+    def default_of(self, field: Field[Any]) -> Any:
+        """The default of one of the dataclass's fields; MISSING when it has none."""
+        if field.name in self.defaults:
+            return self.defaults[field.name]
+        return field.default if field.default_factory is MISSING else field.default_factory()
 
     def config_class(self) -> type[Any]:
         """The dataclass; imports its module."""
@@ -52,9 +61,11 @@ SECTIONS: Final = (
     Section("log", "stream.kafka", "KafkaConfig"),
     Section("events", "stream.events", "EventRules"),
     Section("ingest", "stream.ingest", "IngestConfig"),
-    Section("store", "feature_store.config", "FeatureStoreConfig"),
+    Section("store", "feature_store.config", "FeatureStoreConfig", {"url": "sqlite:///var/headrace.db"}),
     Section("hot", "feature_store.config", "HotHistoriesConfig"),
     Section("model", "model.config", "ModelConfig"),
+    Section("loss", "model.config", "LossConfig"),
+    Section("optimizer", "model.config", "OptimizerConfig"),
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
@@ -135,7 +146,7 @@ def load(
     for section in sections:
         kind = section.config_class()
         given = _given(section.table, kind, tables.get(section.table, {}), str(file), overrides)
-        configs[section.table] = _build(section.table, kind, given)
+        configs[section.table] = _build(section, kind, given)
         origins |= {f"{section.table}.{name}": one.origin for name, one in given.items()}
     return Settings(configs, origins)
 
@@ -162,11 +173,6 @@ def masked(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return _URL_PASSWORD.sub(r"\g<before>***", value)
     return msgspec.to_builtins(value, enc_hook=str)
-
-
-def default_of(field: Field[Any]) -> Any:
-    """A field's default; MISSING when it has none."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _settings_file(path: Path | None, environment: Mapping[str, str]) -> Path | None:
@@ -277,14 +283,16 @@ def _refuse_secret(table: str, name: str, value: Any, file: str) -> None:
         )
 
 
-def _build(table: str, kind: type[Any], given: Mapping[str, _Given]) -> Any:
+def _build(section: Section, kind: type[Any], given: Mapping[str, _Given]) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
-    values = {name: _convert(f"{table}.{name}", one, hints[name]) for name, one in given.items()}
+    values = {name: _convert(f"{section.table}.{name}", one, hints[name]) for name, one in given.items()}
     try:
-        return kind(**values)
+        return kind(**{**section.defaults, **values})
     except ValueError as error:
-        origins = sorted({one.origin for one in given.values()})
-        raise SettingsError(f"{error}" + (f" (set in {', '.join(origins)})" if origins else "")) from error
+        text = str(error) if str(error).startswith(f"{section.table}.") else f"[{section.table}] {error}"
+        origins = ", ".join(sorted({one.origin for one in given.values()}))
+        text = _URL_PASSWORD.sub(r"\g<before>***", text)
+        raise SettingsError(f"{text} (set in {origins})" if origins else text) from error
 
 
 def _convert(key: str, given: _Given, hint: Any) -> Any:

@@ -131,7 +131,7 @@ class IngestService(Service):
 
 def build_app(parts: StreamParts, service: IngestService) -> faust.App:
     """The Faust app with the agents for `items` and `commands`."""
-    log = KafkaLog(parts.kafka)
+    log, session_s = KafkaLog(parts.kafka), parts.ingest.session_timeout_ms / 1000
     app = faust.App(
         parts.ingest.group_id + "-agents",
         broker=[f"kafka://{server}" for server in parts.kafka.bootstrap_servers.split(",")],
@@ -139,6 +139,10 @@ def build_app(parts: StreamParts, service: IngestService) -> faust.App:
         store="memory://",
         autodiscover=False,
         web_enabled=False,
+        # The same liveness as the hot path's group; the local broker also holds a join for half a session timeout.
+        broker_session_timeout=session_s,
+        broker_rebalance_timeout=session_s,
+        broker_heartbeat_interval=session_s / 3,
         topic_disable_leader=True,
         topic_allow_declare=False,
         stream_wait_empty=False,

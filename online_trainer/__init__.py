@@ -1,0 +1,1 @@
+"""The online trainer: poll, batch, test, train, checkpoint, publish; each interaction is learned from exactly once."""

@@ -1,0 +1,331 @@
+"""The trainer daemon: read updates, close micro-batches, step, publish, checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opentelemetry import metrics, trace
+
+from feature_store.config import HotHistoriesConfig
+from feature_store.errors import StoreUnavailableError
+from feature_store.hot import HotHistories
+from feature_store.store import FeatureStore
+from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.errors import SnapshotError
+from online_trainer.batching import MicroBatch, MicroBatcher
+from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
+from online_trainer.config import TrainerConfig
+from online_trainer.errors import CheckpointError
+from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.publisher import Publisher
+from stream.clock import Clock
+from stream.errors import LogUnavailableError
+from stream.failpoints import fail_point
+from stream.freshness import F2_LEARNED, FreshnessRecorder
+from stream.log import (
+    RETRY_FIRST_S,
+    RETRY_MAX_S,
+    EventLog,
+    LogReader,
+    LogWriter,
+    PartitionId,
+    Start,
+    acknowledged,
+    start_when_available,
+)
+from stream.messages import HistoryUpdate, SnapshotPointer, encode_message
+from stream.tracing import current_traceparent, links_to
+
+logger = logging.getLogger(__name__)
+_tracer = trace.get_tracer("headrace.online_trainer")
+_Result = TypeVar("_Result")
+_IDLE_POLL_MS = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerParts:
+    """What the trainer is made of."""
+
+    config: TrainerConfig
+    model_config: ModelConfig
+    loss_config: LossConfig
+    optimizer_config: OptimizerConfig
+    model_name: str
+    log: EventLog
+    store: FeatureStore
+    hot_config: HotHistoriesConfig
+    snapshot_root: Path
+    checkpoint_root: Path
+    clock: Clock
+    mode: str = "live"
+
+    def learner_config(self) -> LearnerConfig:
+        """The part of the settings that decides what a step computes."""
+        return LearnerConfig(
+            trainer=self.config, model=self.model_config, loss=self.loss_config, optimizer=self.optimizer_config
+        )
+
+
+class TrainerDaemon:
+    """Learns from every interaction of the log exactly once, and publishes what it has learned."""
+
+    def __init__(self, parts: TrainerParts) -> None:
+        self._parts, self._config = parts, parts.config
+        self._learner = self._resume()
+        self._publisher = Publisher(
+            parts.snapshot_root,
+            parts.model_name,
+            parts.config,
+            store=parts.store,
+            clock=parts.clock,
+            mode=parts.mode,
+        )
+        self._batcher = MicroBatcher(
+            max_interactions=parts.config.batch_interactions,
+            max_tokens=parts.config.batch_tokens,
+            max_len=parts.model_config.max_len,
+            positions=self._learner.ledger.positions,
+        )
+        self.freshness = FreshnessRecorder(F2_LEARNED, mode=parts.mode)
+        self._blocked_by: str | None = "starting"
+        self._waiting_since_s: float | None = None
+        self._last_checkpoint_s = parts.clock.monotonic_s()
+        self._checkpointed_step = self._learner.ledger.num_steps
+        self._background: set[asyncio.Task[None]] = set()
+        self._writing_snapshot = False
+        self._writing_checkpoint = False
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="trainer")
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="trainer-files")
+        meter = metrics.get_meter("headrace.online_trainer")
+        self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
+        self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
+
+    def _resume(self) -> OnlineLearner:
+        parts = self._parts
+        hot = HotHistories(parts.store, parts.hot_config)
+        learner = OnlineLearner(parts.learner_config(), hot, log_id=parts.log.log_id)
+        checkpoint = read_newest_checkpoint(parts.checkpoint_root, config_hash=parts.model_config.config_hash())
+        if checkpoint is None:
+            logger.info("no checkpoint in %s: starting a new model", parts.checkpoint_root)
+        else:
+            learner.load_checkpoint(checkpoint)
+            logger.info("continuing after step %d, %d interactions", checkpoint.step, learner.ledger.num_interactions)
+        return learner
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Train until `stopping` is set; then finish the step, publish and checkpoint. Raises LogResetError."""
+        reader, writer = self._parts.log.reader(), self._parts.log.writer()
+        try:
+            for start in (self._parts.log.create_topics, reader.start, writer.start):
+                if not await start_when_available(start, what="trainer", stopping=stopping):
+                    return
+            await reader.assign(await self._starts(reader))
+            self._blocked_by = None
+            await self._train(reader, writer, stopping)
+            await self._finish(writer)
+        finally:
+            self._blocked_by = "stopped"
+            await reader.stop()
+            await writer.stop()
+            self._compute.shutdown(wait=True)
+            self._files.shutdown(wait=True)
+
+    async def _starts(self, reader: LogReader) -> dict[PartitionId, Start]:
+        topic = self._parts.log.topics.history_updates
+        known = self._learner.ledger.positions
+        return {
+            (topic, partition): known[partition].update_offset if partition in known else "earliest"
+            for partition in await reader.partitions(topic)
+        }
+
+    async def _train(self, reader: LogReader, writer: LogWriter, stopping: asyncio.Event) -> None:
+        delay_s = RETRY_FIRST_S
+        while not stopping.is_set():
+            try:
+                await self._read(reader)
+            except LogUnavailableError as error:
+                self._blocked_by = str(error)
+                logger.warning("%s; trying again in %.1f s", error, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+            else:
+                self._blocked_by, delay_s = None, RETRY_FIRST_S
+            if self._batch_is_due():
+                await self._step(stopping)
+            if self._publisher.is_due() and not self._writing_snapshot:
+                await self._publish(writer)
+            if self._checkpoint_is_due():
+                await self._checkpoint()
+
+    async def _read(self, reader: LogReader) -> None:
+        if self._batcher.num_pending >= self._config.max_pending_interactions:
+            return
+        timeout_ms = 0 if self._batch_is_due() else _IDLE_POLL_MS
+        for record in await reader.poll(timeout_ms=timeout_ms, max_records=self._config.poll_records):
+            update = HistoryUpdate.decode(record.value)
+            if update.forgotten:
+                await self._in_compute_thread(lambda users=update.forgotten: self._learner.forget(users))  # type: ignore[misc]
+            self._batcher.add(update, record.offset, record.headers)
+        if self._batcher.num_pending and self._waiting_since_s is None:
+            self._waiting_since_s = self._parts.clock.monotonic_s()
+
+    def _batch_is_due(self) -> bool:
+        if self._batcher.is_full():
+            return True
+        if self._waiting_since_s is None:
+            return False
+        return (self._parts.clock.monotonic_s() - self._waiting_since_s) * 1000 >= self._config.batch_wait_ms
+
+    async def _step(self, stopping: asyncio.Event) -> None:
+        batch = self._batcher.take()
+        now_s = self._parts.clock.monotonic_s()
+        self._waiting_since_s = now_s if self._batcher.num_pending else None
+        if batch is None:
+            return
+        with _tracer.start_as_current_span("headrace.trainer.step", links=links_to(batch.headers)) as span:
+            await self._until_store_answers(batch, stopping)
+            span.set_attribute("headrace.batch.interactions", len(batch.interactions))
+        fail_point("trainer.trained")
+        self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
+        self._learned.add(len(batch.interactions))
+        event_time_ms = batch.interactions.event_time_ms
+        self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
+        self._publisher.learned(event_time_ms, batch.append_ms, self._learner.ledger.num_interactions)
+
+    async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> None:
+        """Run the step; histories are read before anything changes, so a step can be tried again."""
+        delay_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self._in_compute_thread(lambda: self._learner.step(batch))
+            except StoreUnavailableError as error:
+                self._blocked_by = str(error)
+                if stopping.is_set():
+                    raise
+                logger.warning("%s; trying again in %.1f s", error, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+            else:
+                self._blocked_by = None
+                return
+
+    async def _publish(self, writer: LogWriter) -> None:
+        with _tracer.start_as_current_span("headrace.snapshot.publish"):
+            captured = await self._in_compute_thread(
+                lambda: self._publisher.capture(self._learner, traceparent=current_traceparent())
+            )
+        if captured is None:
+            return
+        self._writing_snapshot = True
+
+        async def write() -> None:
+            try:
+                published = await asyncio.get_running_loop().run_in_executor(
+                    self._files, self._publisher.write, captured
+                )
+                manifest = published.manifest
+                pointer = SnapshotPointer(
+                    model=manifest.model,
+                    version=manifest.version,
+                    kind=manifest.kind,
+                    parent=manifest.parent,
+                    created_at_ms=manifest.created_at_ms,
+                )
+                topic = self._parts.log.topics.snapshots
+                sent = await writer.send(topic, encode_message(pointer), key=manifest.model.encode())
+                await acknowledged([sent])
+            except (SnapshotError, OSError, StoreUnavailableError, LogUnavailableError) as error:
+                # Workers also poll the pointer; what was not announced is found there.
+                logger.warning("publishing: %s", error)
+            finally:
+                self._writing_snapshot = False
+
+        self._in_background(write)
+
+    def _checkpoint_is_due(self) -> bool:
+        waited_s = self._parts.clock.monotonic_s() - self._last_checkpoint_s
+        return (
+            not self._writing_checkpoint
+            and waited_s >= self._config.checkpoint_interval_s
+            and self._learner.ledger.num_steps > self._checkpointed_step
+        )
+
+    async def _checkpoint(self) -> None:
+        checkpoint = await self._in_compute_thread(self._learner.capture_checkpoint)
+        self._writing_checkpoint = True
+        self._last_checkpoint_s = self._parts.clock.monotonic_s()
+
+        async def write() -> None:
+            try:
+                await asyncio.get_running_loop().run_in_executor(
+                    self._files,
+                    lambda: write_checkpoint(
+                        self._parts.checkpoint_root, checkpoint, keep=self._config.keep_checkpoints
+                    ),
+                )
+                self._checkpointed_step = checkpoint.step
+            except CheckpointError as error:
+                logger.error("%s; the checkpoint before it stays", error)  # noqa: TRY400 - the sentence says it all
+            finally:
+                self._writing_checkpoint = False
+
+        self._in_background(write)
+
+    async def _finish(self, writer: LogWriter) -> None:
+        await self._background_done()
+        if self._publisher.has_unpublished():
+            await self._publish(writer)
+        if self._learner.ledger.num_steps > self._checkpointed_step:
+            await self._checkpoint()
+        await self._background_done()
+
+    def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = asyncio.create_task(work())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _background_done(self) -> None:
+        if self._background:
+            await asyncio.gather(*self._background)
+
+    async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, call)
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the trainer is learning (or waiting for events), and if not, why."""
+        return self._blocked_by is None, self._blocked_by or "learning"
+
+    def status(self) -> dict[str, object]:
+        """Counts, metrics, snapshot and freshness, JSON-ready."""
+        ledger, newest = self._learner.ledger, self._publisher.newest
+        return {
+            "interactions": ledger.num_interactions,
+            "supervised": ledger.num_supervised,
+            "first": ledger.num_first,
+            "out_of_reach": ledger.num_out_of_reach,
+            "quarantined": ledger.num_quarantined,
+            "steps": ledger.num_steps,
+            "pending": self._batcher.num_pending,
+            "repeated": self._batcher.num_repeated,
+            "fingerprint": str(ledger.fingerprint),
+            "watermark_ms": ledger.watermark_ms,
+            "positions": ledger.lineage().positions,
+            "metrics": self._learner.metrics_summary(),
+            "items": self._learner.num_items,
+            "snapshot": None
+            if newest is None
+            else {
+                "version": newest.manifest.version,
+                "kind": newest.manifest.kind,
+                "bytes": newest.num_bytes,
+                "publish_s": newest.seconds,
+                "interactions": newest.manifest.lineage.num_interactions,
+            },
+            "freshness": {"F2": self.freshness.summary(), "F3": self._publisher.freshness.summary()},
+        }

@@ -1,0 +1,72 @@
+"""From histories that end at the newest interaction to what a step predicts: each new interaction once.
+
+Position j of a history predicts interaction j + 1. Only positions whose next interaction is new carry loss, so an
+interaction is supervised in exactly one step, however often its user comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_store.interactions import Interactions, JaggedHistories
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examples:
+    """Inputs of B users and their supervised positions. L input positions, P of them supervised."""
+
+    item_id: NDArray[np.int64]
+    """[L] interactions that serve as input: each history without its last one."""
+    event_time_ms: NDArray[np.int64]
+    """[L]"""
+    query_time_ms: NDArray[np.int64]
+    """[L] time of the next interaction: when the prediction would have been asked for."""
+    offsets: NDArray[np.int64]
+    """[B + 1] row boundaries of the inputs."""
+    positions: NDArray[np.int64]
+    """[P] supervised input positions, ascending."""
+    target_item_id: NDArray[np.int64]
+    """[P] the new interaction that each supervised position predicts."""
+    num_first: int
+    """New interactions without an earlier one: they enter the history, nothing predicts them."""
+    num_out_of_reach: int
+    """New interactions older than the newest `max_len`: they arrived too late to be predicted."""
+
+
+def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: int) -> Examples:
+    """Examples for the `new` interactions, which `histories` (the newest max_len + 1 of each user) already contain."""
+    lengths = histories.lengths()
+    row_of = np.repeat(np.arange(histories.num_users), lengths)
+    is_new = _contains(histories, row_of, new)
+    is_first_of_row = np.zeros(histories.num_interactions, bool)
+    is_first_of_row[histories.offsets[:-1][lengths > 0]] = True
+    # Inputs are all interactions but each row's last; the next interaction is the one after in the same row.
+    is_input = np.ones(histories.num_interactions, bool)
+    is_input[histories.offsets[1:][lengths > 0] - 1] = False
+    inputs = np.flatnonzero(is_input)
+    input_offsets = np.concatenate([[0], np.cumsum(np.maximum(lengths - 1, 0))]).astype(np.int64)
+    positions = np.flatnonzero(is_new[inputs + 1])
+    # The head of a full row has predecessors outside the window, so it counts as out of reach.
+    num_first = int((is_new & is_first_of_row & (lengths[row_of] <= max_len)).sum())
+    return Examples(
+        item_id=histories.item_id[inputs],
+        event_time_ms=histories.event_time_ms[inputs],
+        query_time_ms=histories.event_time_ms[inputs + 1],
+        offsets=input_offsets,
+        positions=positions,
+        target_item_id=histories.item_id[inputs[positions] + 1],
+        num_first=num_first,
+        num_out_of_reach=len(new) - len(positions) - num_first,
+    )
+
+
+def _contains(histories: JaggedHistories, row_of: NDArray[np.int64], new: Interactions) -> NDArray[np.bool_]:
+    """[T] whether each history interaction is one of `new`, by user and arrival number."""
+    order = np.argsort(histories.user_ids)
+    row_of_new = order[np.searchsorted(histories.user_ids, new.user_id, sorter=order)]
+    keys = row_of.astype(np.uint64) << np.uint64(32) | histories.seq.astype(np.uint64)
+    new_keys = row_of_new.astype(np.uint64) << np.uint64(32) | new.seq.astype(np.uint64)
+    return np.isin(keys, new_keys)
