@@ -1,0 +1,59 @@
+"""What the model reads: histories of several users, packed.
+
+Shapes: B users, L positions in all, P supervised positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryBatch:
+    """The newest interactions of B users in event-time order, at most ModelConfig.max_len each.
+
+    rows_L: int64[L], item table row, -1 for an item the table does not hold (its position reads as zeros).
+    timestamps_ms_L: int64[L], when each interaction happened, epoch milliseconds.
+    query_times_ms_L: int64[L], when the next one happened, or the time of the request at a newest position.
+    offsets: int64[B + 1]. A user without interactions is an empty row and has no output.
+    """
+
+    rows_L: Tensor
+    timestamps_ms_L: Tensor
+    query_times_ms_L: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("rows_L", "timestamps_ms_L", "query_times_ms_L", "offsets"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != torch.int64 or tensor.dim() != 1:
+                raise ValueError(f"{name} must be a flat int64 tensor, got {tensor.dtype} {tuple(tensor.shape)}")
+        if not self.rows_L.shape == self.timestamps_ms_L.shape == self.query_times_ms_L.shape:
+            raise ValueError("rows_L, timestamps_ms_L and query_times_ms_L must have the same length")
+
+    @property
+    def num_positions(self) -> int:
+        """L."""
+        return self.rows_L.shape[0]
+
+    def last_positions(self) -> Tensor:
+        """int64[B]: the newest position of each user, -1 for an empty history."""
+        return torch.where(self.offsets.diff() > 0, self.offsets[1:] - 1, -1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """The supervised positions of a batch and the item that came next at each.
+
+    positions_P: int64[P], index into the L packed positions. rows_P: int64[P], row of the next item, all >= 0.
+    """
+
+    positions_P: Tensor
+    rows_P: Tensor
+
+    def __post_init__(self) -> None:
+        if self.positions_P.shape != self.rows_P.shape or self.positions_P.dim() != 1:
+            raise ValueError("positions_P and rows_P must be flat and of the same length")

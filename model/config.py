@@ -1,0 +1,120 @@
+"""Settings of the model, its loss and its optimiser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What the model is. Two models exchange weights only if all of this is equal (``config_hash``)."""
+
+    embedding_dim: int = 64
+    """Width D of item embeddings and of the residual stream."""
+    num_layers: int = 2
+    """HSTU layers; the research configuration for catalogues of this size."""
+    num_heads: int = 2
+    """Attention heads H of every layer."""
+    attention_dim: int = 32
+    """Query and key width A of one head."""
+    hidden_dim: int = 32
+    """Value and gate width V of one head."""
+    max_len: int = 64
+    """Newest interactions of a history that are read; also the constant N that attention sums are divided by."""
+    num_time_buckets: int = 128
+    """Highest bucket of the relative time bias; each bucket is 1.35 times as long as the one before."""
+    input_dropout: float = 0.0
+    """Share of input features dropped in training. 0: each interaction is learned once, so little is memorised."""
+    linear_dropout: float = 0.0
+    """Share of gated attention outputs dropped in training, before the output matrix of a layer."""
+    temperature: float = 0.05
+    """Cosine similarities start out divided by this; the scale is learned from there."""
+    trend_half_life_s: float = 7 * 86_400.0
+    """Half-life in seconds of the decayed popularity that every score contains."""
+    trend_floor: float = 0.1
+    """Decayed interactions added to every item before the logarithm, so that a new item's trend is finite."""
+    trend_coefficient: float = 1.0
+    """Initial weight of the log decayed popularity in a score; learned from there. 1: start out as the trend."""
+    item_init_std: float = 0.02
+    """Standard deviation of a new item's embedding."""
+    initial_capacity: int = 1024
+    """Rows the item table is made with; it doubles as items arrive."""
+    max_items: int = 4_000_000
+    """Items admitted before ItemTableFullError: bounds memory at about 0.6 kB an item, optimiser included."""
+    seed: int = 0
+    """Seed of all initial weights; a new item's embedding is a function of this seed and its id."""
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_layers", "num_heads", "attention_dim", "hidden_dim", "max_len"):
+            _require(self, name, 1, 1 << 20)
+        _require(self, "num_time_buckets", 1, 1024)
+        _require(self, "initial_capacity", 1, self.max_items)
+        _require(self, "max_items", 1, 1 << 31)
+        for name in ("input_dropout", "linear_dropout"):
+            _require(self, name, 0.0, 0.95)
+        for name in ("temperature", "trend_half_life_s", "trend_floor", "item_init_std"):
+            _require(self, name, 1e-9, 1e12)
+        _require(self, "trend_coefficient", 0.0, 100.0)
+        _require(self, "seed", 0, (1 << 63) - 1)
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Every field, as stored in a manifest."""
+        return asdict(self)
+
+    def config_hash(self) -> str:
+        """sha256 in hex of every field: equal only for models whose weights are interchangeable."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """How the next item is supervised."""
+
+    kind: Literal["full", "sampled"] = "full"
+    """full: softmax over the live catalogue. sampled: over the targets and shared negatives, for large catalogues."""
+    num_negatives: int = 2048
+    """Uniform negatives shared by the positions of a step; used by the sampled loss only."""
+    positions_per_chunk: int = 256
+    """Positions whose logits over the whole catalogue exist at once; bounds memory."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("full", "sampled"):
+            raise ValueError(f"kind is {self.kind!r}; it must be full or sampled")
+        _require(self, "num_negatives", 1, 1 << 24)
+        _require(self, "positions_per_chunk", 1, 1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW for the dense parameters and row-wise AdamW for items."""
+
+    dense_learning_rate: float = 1e-3
+    """Step size of the dense parameters."""
+    row_learning_rate: float = 5e-3
+    """Step size of item embeddings and biases; several times the dense one, since a row is touched rarely."""
+    dense_weight_decay: float = 0.0
+    """Decoupled decay of the dense parameters per step, times the learning rate."""
+    row_weight_decay: float = 0.0
+    """Decoupled decay of touched item embeddings (never biases) per step, times the learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment; the research code's, shorter than usual so that it follows a changing stream."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+
+    def __post_init__(self) -> None:
+        for name in ("dense_learning_rate", "row_learning_rate", "dense_weight_decay", "row_weight_decay"):
+            _require(self, name, 0.0, 10.0)
+        for name in ("beta1", "beta2"):
+            _require(self, name, 0.0, 0.999999)
+        _require(self, "epsilon", 1e-30, 1.0)
+
+
+def _require(config: object, name: str, low: float, high: float) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}: change {name} in the settings")

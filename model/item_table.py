@@ -1,0 +1,258 @@
+"""The growing table of items: embeddings, biases and trend, one row an item, and which rows changed.
+
+Shapes: V rows in use (the live catalogue), R rows of one call, D embedding width, N interactions of one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import ItemTableFullError, StateMismatchError
+from model.id_index import IdIndex, mix64
+from model.trend import add_interactions, decay_rate_per_ms, log_popularity
+
+Int64s = NDArray[np.int64]
+
+_CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", "weight", "bias", "trend", "dirty")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActiveRows:
+    """Rows taking part in one training step, as leaves that collect gradients.
+
+    rows_R: int64[R], ascending. weight_RD, bias_R: float32 leaves; they alias the table when covers_all.
+    """
+
+    rows_R: Tensor
+    weight_RD: Tensor
+    bias_R: Tensor
+    covers_all: bool
+
+    def index_of(self, rows: Tensor) -> Tensor:
+        """int64, shape of rows: where each row stands in rows_R; rows must be active."""
+        return rows if self.covers_all else torch.searchsorted(self.rows_R, rows)
+
+
+class ItemTable:
+    """Rows 0 … num_items - 1, in order of admission; a row keeps its number for life.
+
+    weight: float32[capacity, D]. bias: float32[capacity]. trend: float64[capacity], log decayed popularity (see
+    model.trend), -inf without interactions. A removed item's row stays behind with bias -inf, so that it is never
+    ranked. dirty: bool[capacity], rows changed since ``clear_dirty``. All on the CPU.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.num_items = 0
+        self.trend_as_of_ms = 0
+        self._rate_per_ms = decay_rate_per_ms(config.trend_half_life_s)
+        self._removed_ids: list[int] = []
+        self._index = IdIndex()
+        self._allocate(config.initial_capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self._ids = np.full(capacity, -1, dtype=np.int64)
+        self.weight = torch.zeros(capacity, self.config.embedding_dim)
+        self.bias = torch.zeros(capacity)
+        self.trend = torch.full((capacity,), -torch.inf, dtype=torch.float64)
+        self.dirty = torch.zeros(capacity, dtype=torch.bool)
+
+    @property
+    def capacity(self) -> int:
+        """Rows allocated."""
+        return len(self._ids)
+
+    def ids(self) -> Int64s:
+        """int64[V]: the id of each row, -1 where the item was removed."""
+        return self._ids[: self.num_items].copy()
+
+    def ids_of(self, rows: Int64s) -> Int64s:
+        """int64, shape of rows: the id of each row."""
+        return self._ids[rows]
+
+    def lookup(self, ids: Int64s) -> Int64s:
+        """int64[N]: the row of each id, -1 where it is unknown."""
+        return self._index.find(ids)
+
+    def admit(self, ids: Int64s) -> Int64s:
+        """int64[N]: the row of each id; unknown ones get new rows in order of first appearance.
+
+        A new row's embedding depends on the seed and its id only. ItemTableFullError (and nothing admitted) beyond
+        max_items, ValueError for a negative id.
+        """
+        rows = self._index.find(ids)
+        unknown = np.unique(ids[rows < 0], return_index=True)
+        if len(unknown[0]) == 0:
+            return rows
+        if int(unknown[0][0]) < 0:
+            raise ValueError(f"item id {int(unknown[0][0])} is negative; ids are 63-bit")
+        new_ids = ids[rows < 0][np.sort(unknown[1])]
+        self._append(new_ids, initial_embeddings(new_ids, self.config))
+        return self._index.find(ids)
+
+    def _append(self, ids: Int64s, weight_RD: Tensor) -> None:
+        first, end = self.num_items, self.num_items + len(ids)
+        if end > self.config.max_items:
+            raise ItemTableFullError(
+                f"{end} items are more than max_items ({self.config.max_items}): raise max_items or retire items"
+            )
+        self._reserve(end)
+        self._index.put(ids, np.arange(first, end))
+        self._ids[first:end] = ids
+        self.weight[first:end] = weight_RD
+        self.bias[first:end] = 0
+        self.trend[first:end] = -torch.inf
+        self.dirty[first:end] = True
+        self.num_items = end
+
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows <= self.capacity:
+            return
+        old = (self._ids, self.weight, self.bias, self.trend, self.dirty)
+        self._allocate(min(max(num_rows, 2 * self.capacity), self.config.max_items))
+        n = self.num_items
+        for new, kept in zip((self._ids, self.weight, self.bias, self.trend, self.dirty), old, strict=True):
+            new[:n] = kept[:n]  # type: ignore[index]
+
+    def activate(self, rows: Tensor | None = None) -> ActiveRows:
+        """Leaves for one training step: the distinct rows of ``rows`` (-1 is ignored), or all when None."""
+        if rows is None:
+            n = self.num_items
+            weight_RD, bias_R = self.weight[:n].detach(), self.bias[:n].detach()
+            rows_R = torch.arange(n)
+        else:
+            rows_R = torch.unique(rows)
+            rows_R = rows_R[rows_R >= 0]
+            weight_RD, bias_R = self.weight[rows_R], self.bias[rows_R]
+        return ActiveRows(
+            rows_R=rows_R,
+            weight_RD=weight_RD.requires_grad_(),
+            bias_R=bias_R.requires_grad_(),
+            covers_all=rows is None,
+        )
+
+    def observe(self, rows: Int64s, times_ms: Int64s) -> None:
+        """Count interactions into the trend, in any order. rows: int64[N] >= 0; times_ms: int64[N], epoch ms."""
+        if len(rows) == 0:
+            return
+        touched = add_interactions(self.trend, rows, times_ms, rate_per_ms=self._rate_per_ms)
+        self.dirty[torch.from_numpy(touched)] = True
+        self.trend_as_of_ms = max(self.trend_as_of_ms, int(times_ms.max()))
+
+    def log_popularity(self, rows: Tensor | None = None) -> Tensor:
+        """float32[V], or float32[R] of ``rows``: log(decayed popularity + floor) when the newest interaction came."""
+        trend = self.trend[: self.num_items] if rows is None else self.trend[rows]
+        return log_popularity(
+            trend, as_of_ms=self.trend_as_of_ms, rate_per_ms=self._rate_per_ms, floor=self.config.trend_floor
+        )
+
+    def remove(self, ids: Int64s) -> None:
+        """Retire items for good; unknown ids are ignored. An id that comes back later gets a new row."""
+        rows = self._index.find(ids)
+        known = np.unique(ids[rows >= 0])
+        rows = self._index.find(known)
+        self._index.remove(known)
+        self._ids[rows] = -1
+        index = torch.from_numpy(rows)
+        self.weight[index], self.bias[index], self.trend[index] = 0.0, -torch.inf, -torch.inf
+        self.dirty[index] = False
+        self._removed_ids += known.tolist()
+
+    def put(self, ids: Int64s, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
+        """Overwrite the rows of distinct ids; unknown ids get new rows, in order. Marks nothing dirty."""
+        unknown = self._index.find(ids) < 0
+        self._append(ids[unknown], weight_RD[torch.from_numpy(unknown)])
+        rows = torch.from_numpy(self._index.find(ids))
+        self.weight[rows], self.bias[rows], self.trend[rows] = weight_RD, bias_R, trend_R
+        self.dirty[rows] = False
+
+    def put_back(self, num_items: int, rows: Tensor, ids: Int64s, columns: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Undo admissions beyond ``num_items`` and restore ``rows``; columns: weight_RD, bias_R, trend_R."""
+        late = self._ids[num_items : self.num_items]
+        self._index.remove(late[late >= 0])
+        late[:] = -1
+        self.num_items = num_items
+        self._ids[rows.numpy()] = ids
+        back = (ids >= 0) & (self._index.find(ids) < 0)
+        self._index.put(ids[back], rows.numpy()[back])
+        self.weight[rows], self.bias[rows], self.trend[rows] = columns
+
+    def exchange(self, other: ItemTable) -> None:
+        """Swap everything with a table of the same configuration, by reference."""
+        if other.config != self.config:
+            raise StateMismatchError("item tables of different configurations cannot be exchanged")
+        for name in _CONTENT:
+            mine = getattr(self, name)
+            setattr(self, name, getattr(other, name))
+            setattr(other, name, mine)
+
+    def dirty_rows(self) -> Tensor:
+        """int64[R], ascending: rows changed since ``clear_dirty``; what a delta must carry."""
+        present = torch.from_numpy(self._ids[: self.num_items] >= 0)
+        return (self.dirty[: self.num_items] & present).nonzero().flatten()
+
+    def removed_ids(self) -> Int64s:
+        """int64: ids removed since ``clear_dirty``, in that order."""
+        return np.array(self._removed_ids, dtype=np.int64)
+
+    def clear_dirty(self) -> None:
+        """Start counting changes afresh: a snapshot has been taken."""
+        self.dirty.zero_()
+        self._removed_ids.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of everything, as plain tensors."""
+        n = self.num_items
+        return {
+            "ids": torch.from_numpy(self._ids[:n].copy()),
+            "weight": self.weight[:n].clone(),
+            "bias": self.bias[:n].clone(),
+            "trend": self.trend[:n].clone(),
+            "dirty": self.dirty[:n].clone(),
+            "removed_ids": torch.tensor(self._removed_ids, dtype=torch.int64),
+            "trend_as_of_ms": torch.tensor([self.trend_as_of_ms], dtype=torch.int64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace everything by a ``state_dict``; StateMismatchError (and nothing replaced) if it does not fit."""
+        want: dict[str, Any] = {key: value.dtype for key, value in ItemTable(self.config).state_dict().items()}
+        n = state["ids"].shape[0] if "ids" in state else -1
+        if {key: value.dtype for key, value in state.items()} != want or state["weight"].shape != (
+            n,
+            self.config.embedding_dim,
+        ):
+            raise StateMismatchError(f"an item table needs {sorted(want)} of width {self.config.embedding_dim}")
+        self.restore(state["ids"].numpy(), state["weight"], state["bias"], state["trend"])
+        self.dirty[:n] = state["dirty"]
+        self._removed_ids = state["removed_ids"].tolist()
+        self.trend_as_of_ms = int(state["trend_as_of_ms"])
+
+    def restore(self, ids: Int64s, weight_VD: Tensor, bias_V: Tensor, trend_V: Tensor) -> None:
+        """Replace all rows (ids of -1 are removed items); nothing is dirty afterwards."""
+        n = len(ids)
+        capacity = max(n, self.config.initial_capacity)
+        self._index = IdIndex()
+        self._allocate(capacity)
+        kept = np.flatnonzero(ids >= 0)
+        self._index.put(ids[kept], kept)
+        self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
+        self._removed_ids = []
+        self.num_items = n
+
+
+def initial_embeddings(ids: Int64s, config: ModelConfig) -> Tensor:
+    """float32[N, D]: normal, cut at two standard deviations, a function of (seed, id) only."""
+    columns = mix64(np.arange(config.embedding_dim, dtype=np.uint64) + np.uint64(config.seed))
+    bits = mix64(mix64(ids.astype(np.uint64))[:, None] ^ columns[None, :])
+    uniform = torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    # The normal quantile of a uniform between the quantiles of -2 and +2 standard deviations.
+    low, high = -0.954499736103642, 0.954499736103642
+    normal = torch.erfinv(low + (high - low) * uniform) * 2**0.5
+    return (normal * config.item_init_std).to(torch.float32)

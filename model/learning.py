@@ -1,0 +1,98 @@
+"""One supervised pass over a batch of histories: encode once, score, form the loss.
+
+Shapes: L packed positions, P supervised positions, V rows of the live catalogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.batch import HistoryBatch, Targets
+from model.config import LossConfig
+from model.item_table import ActiveRows
+from model.losses import OnLogits, candidate_log_q, full_softmax_loss, sampled_softmax_loss
+from model.recommender import Recommender
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedPass:
+    """A loss that has not been learned from yet: check that it is finite, ``backward`` it, step the optimiser.
+
+    loss: float32 scalar, mean over the targets. active: the rows to hand to the optimiser.
+    """
+
+    loss: Tensor
+    active: ActiveRows
+
+
+def supervised_pass(
+    recommender: Recommender,
+    batch: HistoryBatch,
+    targets: Targets,
+    loss_config: LossConfig,
+    *,
+    generator: torch.Generator,
+    on_logits: OnLogits | None = None,
+) -> SupervisedPass:
+    """Run the model once and form the loss at the targets.
+
+    generator: dropout and negatives; part of a trainer's checkpoint. on_logits: sees the logits of the very same
+    pass over the whole live catalogue, for metrics taken before the update (test, then train).
+    """
+    if loss_config.kind == "full":
+        active = recommender.items.activate()
+        u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+        loss = full_softmax_loss(
+            u_PD,
+            targets.rows_P,
+            recommender.active_catalogue(active),
+            recommender.scale,
+            positions_per_chunk=loss_config.positions_per_chunk,
+            on_logits=on_logits,
+        )
+        return SupervisedPass(loss=loss, active=active)
+    return _sampled_pass(recommender, batch, targets, loss_config, generator, on_logits)
+
+
+def _sampled_pass(
+    recommender: Recommender,
+    batch: HistoryBatch,
+    targets: Targets,
+    loss_config: LossConfig,
+    generator: torch.Generator,
+    on_logits: OnLogits | None,
+) -> SupervisedPass:
+    items = recommender.items
+    num_items = items.num_items
+    negatives = torch.randint(num_items, (loss_config.num_negatives,), generator=generator) if num_items else None
+    candidates_C = torch.unique(targets.rows_P if negatives is None else torch.cat([targets.rows_P, negatives]))
+    active = items.activate(torch.cat([batch.rows_L, candidates_C]))
+    u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    if on_logits is not None:
+        show_logits(recommender, u_PD.detach(), loss_config.positions_per_chunk, on_logits)
+    catalogue = recommender.active_catalogue(active)
+    # Rows that are active only as inputs are no candidates: they were not drawn for this loss.
+    index_C = active.index_of(candidates_C)
+    share_V = torch.softmax(items.log_popularity(), 0)
+    log_q_C = candidate_log_q(
+        share_V[candidates_C],
+        num_items=num_items,
+        num_negatives=loss_config.num_negatives,
+        num_targets=targets.rows_P.shape[0],
+    )
+    chosen = type(catalogue)(unit_VD=catalogue.unit_VD[index_C], offset_V=catalogue.offset_V[index_C])
+    target_index_P = torch.searchsorted(candidates_C, targets.rows_P)
+    loss = sampled_softmax_loss(u_PD, target_index_P, chosen, recommender.scale, log_q_C)
+    return SupervisedPass(loss=loss, active=active)
+
+
+@torch.no_grad()
+def show_logits(recommender: Recommender, u_PD: Tensor, positions_per_chunk: int, on_logits: OnLogits) -> None:
+    """Call on_logits with the logits of u_PD over the live catalogue, a chunk of positions at a time."""
+    catalogue = recommender.catalogue()
+    for start in range(0, u_PD.shape[0], positions_per_chunk):
+        part = slice(start, min(start + positions_per_chunk, u_PD.shape[0]))
+        on_logits(part, recommender.scores(u_PD[part], catalogue=catalogue))

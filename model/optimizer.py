@@ -1,0 +1,134 @@
+"""AdamW for dense parameters and row-wise AdamW for item rows.
+
+Row-wise: an item's embedding shares one second moment (the mean of its squared gradient), as HSTU's authors do, so
+the optimiser holds D + 2 numbers for D weights and a bias. Rows that take no part in a step are not touched: neither
+their weights nor their moments decay.
+
+Shapes: R rows of one step, D width, V items.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.config import OptimizerConfig
+from model.errors import StateMismatchError
+from model.item_table import ActiveRows
+from model.recommender import Recommender
+
+
+class RecommenderOptimizer:
+    """Steps a recommender's dense parameters and the item rows of each step; marks those rows dirty."""
+
+    def __init__(self, recommender: Recommender, config: OptimizerConfig) -> None:
+        self.recommender = recommender
+        self.config = config
+        self._step = 0
+        self._dense = {
+            name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
+            for name, parameter in recommender.named_parameters()
+        }
+        self._rows = _zero_rows(recommender.items.capacity, recommender.config.embedding_dim)
+
+    def zero_grad(self) -> None:
+        """Forget the dense gradients; rows are fresh leaves in every step."""
+        self.recommender.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, active: ActiveRows) -> None:
+        """Apply the gradients of one backward pass and forget them."""
+        self._step_dense()
+        self._step_rows(active)
+        self.zero_grad()
+
+    def _step_dense(self) -> None:
+        config = self.config
+        self._step += 1
+        correction1, correction2 = 1 - config.beta1**self._step, 1 - config.beta2**self._step
+        for name, parameter in self.recommender.named_parameters():
+            if parameter.grad is None:
+                continue
+            first, second = self._dense[name]
+            first.lerp_(parameter.grad, 1 - config.beta1)
+            second.mul_(config.beta2).addcmul_(parameter.grad, parameter.grad, value=1 - config.beta2)
+            parameter.mul_(1 - config.dense_learning_rate * config.dense_weight_decay)
+            root = (second / correction2).sqrt_().add_(config.epsilon)
+            parameter.addcdiv_(first, root, value=-config.dense_learning_rate / correction1)
+
+    def _step_rows(self, active: ActiveRows) -> None:
+        items = self.recommender.items
+        if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
+            return
+        self._reserve(items.capacity)
+        # A slice updates in place without gathering; an index gathers and scatters only the rows of the step.
+        part = slice(0, active.rows_R.shape[0]) if active.covers_all else active.rows_R
+        state = {name: column[part] for name, column in self._rows.items()}
+        state["steps"] += 1
+        weight_RD, bias_R = items.weight[part], items.bias[part]
+        weight_RD.mul_(1 - self.config.row_learning_rate * self.config.row_weight_decay)
+        self._move(weight_RD, active.weight_RD.grad, state["first"], state["second"], state["steps"])
+        self._move(
+            bias_R[:, None],
+            active.bias_R.grad[:, None],
+            state["bias_first"][:, None],
+            state["bias_second"],
+            state["steps"],
+        )
+        if not active.covers_all:
+            for name, column in self._rows.items():
+                column[part] = state[name]
+            items.weight[part], items.bias[part] = weight_RD, bias_R
+        items.dirty[part] = True
+
+    def _move(self, weight_RD: Tensor, grad_RD: Tensor, first_RD: Tensor, second_R: Tensor, steps_R: Tensor) -> None:
+        config = self.config
+        first_RD.lerp_(grad_RD, 1 - config.beta1)
+        second_R.lerp_(grad_RD.square().mean(1), 1 - config.beta2)
+        root_R = (second_R / (1 - config.beta2**steps_R)).sqrt_().add_(config.epsilon)
+        size_R = config.row_learning_rate / ((1 - config.beta1**steps_R) * root_R)
+        weight_RD.addcmul_(first_RD, size_R[:, None], value=-1)
+
+    def _reserve(self, capacity: int) -> None:
+        have = self._rows["steps"].shape[0]
+        if capacity <= have:
+            return
+        grown = _zero_rows(capacity, self.recommender.config.embedding_dim)
+        for name, column in grown.items():
+            column[:have] = self._rows[name]
+        self._rows = grown
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of every moment and count, as plain tensors; rows up to num_items only."""
+        self._reserve(self.recommender.items.capacity)
+        state = {"step": torch.tensor([self._step], dtype=torch.int64)}
+        for name, (first, second) in self._dense.items():
+            state[f"dense.first.{name}"], state[f"dense.second.{name}"] = first.clone(), second.clone()
+        num_items = self.recommender.items.num_items
+        return state | {f"rows.{name}": column[:num_items].clone() for name, column in self._rows.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Replace everything; load the recommender first. StateMismatchError (nothing replaced) if it does not fit."""
+        want = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if want != got:
+            differing = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+            raise StateMismatchError(f"optimiser state differs in name or shape: {', '.join(differing)}")
+        self._step = int(state["step"])
+        self._dense = {
+            name: (state[f"dense.first.{name}"].clone(), state[f"dense.second.{name}"].clone()) for name in self._dense
+        }
+        items = self.recommender.items
+        self._rows = _zero_rows(items.capacity, self.recommender.config.embedding_dim)
+        for name, column in self._rows.items():
+            column[: items.num_items] = state[f"rows.{name}"]
+
+
+def _zero_rows(capacity: int, width: int) -> dict[str, Tensor]:
+    return {
+        "first": torch.zeros(capacity, width),
+        "second": torch.zeros(capacity),
+        "bias_first": torch.zeros(capacity),
+        "bias_second": torch.zeros(capacity),
+        "steps": torch.zeros(capacity),
+    }

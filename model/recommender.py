@@ -1,0 +1,135 @@
+"""The recommender: HSTU over histories, an item table, and the score that joins them.
+
+    score(u, item) = scale * cosine(u, item) + bias[item] + coefficient * log(decayed popularity[item] + floor)
+
+Shapes: L packed positions, P states to score, V rows of the live catalogue, R rows asked for, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.hstu_attention import KernelName
+from model.batch import HistoryBatch
+from model.config import ModelConfig
+from model.errors import StateMismatchError
+from model.hstu import HSTU, NORM_EPS
+from model.item_table import ActiveRows, ItemTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Catalogue:
+    """What scoring needs of the item table, computed once per change of weights.
+
+    unit_VD: float32[V, D], item embeddings of unit length. offset_V: float32[V], bias and weighted trend.
+    """
+
+    unit_VD: Tensor
+    offset_V: Tensor
+
+
+class Recommender(nn.Module):
+    """Dense parameters (``hstu``, scale, trend coefficient) and ``items``, the table of everything per item.
+
+    snapshot_version: the snapshot whose weights these are, None before the first one is applied.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        self.hstu = HSTU(config, generator)
+        # The logarithm of the scale is learned: steps are relative, and it stays positive.
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        self.trend_coefficient = nn.Parameter(torch.tensor(config.trend_coefficient))
+        self.items = ItemTable(config)
+        self.snapshot_version: int | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 scalar: what cosine similarities are multiplied by."""
+        return self.log_scale.exp()
+
+    def encode(
+        self,
+        batch: HistoryBatch,
+        active: ActiveRows | None = None,
+        *,
+        dropout: torch.Generator | None = None,
+        kernel: KernelName = "auto",
+    ) -> Tensor:
+        """u_LD: the state after each position, of unit length.
+
+        active: the leaves of a training step, holding at least every known row of the batch; None reads the table
+        (inference). dropout: generator of a training pass, None for inference.
+        """
+        known_L = batch.rows_L >= 0
+        rows_L = batch.rows_L.clamp(min=0)
+        if active is not None:
+            index_L = active.index_of(rows_L).clamp(max=max(active.rows_R.shape[0] - 1, 0))
+            item_LD = _take(active.weight_RD, index_L)
+        else:
+            item_LD = _take(self.items.weight, rows_L)
+        times_ms = (batch.timestamps_ms_L, batch.query_times_ms_L)
+        encoded: Tensor = self.hstu(item_LD, known_L, batch.offsets, times_ms, dropout=dropout, kernel=kernel)
+        return encoded
+
+    def scores(self, u_PD: Tensor, rows: Tensor | None = None, *, catalogue: Catalogue | None = None) -> Tensor:
+        """float32[P, V] over the live catalogue, or [P, R] over ``rows`` (int64[R], all >= 0).
+
+        u of zeros scores by bias and trend only: the answer for a user without a history. catalogue: a
+        ``catalogue()`` of the current weights, to normalise the items once instead of per call. For inference.
+        """
+        known = self.catalogue(rows) if catalogue is None else catalogue
+        if catalogue is not None and rows is not None:
+            known = Catalogue(unit_VD=catalogue.unit_VD[rows], offset_V=catalogue.offset_V[rows])
+        return torch.addmm(known.offset_V, u_PD * self.scale.detach(), known.unit_VD.T)
+
+    @torch.no_grad()
+    def catalogue(self, rows: Tensor | None = None) -> Catalogue:
+        """The live catalogue (or only ``rows``) ready for scoring."""
+        part = slice(0, self.items.num_items) if rows is None else rows
+        return Catalogue(
+            unit_VD=functional.normalize(self.items.weight[part], dim=1, eps=NORM_EPS),
+            offset_V=self.items.bias[part] + self.trend_coefficient * self.items.log_popularity(rows),
+        )
+
+    def active_catalogue(self, active: ActiveRows) -> Catalogue:
+        """The active rows ready for scoring, differentiable in them and in the trend coefficient."""
+        popularity_R = self.items.log_popularity(None if active.covers_all else active.rows_R)
+        return Catalogue(
+            unit_VD=functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS),
+            offset_V=active.bias_R + self.trend_coefficient * popularity_R,
+        )
+
+    def dense_state(self) -> dict[str, Tensor]:
+        """Copies of the dense parameters by name."""
+        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+
+    def load_dense_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take these tensors as the dense parameters, without copying; returns the ones replaced.
+
+        StateMismatchError (and nothing replaced) unless names, shapes and dtypes are equal.
+        """
+        parameters = dict(self.named_parameters())
+        have = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+        got = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+        if have != got:
+            differing = sorted(name for name in have.keys() | got.keys() if have.get(name) != got.get(name))
+            raise StateMismatchError(f"dense parameters differ in name, shape or dtype: {', '.join(differing)}")
+        replaced = {}
+        for name, parameter in parameters.items():
+            replaced[name] = parameter.data
+            parameter.data = state[name]
+        return replaced
+
+
+def _take(weight_RD: Tensor, index_L: Tensor) -> Tensor:
+    if weight_RD.shape[0] == 0:  # no item is known yet: every input reads as zeros
+        return weight_RD.new_zeros(index_L.shape[0], weight_RD.shape[1])
+    return functional.embedding(index_L, weight_RD)

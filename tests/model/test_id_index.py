@@ -1,0 +1,32 @@
+"""The id index behaves like a dictionary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model.id_index import IdIndex
+
+
+def test_random_adds_and_removals_leave_what_a_dictionary_would_hold() -> None:
+    rng = np.random.default_rng(3)
+    index, truth = IdIndex(num_slots=4), dict[int, int]()
+    next_row = 0
+    for _ in range(60):
+        ids = np.unique(rng.integers(0, 5000, size=rng.integers(0, 80)))
+        new = np.array([i for i in ids.tolist() if i not in truth], dtype=np.int64)
+        index.put(new, np.arange(next_row, next_row + len(new)))
+        truth |= dict(zip(new.tolist(), range(next_row, next_row + len(new)), strict=True))
+        next_row += len(new)
+        gone = rng.choice(ids, size=len(ids) // 3, replace=False) if len(ids) else ids
+        index.remove(gone)
+        for i in gone.tolist():
+            truth.pop(i)
+    everything = np.arange(-3, 5000)
+    assert index.find(everything).tolist() == [truth.get(i, -1) for i in everything.tolist()]
+
+
+def test_ids_that_share_a_slot_are_all_found() -> None:
+    index = IdIndex(num_slots=2)
+    ids = np.array([2**62, 2**62 + 1, 0, 2**63 - 1])
+    index.put(ids, np.arange(4))
+    assert index.find(ids).tolist() == [0, 1, 2, 3]

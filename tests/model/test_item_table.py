@@ -1,0 +1,108 @@
+"""The item table grows without changing what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.errors import ItemTableFullError, StateMismatchError
+from model.item_table import ItemTable
+from model.recommender import Recommender
+
+
+def test_a_new_row_depends_on_its_id_and_the_seed_only(small_config: ModelConfig) -> None:
+    one, other = ItemTable(small_config), ItemTable(small_config)
+    one.admit(np.array([5, 9, 7]))
+    other.admit(np.arange(1000))
+    for item in (5, 9, 7):
+        assert torch.equal(one.weight[one.lookup(np.array([item]))[0]], other.weight[other.lookup(np.array([item]))[0]])
+    reseeded = ItemTable(dataclasses.replace(small_config, seed=1))
+    reseeded.admit(np.array([5]))
+    assert not torch.equal(reseeded.weight[0], one.weight[0])
+
+
+def test_initial_embeddings_are_normal_and_cut_at_two_deviations() -> None:
+    table = ItemTable(ModelConfig(item_init_std=0.02))
+    table.admit(np.arange(4000))
+    weight = table.weight[:4000]
+    assert float(weight.abs().max()) <= 0.0400001
+    assert abs(float(weight.mean())) < 1e-4
+    assert float(weight.std()) == pytest.approx(0.02 * 0.8796, rel=0.01)
+    correlation = torch.corrcoef(weight.T) - torch.eye(64)
+    assert float(correlation.abs().max()) < 0.08
+
+
+def test_rows_are_numbered_in_order_of_first_appearance(small_config: ModelConfig) -> None:
+    table = ItemTable(small_config)
+    assert table.admit(np.array([50, 10, 50, 30])).tolist() == [0, 1, 0, 2]
+    assert table.admit(np.array([99, 10])).tolist() == [3, 1]
+    assert table.ids().tolist() == [50, 10, 30, 99]
+    assert table.lookup(np.array([30, 31])).tolist() == [2, -1]
+
+
+def test_growth_keeps_every_column(small_config: ModelConfig) -> None:
+    table = ItemTable(small_config)
+    table.admit(np.arange(3))
+    table.observe(np.array([0, 2]), np.array([1000, 2000]))
+    before = table.state_dict()
+    table.admit(np.arange(100))
+    after = table.state_dict()
+    for name in ("ids", "weight", "bias", "trend"):
+        assert torch.equal(after[name][:3], before[name]), name
+
+
+def test_too_many_items_are_refused_and_none_admitted(small_config: ModelConfig) -> None:
+    table = ItemTable(dataclasses.replace(small_config, max_items=5))
+    table.admit(np.arange(4))
+    with pytest.raises(ItemTableFullError, match="max_items"):
+        table.admit(np.arange(6))
+    assert table.num_items == 4
+    assert table.lookup(np.array([4])).tolist() == [-1]
+
+
+def test_negative_ids_are_refused(small_config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="negative"):
+        ItemTable(small_config).admit(np.array([3, -1]))
+
+
+def test_a_saved_table_is_restored_exactly(small_config: ModelConfig) -> None:
+    table = ItemTable(small_config)
+    table.admit(np.arange(20))
+    table.clear_dirty()
+    table.observe(np.array([3, 3, 4]), np.array([9000, 1000, 5000]))
+    table.remove(np.array([7]))
+    again = ItemTable(small_config)
+    again.load_state_dict(table.state_dict())
+    for name, tensor in table.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.lookup(np.arange(21)).tolist() == table.lookup(np.arange(21)).tolist()
+
+
+def test_a_table_of_another_width_is_refused(small_config: ModelConfig) -> None:
+    table = ItemTable(small_config)
+    table.admit(np.arange(3))
+    other = ItemTable(dataclasses.replace(small_config, embedding_dim=4))
+    with pytest.raises(StateMismatchError):
+        other.load_state_dict(table.state_dict())
+    assert other.num_items == 0
+
+
+def test_a_removed_item_is_never_ranked_and_comes_back_in_a_new_row(
+    small_config: ModelConfig, answer: Callable[[Recommender], torch.Tensor]
+) -> None:
+    recommender = Recommender(small_config)
+    items = recommender.items
+    items.admit(np.arange(6) * 1_000_003)
+    before = answer(recommender)
+    items.remove(np.array([1_000_003 * 4, 77]))
+    after = answer(recommender)
+    assert bool((after[:, 4] == -torch.inf).all())
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(after[:, others], before[:, others])
+    assert items.lookup(np.array([1_000_003 * 4])).tolist() == [-1]
+    assert items.admit(np.array([1_000_003 * 4])).tolist() == [6]

@@ -1,0 +1,138 @@
+"""Learning lowers the loss, touches only the rows of a step, and resumes to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model.config import OptimizerConfig
+from model.errors import StateMismatchError
+from model.learning import supervised_pass
+from model.losses import OnLogits
+from model.optimizer import RecommenderOptimizer
+from model.recommender import Recommender
+from tests.model.study import Study
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_resuming_from_saved_state_continues_to_the_last_bit(make_study: Callable[[str], Study], kind: str) -> None:
+    whole = make_study(kind)
+    whole.learn(4)
+    resumed = make_study(kind)
+    resumed.recommender.load_dense_state(whole.recommender.dense_state())
+    resumed.recommender.items.load_state_dict(whole.recommender.items.state_dict())
+    resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
+    resumed.generator.set_state(whole.generator.get_state())
+    resumed.num_steps = whole.num_steps
+    assert resumed.learn(4) == whole.learn(4)
+    for name, tensor in whole.recommender.items.state_dict().items():
+        assert torch.equal(resumed.recommender.items.state_dict()[name], tensor), name
+    for name, tensor in whole.optimizer.state_dict().items():
+        assert torch.equal(resumed.optimizer.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_repeating_one_batch_lowers_its_loss(make_study: Callable[[str], Study], kind: str) -> None:
+    study = make_study(kind)
+    batch, targets = study.histories(3)
+    losses = []
+    for _ in range(30):
+        found = supervised_pass(study.recommender, batch, targets, study.loss_config, generator=study.generator)
+        torch.autograd.backward(found.loss)
+        study.optimizer.step(found.active)
+        losses.append(float(found.loss.detach()))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_sampled_step_changes_and_marks_only_its_rows(make_study: Callable[[str], Study]) -> None:
+    study = make_study("sampled")
+    study.learn(5)
+    items = study.recommender.items
+    items.clear_dirty()
+    before = items.state_dict()
+    batch, targets = study.histories(0)  # the items of the first step are known already
+    items.clear_dirty()
+    found = supervised_pass(study.recommender, batch, targets, study.loss_config, generator=study.generator)
+    torch.autograd.backward(found.loss)
+    study.optimizer.step(found.active)
+    changed = (items.weight[: items.num_items] != before["weight"]).any(1).nonzero().flatten()
+    assert 0 < changed.numel() < items.num_items
+    assert set(changed.tolist()) <= set(items.dirty_rows().tolist())
+    assert items.dirty_rows().tolist() == found.active.rows_R.tolist()
+
+
+def keep(shown: list[torch.Tensor]) -> OnLogits:
+    return lambda _, logits: shown.append(logits.clone())
+
+
+def test_logits_shown_are_those_of_the_state_before_the_update(make_study: Callable[[str], Study]) -> None:
+    for kind in ("full", "sampled"):
+        study = make_study(kind)
+        study.learn(2)
+        batch, targets = study.histories(2)
+        shown: list[torch.Tensor] = []
+        generator = torch.Generator().manual_seed(3)
+        supervised_pass(
+            study.recommender,
+            batch,
+            targets,
+            study.loss_config,
+            generator=generator,
+            on_logits=keep(shown),
+        )
+        generator.manual_seed(3)
+        if kind == "sampled":
+            torch.randint(study.recommender.items.num_items, (4,), generator=generator)
+        with torch.no_grad():
+            u = study.recommender.encode(batch, dropout=generator)[targets.positions_P]
+            want = study.recommender.scores(u)
+        torch.testing.assert_close(torch.cat(shown), want)
+
+
+def test_dense_steps_equal_adamw_of_pytorch(study: Study) -> None:
+    config = OptimizerConfig(dense_weight_decay=0.1, dense_learning_rate=0.01)
+    study.optimizer = RecommenderOptimizer(study.recommender, config)
+    twin = Recommender(study.recommender.config)
+    theirs = torch.optim.AdamW(
+        twin.parameters(), lr=0.01, betas=(config.beta1, config.beta2), eps=config.epsilon, weight_decay=0.1
+    )
+    for step in range(4):
+        batch, targets = study.histories(step)
+        found = supervised_pass(study.recommender, batch, targets, study.loss_config, generator=study.generator)
+        torch.autograd.backward(found.loss)
+        for own, other in zip(study.recommender.parameters(), twin.parameters(), strict=True):
+            other.grad = None if own.grad is None else own.grad.clone()
+        study.optimizer.step(found.active)
+        theirs.step()
+    for (name, own), other in zip(study.recommender.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_row_steps_follow_adam_with_one_second_moment_a_row(study: Study) -> None:
+    items = study.recommender.items
+    config = OptimizerConfig(row_learning_rate=0.02, row_weight_decay=0.5)
+    optimizer = RecommenderOptimizer(study.recommender, config)
+    study.histories(0)
+    weight = items.weight[3].clone().double()
+    first, second = torch.zeros(8, dtype=torch.float64), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        active = items.activate(torch.tensor([1, 3]))
+        active.weight_RD.grad = torch.randn(2, 8, generator=generator)
+        active.bias_R.grad = torch.zeros(2)
+        gradient = active.weight_RD.grad[1].double()
+        optimizer.step(active)
+        first = config.beta1 * first + (1 - config.beta1) * gradient
+        second = config.beta2 * second + (1 - config.beta2) * float(gradient.square().mean())
+        root = (second / (1 - config.beta2**step)) ** 0.5
+        weight = weight * (1 - 0.02 * 0.5) - 0.02 * first / (1 - config.beta1**step) / root
+    torch.testing.assert_close(items.weight[3].double(), weight, atol=1e-5, rtol=0)
+    assert items.bias[3] == 0
+
+
+def test_optimiser_state_of_another_model_is_refused(study: Study, make_study: Callable[[str], Study]) -> None:
+    study.learn(2)
+    with pytest.raises(StateMismatchError, match=r"rows\.first"):
+        make_study("full").optimizer.load_state_dict(study.optimizer.state_dict())
