@@ -87,7 +87,7 @@ def read_newest_checkpoint(root: Path, *, config_hash: str) -> Checkpoint | None
         if checkpoint.config_hash != config_hash:
             raise CheckpointMismatchError(
                 f"checkpoint {directory} belongs to another [model] configuration; restore that configuration, "
-                f"or start a new model by changing headrace.model_name or removing {root}"
+                f"or start a new model by changing headrace.model or removing {root}"
             )
         return checkpoint
     if directories:
