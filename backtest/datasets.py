@@ -61,7 +61,7 @@ def movietweetings() -> Dataset:
         name="movietweetings",
         interactions=_existing(_DATA / "movietweetings" / "interactions.parquet"),
         columns=RecordedColumns(user="user_id", item="item_id", time="timestamp", time_unit="s", value="rating"),
-        action="rate",
+        action="rating",
     )
 
 

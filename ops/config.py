@@ -26,15 +26,6 @@ class HeadraceConfig:
     probe_host: str = "127.0.0.1"
     """Address on which ingest and trainer answer /livez, /readyz, /metrics and /status; 0.0.0.0 in a container."""
 
-    ingest_port: int = 8081
-    """Port of the ingest worker's probes; 0 takes any free one."""
-
-    trainer_port: int = 8082
-    """Port of the trainer's probes; 0 takes any free one."""
-
-    probe_host: str = "127.0.0.1"
-    """Address where ingest and trainer answer /livez, /readyz, /metrics and /status; 0.0.0.0 inside a container."""
-
     ingest_port: int = 9101
     """Port of the ingest worker's probes; 0 takes any free one."""
 
@@ -49,6 +40,3 @@ class HeadraceConfig:
             raise ValueError(
                 f"headrace.model = {self.model!r}: it names a folder, so use letters, digits, '-', '_' and '.' only"
             )
-        for name in ("ingest_port", "trainer_port"):
-            if not 0 <= getattr(self, name) <= 65_535:
-                raise ValueError(f"headrace.{name} = {getattr(self, name)}: must lie between 0 and 65535")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Never, Self
 
 from ops.errors import BrokerBinaryMissingError, LocalBrokerError, PortTakenError
 
@@ -134,23 +135,14 @@ class LocalBroker:
 
     def _start_once(self, binary: Path) -> None:
         require_free_port(self._config.host, self._port)
-        url = f"tcp://{self._config.host}:{self._port}"
         log_path = self._log_path()
-        # The broker would otherwise take flags, and a telemetry endpoint meant for headrace, from our environment.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [
-                    str(binary),
-                    "broker",
-                    f"--listener-url={url}",
-                    f"--advertised-listener-url={url}",
-                    "--storage-engine=memory://tansu/",
-                ],
+                _command(binary, self._config.host, self._port),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C in the terminal reaches the supervisor, which stops us last
             )
         try:
@@ -188,6 +180,34 @@ class LocalBroker:
             os.close(descriptor)
             self._own_log = Path(name)
         return self._own_log
+
+
+def become_broker(config: LocalBrokerConfig) -> Never:
+    """Replace this process by the broker: signals and the exit status are then the broker's own.
+
+    Raises BrokerBinaryMissingError or PortTakenError; never returns.
+    """
+    binary = find_binary()
+    port = config.port or free_port(config.host)
+    require_free_port(config.host, port)
+    sys.stdout.flush()
+    os.execve(binary, _command(binary, config.host, port), _environment())  # noqa: S606 - no shell is wanted
+
+
+def _command(binary: Path, host: str, port: int) -> list[str]:
+    url = f"tcp://{host}:{port}"
+    return [
+        str(binary),
+        "broker",
+        f"--listener-url={url}",
+        f"--advertised-listener-url={url}",
+        "--storage-engine=memory://tansu/",
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without the telemetry endpoint meant for headrace: the broker would report there under no name of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
 
 
 def find_binary() -> Path:

@@ -66,8 +66,6 @@ SECTIONS: Final = (
     Section("model", "model.config", "ModelConfig"),
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
-    Section("loss", "model.config", "LossConfig"),
-    Section("optimizer", "model.config", "OptimizerConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("serving", "serving.config", "ServingConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),

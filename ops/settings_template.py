@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ops.settings import SECTIONS, Section, default_of, is_secret, takes_file, variable_of
+from ops.settings import SECTIONS, Section, is_secret, takes_file, variable_of
 
 _WIDTH: Final = 118
 _HEAD: Final = """\
@@ -27,7 +27,7 @@ _HEAD: Final = """\
 
 def template(sections: Sequence[Section] = SECTIONS) -> str:
     """The complete commented settings file, every value at its default."""
-    return _HEAD + "".join(_table(section.table, section.config_class()) for section in sections)
+    return _HEAD + "".join(_table(section) for section in sections)
 
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
@@ -65,13 +65,14 @@ def toml_value(value: Any) -> str:
     raise TypeError(f"TOML has no notation for {value!r}")
 
 
-def _table(table: str, kind: type[Any]) -> str:
+def _table(section: Section) -> str:
+    table, kind = section.table, section.config_class()
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0]
     docs = field_docs(kind)
     lines = ["", "", _comment(" ".join(summary.split())), f"[{table}]"]
     for field in fields(kind):
         lines += ["", _comment(docs.get(field.name, ""))]
-        default = default_of(field)
+        default = section.default_of(field)
         assert default is not MISSING, f"{kind.__name__}.{field.name} needs a default"
         if is_secret(field.name):
             lines.append(f"# {field.name}: never here, but in {variable_of(table, field.name)} or in a file:")

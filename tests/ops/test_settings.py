@@ -53,7 +53,23 @@ class TankConfig:
     """Litres."""
 
 
-SECTIONS = (Section("pump", __name__, "PumpConfig"), Section("tank", __name__, "TankConfig"))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WellConfig:
+    """A well."""
+
+    depth: int
+    """Metres; only the installation knows."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth} in postgresql://me:sesame@db/x")
+
+
+SECTIONS = (
+    Section("pump", __name__, "PumpConfig"),
+    Section("tank", __name__, "TankConfig"),
+    Section("well", __name__, "WellConfig", {"depth": 7}),
+)
 
 
 def _load(tmp_path: Path, text: str = "", **environment: str) -> Settings:
@@ -160,6 +176,16 @@ def test_what_the_file_must_not_hold_is_refused_by_name(tmp_path: Path, text: st
 def test_what_the_environment_must_not_hold_is_refused_by_name(variable: str, text: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         load(environment={variable: text}, sections=SECTIONS)
+
+
+def test_a_field_without_a_default_takes_that_of_the_installation(tmp_path: Path) -> None:
+    assert _load(tmp_path).get(WellConfig).depth == 7
+    assert _load(tmp_path, "[well]\ndepth = 8\n").get(WellConfig).depth == 8
+
+
+def test_a_limit_that_does_not_name_its_table_is_reported_with_it_and_without_passwords() -> None:
+    with pytest.raises(SettingsError, match=r"^\[well\] depth is 0 in postgresql://me:\*\*\*@db/x \(set in HEADRACE_"):
+        load(environment={"HEADRACE_WELL__DEPTH": "0"}, sections=SECTIONS)
 
 
 def test_variables_that_are_no_settings_are_left_alone(tmp_path: Path) -> None:

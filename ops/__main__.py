@@ -1,0 +1,7 @@
+"""`python -m ops` is `headrace`."""
+
+from __future__ import annotations
+
+from ops.cli import main
+
+main()

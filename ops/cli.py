@@ -1,0 +1,268 @@
+"""`headrace`: the command line. It reads options and calls the rooms; it holds no logic of its own.
+
+Exit status: 0 done, 1 failed, 2 refused (an option, a setting, a port, a file: only a person can mend it).
+"""
+
+# No `from __future__ import annotations`: typer reads the annotations of local commands at run time.
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from backtest.errors import BacktestError
+from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
+from ops.errors import OpsError
+from ops.settings import Settings, load
+from stream.errors import LogResetError, StreamError
+
+_REFUSALS: Final = (OpsError, BacktestError, SchemaRevisionError, StoreLayoutError, LogResetError)
+"""Trying again cannot help: exit status 2."""
+
+app = typer.Typer(
+    name="headrace",
+    help="A streaming online-learning recommender: events in from Kafka, fresh weights in serving seconds later.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Show the settings in effect, or print the commented file.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings file; by default $HEADRACE_CONFIG, else ./headrace.toml if it exists."),
+]
+
+
+class TimeUnit(StrEnum):
+    """How a recorded file counts time."""
+
+    SECONDS = "s"
+    MILLISECONDS = "ms"
+    RFC3339 = "rfc3339"
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Print every setting, its value, and where the value came from."""
+    effective = _settings(config).effective()
+    if as_json:
+        print(json.dumps({one.key: {"value": one.value, "origin": one.origin} for one in effective}, indent=2))
+        return
+    shown = [(f"{one.key} = {json.dumps(one.value, ensure_ascii=False)}", one.origin) for one in effective]
+    width = min(60, max(len(text) for text, _ in shown))
+    for text, origin in shown:
+        print(f"{text:<{width}}  # {origin}")
+
+
+@config_app.command("template")
+def config_template() -> None:
+    """Print headrace.toml with every key, its reason and its default."""
+    from ops.settings_template import template
+
+    print(template(), end="")
+
+
+@app.command()
+def migrate(
+    config: ConfigOption = None,
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit 2 if the schema is another.")] = False,
+) -> None:
+    """Bring the database schema up to date (SQLite: creates the file)."""
+    from feature_store import schema
+    from feature_store.config import FeatureStoreConfig
+    from ops.settings import masked
+
+    url = _settings(config).get(FeatureStoreConfig).url
+    if check:
+        schema.check(url)
+    else:
+        schema.migrate(url)
+    print(f"{masked('url', url)}: schema revision {schema.current(url)}")
+
+
+@app.command()
+def broker(
+    port: Annotated[int, typer.Option(help="TCP port.")] = 9092,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Run the local in-memory broker, for trying headrace out; its log is gone when it stops."""
+    from ops.local_broker import LocalBrokerConfig, become_broker
+
+    become_broker(_checked(lambda: LocalBrokerConfig(host=host, port=port)))
+
+
+@app.command()
+def ingest(config: ConfigOption = None) -> None:
+    """Run an ingest worker: `interactions` -> durable histories."""
+    from ops import daemons
+
+    _run_daemon(_settings(config), daemons.ingest)
+
+
+@app.command()
+def train(config: ConfigOption = None) -> None:
+    """Run the online trainer: histories -> snapshots."""
+    from ops import daemons
+
+    _run_daemon(_settings(config), daemons.train)
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; by default serving.port.")] = None,
+) -> None:
+    """Run an inference worker: HTTP API on the newest snapshot."""
+    from ops import daemons
+    from serving.config import ServingConfig
+
+    settings = _settings(config)
+    chosen = settings.get(ServingConfig).port if port is None else port
+    _run_daemon(settings, lambda known: daemons.serve(known, chosen))
+
+
+@app.command()
+def up(
+    config: ConfigOption = None,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Inference workers, on consecutive ports.")] = 1,
+    port: Annotated[int | None, typer.Option(help="Port of the first; by default serving.port.")] = None,
+    *,
+    local_broker: Annotated[bool, typer.Option("--local-broker", help="Start the in-memory broker too.")] = False,
+    log_files: Annotated[bool, typer.Option("--log-files", help="Write logs to <data_dir>/logs instead.")] = False,
+) -> None:
+    """Run everything on this machine, supervised: ingest, trainer and inference workers."""
+    from ops.config import HeadraceConfig
+    from ops.supervisor import Supervisor, SupervisorConfig
+    from ops.up import UpOptions, addresses, children, prepare_database, serving_ports
+
+    settings = _settings(config)
+    _log_to_stderr(settings)
+    options = UpOptions(num_replicas=replicas, first_port=port, has_local_broker=local_broker, config_path=config)
+    processes = children(settings, options)
+    if prepare_database(settings):
+        print("up | built the schema in an empty database")
+    for line in addresses(settings, serving_ports(settings, options)):
+        print(f"up | {line}")
+    log_dir = settings.get(HeadraceConfig).data_dir / "logs" if log_files else None
+    Supervisor(processes, SupervisorConfig(log_dir=log_dir), write_line=lambda line: print(line, flush=True)).run()
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Recorded stream, .parquet or .csv, in any row order.")],
+    user_col: Annotated[str, typer.Option(help="Column of the user id (integer or text).")],
+    item_col: Annotated[str, typer.Option(help="Column of the item id (integer or text).")],
+    time_col: Annotated[str, typer.Option(help="Column of the event time.")],
+    time_unit: Annotated[TimeUnit, typer.Option(help="How --time-col counts.")] = TimeUnit.MILLISECONDS,
+    value_col: Annotated[str | None, typer.Option(help="Column of a rating, watch seconds or the like.")] = None,
+    action: Annotated[str, typer.Option(help="Action of every event; declared in events.actions.")] = "rating",
+    event_id_col: Annotated[str | None, typer.Option(help="Column of the event id; by default the row number.")] = None,
+    speed: Annotated[str, typer.Option(help="Event time per real time, such as 1000x, or max.")] = "max",
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many events.")] = None,
+    bootstrap: Annotated[str | None, typer.Option(help="Broker; by default log.bootstrap_servers.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Feed a recorded stream to the broker in event-time order. Ends with one line of JSON."""
+    import asyncio
+
+    from backtest.datasets import RecordedColumns
+    from backtest.replay import ReplayConfig, parse_speed, read_recorded
+    from ops.replaying import replay_to_kafka
+
+    options = _checked(
+        lambda: ReplayConfig(action=action, speed=parse_speed(speed), event_id_prefix=file.stem[:64] or "replay")
+    )
+    columns = RecordedColumns(
+        user=user_col, item=item_col, time=time_col, time_unit=time_unit.value, value=value_col, event_id=event_id_col
+    )
+    settings = _settings(config)
+    recorded = read_recorded(file, columns, limit=limit)
+    report = asyncio.run(replay_to_kafka(settings, recorded, options, bootstrap=bootstrap, say=_say))
+    print(json.dumps(report))
+
+
+@app.command()
+def demo(
+    *,
+    keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything up until Ctrl-C.")] = False,
+) -> None:
+    """The whole loop on a real stream: broker, ingest, trainer, two inference workers, a live view, a summary."""
+    from ops import demo as whole_loop
+
+    raise typer.Exit(whole_loop.run(keep_running=keep_running))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"headrace {package_version('headrace')}")
+
+
+def main() -> None:
+    """Entry point: what a person can mend is one sentence on stderr, never a traceback."""
+    try:
+        app()
+    except _REFUSALS as error:
+        _say(f"headrace: {error}")
+        sys.exit(2)
+    except (StreamError, FeatureStoreError) as error:
+        # The broker or the database went away and the command could not wait for it.
+        _say(f"headrace: {error}")
+        sys.exit(1 if _is_daemon() else 2)
+
+
+def _is_daemon() -> bool:
+    """A supervised daemon that lost its broker or database is to be started again: not a refusal."""
+    return bool({"ingest", "train", "serve"} & set(sys.argv[1:2]))
+
+
+def _settings(config: Path | None) -> Settings:
+    return load(config, environment=os.environ)
+
+
+def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:
+    from ops.supervisor import stop_when_orphaned
+
+    _log_to_stderr(settings)
+    stop_when_orphaned(os.environ)
+    raise typer.Exit(run(settings))
+
+
+def _log_to_stderr(settings: Settings) -> None:
+    from ops.config import HeadraceConfig
+
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=settings.get(HeadraceConfig).log_level.upper(),
+        format="%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+        stream=sys.stderr,
+    )
+
+
+def _checked(build: Callable[[], Any]) -> Any:
+    """Build a config from command-line options; what it refuses is the caller's mistake."""
+    try:
+        return build()
+    except ValueError as error:
+        raise OpsError(str(error)) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

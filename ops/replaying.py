@@ -1,0 +1,67 @@
+"""Joins a recorded stream to the broker of the settings, and tells a person how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from backtest.replay import RecordedStream, ReplayConfig, ReplayProgress, replay
+from ops.errors import SettingsError
+from ops.settings import Settings
+from stream.clock import WallClock
+from stream.events import EventRules
+from stream.kafka import KafkaConfig, KafkaLog
+
+
+async def replay_to_kafka(
+    settings: Settings,
+    recorded: RecordedStream,
+    config: ReplayConfig,
+    *,
+    bootstrap: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Replay to the broker until done, SIGTERM or SIGINT; returns the report as plain values.
+
+    Raises SettingsError for an action that ingest would refuse, LogUnavailableError when the broker is away.
+    """
+    rules = settings.get(EventRules)
+    if config.action not in rules.actions:
+        raise SettingsError(
+            f"--action {config.action}: ingest would refuse every event; events.actions are {', '.join(rules.actions)}"
+        )
+    kafka = settings.get(KafkaConfig)
+    log = KafkaLog(dataclasses.replace(kafka, bootstrap_servers=bootstrap) if bootstrap else kafka)
+    await log.create_topics()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    writer = log.writer()
+    await writer.start()
+    try:
+        report = await replay(
+            recorded,
+            writer,
+            log.topics.interactions,
+            config,
+            clock=WallClock(),
+            stopping=stopping,
+            on_progress=lambda progress: say(progress_line(progress)),
+        )
+    finally:
+        await writer.stop()
+    return dataclasses.asdict(report)
+
+
+def progress_line(progress: ReplayProgress) -> str:
+    """One line for a person."""
+    reached = datetime.fromtimestamp(progress.event_time_ms / 1000, UTC)
+    share = progress.num_sent / max(progress.num_events, 1)
+    return (
+        f"replay: {progress.num_sent:,} of {progress.num_events:,} events ({share:.0%}), "
+        f"{progress.events_per_s:,.0f} events/s, event time {reached:%Y-%m-%d %H:%M:%S} UTC"
+    )
