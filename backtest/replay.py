@@ -276,7 +276,7 @@ def _read_columns(path: Path, columns: RecordedColumns) -> pl.DataFrame:
             near = get_close_matches(name, frame.columns, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(frame.columns)}"
             raise RecordedStreamError(f"{path} has no column {name}; {hint}")
-    return frame.select(dict.fromkeys(wanted)).with_row_index(_ROW)
+    return frame.select(list(dict.fromkeys(wanted))).with_row_index(_ROW)
 
 
 def _with_ids(path: Path, frame: pl.DataFrame, name: str) -> pl.DataFrame:
