@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from feature_store.interactions import BYTES_PER_INTERACTION
 
-MAX_CHUNK_LEN = 4096
+MAX_CHUNK_LEN: Final = 4096
+
+SLOT_BYTES: Final = 160
+"""Memory per user in the hot histories besides its interactions: six numbers in arrays, and an entry in the index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,7 @@ class HotHistoriesConfig:
 
     def __post_init__(self) -> None:
         _check_range("hot_histories.max_len", self.max_len, 1, 1_000_000)
-        smallest = 4 * self.max_len * BYTES_PER_INTERACTION
+        smallest = 2 * (2 * self.max_len * BYTES_PER_INTERACTION + SLOT_BYTES)
         if self.budget_bytes < smallest:
             raise ValueError(
                 f"hot_histories.budget_bytes={self.budget_bytes} cannot hold one growing history of "

@@ -15,6 +15,9 @@ FeatureStoreError
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class FeatureStoreError(Exception):
     """Root of every error this room raises on purpose (caller mistakes are `ValueError`)."""
@@ -76,3 +79,8 @@ class PositionError(FeatureStoreError):
 
 class HistoryBehindError(FeatureStoreError):
     """SQL does not hold interactions that the update log has announced, and the wait for them ran out."""
+
+    def __init__(self, message: str, user_ids: NDArray[np.int64]) -> None:
+        super().__init__(message)
+        self.user_ids = user_ids
+        """i64[K], whose; the same update without them can be applied."""
