@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from feature_store.hot import HotHistories
-from feature_store.interactions import Interactions
+from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import supervised_pass
@@ -66,10 +67,9 @@ class OnlineLearner:
 
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""
-        new, max_len = batch.interactions, self._config.model.max_len
+        new = batch.interactions
         self._hot.apply(new)
-        histories = self._hot.gather(np.unique(new.user_id), max_len=max_len + 1)
-        examples = build_examples(histories, new, max_len=max_len)
+        examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
         self.model.items.admit(new.item_id)
@@ -80,6 +80,13 @@ class OnlineLearner:
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
         self.ledger.record(batch)
+
+    def _histories(self, new: Interactions) -> JaggedHistories:
+        """Histories of the users touched, ending at their newest interaction of this batch, whatever SQL knows by now."""
+        users, row_of = np.unique(new.user_id, return_inverse=True)
+        below_seq = np.zeros(len(users), np.int64)
+        np.maximum.at(below_seq, row_of, new.seq.astype(np.int64) + 1)
+        return self._hot.gather(users, max_len=self._config.model.max_len + 1, below_seq=below_seq)
 
     def _test_and_train(self, examples: Examples, num_known: int) -> None:
         rows_L = torch.from_numpy(self.model.items.lookup(examples.item_id))
@@ -107,10 +114,10 @@ class OnlineLearner:
         )
         for arm, meter in self._meters.items():
             meter.add(torch.cat(rank_parts[arm]).numpy())
-        if not torch.isfinite(learned.loss):
+        if not math.isfinite(loss := float(learned.loss.detach())):
             # Weights stay at the last good state; the interactions count as taken, so that training goes on.
             self.ledger.num_quarantined += len(examples.positions)
-            logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, float(learned.loss))
+            logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, loss)
             return
         learned.loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step(learned.active)

@@ -37,9 +37,7 @@ def update_of(offsets: list[int], *, partition: int = 0, users: list[int] | None
 
 def batcher_of(max_interactions: int = 4, max_tokens: int = 1_000, max_len: int = 8, **positions: int) -> MicroBatcher:
     known = {int(p[1:]): PartitionPosition(0, offset) for p, offset in positions.items()}
-    return MicroBatcher(
-        max_interactions=max_interactions, max_tokens=max_tokens, max_len=max_len, positions=known
-    )
+    return MicroBatcher(max_interactions=max_interactions, max_tokens=max_tokens, max_len=max_len, positions=known)
 
 
 def drain(batcher: MicroBatcher) -> list[MicroBatch]:

@@ -1,0 +1,222 @@
+"""The trainer daemon on a log: learns everything once, publishes a chain, and continues after any stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from feature_store.interactions import Interactions
+from feature_store.store import FeatureStore
+from model.config import LossConfig, OptimizerConfig
+from model.recommender import Recommender
+from model.snapshot import chain, list_versions, load_snapshot, read_manifest, read_pointer
+from model.swap import apply_snapshot
+from online_trainer.config import TrainerConfig
+from online_trainer.daemon import TrainerDaemon, TrainerParts
+from stream.clock import WallClock
+from stream.freshness import AgeHistogram
+from stream.memory_log import MemoryLog
+from stream.messages import HistoryUpdate, SnapshotPointer, decode_message
+from tests.online_trainer.conftest import HOT, MODEL, record_stream, walks
+
+
+@dataclass
+class Site:
+    """A log, a store and the folders of one installation; daemons come and go."""
+
+    log: MemoryLog
+    store: FeatureStore
+    root: Path
+
+    def daemon(self, **trainer: Any) -> TrainerDaemon:
+        settings = {"batch_interactions": 16, "publish_interval_ms": 30, "checkpoint_interval_s": 0.1} | trainer
+        return TrainerDaemon(
+            TrainerParts(
+                config=TrainerConfig(batch_wait_ms=20, metrics_window=100, **settings),
+                model_config=MODEL,
+                loss_config=LossConfig(),
+                optimizer_config=OptimizerConfig(),
+                model_name="default",
+                log=self.log,
+                store=self.store,
+                hot_config=HOT,
+                snapshot_root=self.root / "snapshots",
+                checkpoint_root=self.root / "checkpoints",
+                clock=WallClock(),
+            )
+        )
+
+    def send(self, updates: list[HistoryUpdate]) -> None:
+        for update in updates:
+            self.log.append(self.log.topics.history_updates, 0, None, update.encode(), ())
+
+
+@pytest.fixture
+async def site(store: FeatureStore, tmp_path: Path) -> Site:
+    log = MemoryLog(WallClock(), log_id="main")
+    await log.create_topics()
+    return Site(log, store, tmp_path)
+
+
+@asynccontextmanager
+async def running(daemon: TrainerDaemon) -> AsyncIterator[TrainerDaemon]:
+    stopping = asyncio.Event()
+    task = asyncio.create_task(daemon.run(stopping))
+    try:
+        yield daemon
+    finally:
+        stopping.set()
+        await asyncio.wait_for(task, 30)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - the daemon is watched from outside
+            await asyncio.sleep(0.01)
+
+
+async def learn(daemon: TrainerDaemon, num_interactions: int) -> dict[str, Any]:
+    async with running(daemon):
+        await until(lambda: daemon.status()["interactions"] == num_interactions)
+    return daemon.status()
+
+
+async def test_everything_is_learned_once_and_the_last_snapshot_contains_it(site: Site) -> None:
+    site.send(record_stream(site.store, walks(300)).updates)
+    status = await learn(site.daemon(), 300)
+    totals = site.store.totals()
+    pointer = read_pointer(site.root / "snapshots", "default")
+    assert pointer is not None
+    lineage = read_manifest(site.root / "snapshots", "default", pointer.version).lineage
+    assert (lineage.num_interactions, lineage.fingerprint) == (totals.num_interactions, totals.fingerprint)
+    assert status["fingerprint"] == str(totals.fingerprint)
+    assert lineage.positions == {0: 300}
+
+
+async def test_updates_sent_again_are_not_learned_again(site: Site) -> None:
+    updates = record_stream(site.store, walks(200)).updates
+    site.send(updates[:3] + updates[1:3] + updates[2:])
+    status = await learn(site.daemon(), 200)
+    assert status["repeated"] == 150
+    assert status["fingerprint"] == str(site.store.totals().fingerprint)
+
+
+async def test_the_chain_of_snapshots_leads_to_the_trainers_weights(site: Site) -> None:
+    stream = record_stream(site.store, walks(300))
+    daemon = site.daemon(publish_interval_ms=0, anchor_every=4, keep_anchors=100)
+    async with running(daemon):
+        for update in stream.updates:
+            site.send([update])
+            await asyncio.sleep(0.1)
+        await until(lambda: daemon.status()["interactions"] == 300)
+    root, versions = site.root / "snapshots", list_versions(site.root / "snapshots", "default")
+    kinds = [read_manifest(root, "default", version).kind for version in versions]
+    assert kinds[0] == "anchor"
+    assert "delta" in kinds
+    recommender = Recommender(MODEL)
+    for version in versions:
+        apply_snapshot(recommender, load_snapshot(root, "default", version))
+    fresh = Recommender(MODEL)
+    for version in chain(root, "default", have=None, want=versions[-1]):
+        apply_snapshot(fresh, load_snapshot(root, "default", version))
+    for each in (recommender, fresh):
+        np.testing.assert_array_equal(each.items.ids(), daemon._learner.model.items.ids())
+        n = each.items.num_items
+        assert torch.equal(each.items.weight[:n], daemon._learner.model.items.weight[:n])
+        for name, tensor in each.dense_state().items():
+            assert torch.equal(tensor, daemon._learner.model.dense_state()[name]), name
+
+
+async def test_every_learned_event_is_in_exactly_one_freshness_histogram(site: Site) -> None:
+    site.send(record_stream(site.store, walks(250)).updates)
+    await learn(site.daemon(publish_interval_ms=0), 250)
+    published = site.store.published_snapshots("default")
+    assert sum(AgeHistogram.from_dict(snapshot.append_age).count for snapshot in published) == 250
+    assert all(snapshot.published_at_ms >= snapshot.created_at_ms for snapshot in published)
+
+
+async def test_each_snapshot_is_announced_on_its_topic(site: Site) -> None:
+    site.send(record_stream(site.store, walks(100)).updates)
+    await learn(site.daemon(), 100)
+    announced = [
+        decode_message(SnapshotPointer, record.value).version
+        for record in site.log.records((site.log.topics.snapshots, 0))
+    ]
+    assert announced == list_versions(site.root / "snapshots", "default")
+
+
+async def test_a_stopped_daemon_continues_where_it_stood(site: Site) -> None:
+    updates = record_stream(site.store, walks(300)).updates
+    site.send(updates[:3])
+    await learn(site.daemon(), 150)
+    site.send(updates[3:])
+    status = await learn(site.daemon(), 300)
+    assert status["repeated"] <= 50  # the message it stopped in is read again
+    assert status["fingerprint"] == str(site.store.totals().fingerprint)
+    # The weights are those of a trainer that never stopped.
+    unbroken = Site(site.log, site.store, site.root / "other")
+    again = unbroken.daemon()
+    await learn(again, 300)
+    assert status["supervised"] == again.status()["supervised"]
+
+
+async def test_after_a_crash_it_publishes_only_what_is_ahead_of_the_last_snapshot(site: Site) -> None:
+    updates = record_stream(site.store, walks(200)).updates
+    site.send(updates[:2])
+    await learn(site.daemon(checkpoint_interval_s=3_600), 100)
+    # A crash that loses the checkpoint but not the snapshots: the trainer starts over behind its own publications.
+    for path in sorted((site.root / "checkpoints").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    before = list_versions(site.root / "snapshots", "default")
+    site.send(updates[2:])
+    await learn(site.daemon(publish_interval_ms=0), 200)
+    manifests = [
+        read_manifest(site.root / "snapshots", "default", v) for v in list_versions(site.root / "snapshots", "default")
+    ]
+    learned = [manifest.lineage.num_interactions for manifest in manifests]
+    assert learned == sorted(learned)
+    first_new = manifests[len(before)]
+    assert first_new.kind == "anchor"
+    assert first_new.lineage.num_interactions > 100
+    published = site.store.published_snapshots("default")
+    assert sum(AgeHistogram.from_dict(snapshot.append_age).count for snapshot in published) == 200
+
+
+async def test_forgetting_a_user_does_not_stop_training(site: Site) -> None:
+    updates = record_stream(site.store, walks(200, num_users=5)).updates
+    site.send(updates[:2])
+    daemon = site.daemon()
+    async with running(daemon):
+        await until(lambda: daemon.status()["interactions"] == 100)
+        with site.store.transaction() as transaction:
+            transaction.forget_users(np.array([3], np.int64))
+        forgotten = HistoryUpdate(
+            log_id="main",
+            partition=0,
+            first_offset=-1,
+            last_offset=-1,
+            watermark_ms=0,
+            offsets=np.empty(0, np.int64),
+            append_ms=np.empty(0, np.int64),
+            interactions=Interactions.empty(),
+            forgotten=(3,),
+        )
+        site.send([forgotten, *updates[2:]])
+        await until(lambda: daemon.status()["interactions"] == 200)
+    assert daemon.status()["out_of_reach"] > 0
+
+
+async def test_readiness_says_what_it_waits_for(site: Site) -> None:
+    daemon = site.daemon()
+    assert daemon.ready() == (False, "starting")
+    async with running(daemon):
+        await until(lambda: daemon.ready()[0])
+    assert daemon.ready() == (False, "stopped")
