@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
@@ -92,6 +93,40 @@ def train(settings: Settings) -> int:
     return 0
 
 
+def serve(settings: Settings, port: int) -> int:
+    """Run one inference worker until it is told to stop; returns the exit code.
+
+    It starts without broker, database and weights, and says on /readyz what it waits for.
+    """
+    from model.config import ModelConfig
+    from serving.config import ServingConfig
+    from serving.daemon import ServingParts, run_worker
+    from stream.events import EventRules
+
+    config = settings.get(HeadraceConfig)
+    signals = telemetry.start(settings.get(TelemetryConfig), daemon="serving", mode=config.mode)
+    store = FeatureStore(settings.get(FeatureStoreConfig))
+    parts = ServingParts(
+        config=replace(settings.get(ServingConfig), port=port),
+        model_config=settings.get(ModelConfig),
+        model_name=config.model,
+        snapshot_root=config.data_dir / "snapshots",
+        log=KafkaLog(settings.get(KafkaConfig)),
+        store=store,
+        hot_config=settings.get(HotHistoriesConfig),
+        rules=settings.get(EventRules),
+        clock=WallClock(),
+        mode=config.mode,
+        replica=f"{socket.gethostname()}:{port}",
+        metrics_text=signals.metrics_text,
+    )
+    try:
+        return run_worker(parts)
+    finally:
+        store.close()
+        signals.shutdown()
+
+
 async def _until_told_to_stop(run: Callable[[asyncio.Event], Any]) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,8 +164,3 @@ def _probes(
         metrics=signals.metrics_text,
         status=status,
     )
-
-
-def replica_name(port: int) -> str:
-    """What this inference worker calls itself in records of what it served."""
-    return f"{socket.gethostname()}:{port}"
