@@ -216,6 +216,8 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: what a person can mend is one sentence on stderr, never a traceback."""
+    # Commands speak for themselves; what libraries log is for daemons, which ask for it.
+    logging.getLogger().addHandler(logging.NullHandler())
     try:
         app()
     except _REFUSALS as error:
@@ -253,6 +255,7 @@ def _log_to_stderr(settings: Settings) -> None:
         format="%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
         stream=sys.stderr,
+        force=True,
     )
 
 
