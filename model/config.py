@@ -75,6 +75,9 @@ class LossConfig:
 
     kind: Literal["full", "sampled"] = "full"
     """full: softmax over the live catalogue. sampled: over the targets and shared negatives, for large catalogues."""
+    num_hard_negatives: int = 512
+    """Rows outside the batch that a step of the full softmax corrects: those given the most probability. The loss
+    and every other gradient are over all rows; the rows left alone keep a delta small, and rank no worse."""
     num_negatives: int = 2048
     """Uniform negatives shared by the positions of a step; used by the sampled loss only."""
     positions_per_chunk: int = 256
@@ -83,6 +86,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("full", "sampled"):
             raise ValueError(f"kind is {self.kind!r}; it must be full or sampled")
+        _require(self, "num_hard_negatives", 0, 1 << 31)
         _require(self, "num_negatives", 1, 1 << 24)
         _require(self, "positions_per_chunk", 1, 1 << 20)
 

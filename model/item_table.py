@@ -28,12 +28,14 @@ class ActiveRows:
     """Rows taking part in one training step, as leaves that collect gradients.
 
     rows_R: int64[R], ascending. weight_RD, bias_R: float32 leaves; they alias the table when covers_all.
+    stepped: int64, places in rows_R that the optimiser may change; None: all of them.
     """
 
     rows_R: Tensor
     weight_RD: Tensor
     bias_R: Tensor
     covers_all: bool
+    stepped: Tensor | None = None
 
     def index_of(self, rows: Tensor) -> Tensor:
         """int64, shape of rows: where each row stands in rows_R; rows must be active."""

@@ -5,15 +5,24 @@ Shapes: L packed positions, P supervised positions, V rows of the live catalogue
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig
+from model.hstu import NORM_EPS
 from model.item_table import ActiveRows
-from model.losses import OnLogits, candidate_log_q, full_softmax_loss, sampled_softmax_loss
+from model.losses import (
+    FormedSoftmax,
+    OnLogits,
+    attach_gradients,
+    candidate_log_q,
+    form_full_softmax,
+    sampled_softmax_loss,
+)
 from model.recommender import Recommender
 
 
@@ -43,18 +52,50 @@ def supervised_pass(
     pass over the whole live catalogue, for metrics taken before the update (test, then train).
     """
     if loss_config.kind == "full":
-        active = recommender.items.activate()
-        u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
-        loss = full_softmax_loss(
-            u_PD,
-            targets.rows_P,
-            recommender.active_catalogue(active),
-            recommender.scale,
-            positions_per_chunk=loss_config.positions_per_chunk,
-            on_logits=on_logits,
-        )
-        return SupervisedPass(loss=loss, active=active)
+        return _full_pass(recommender, batch, targets, loss_config, generator, on_logits)
     return _sampled_pass(recommender, batch, targets, loss_config, generator, on_logits)
+
+
+def _full_pass(
+    recommender: Recommender,
+    batch: HistoryBatch,
+    targets: Targets,
+    loss_config: LossConfig,
+    generator: torch.Generator,
+    on_logits: OnLogits | None,
+) -> SupervisedPass:
+    items = recommender.items
+    active = items.activate()
+    u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    formed = form_full_softmax(
+        u_PD,
+        targets.rows_P,
+        recommender.catalogue(),
+        recommender.scale,
+        positions_per_chunk=loss_config.positions_per_chunk,
+        on_logits=on_logits,
+    )
+    stepped_S = _stepped_rows(batch, targets, formed, loss_config.num_hard_negatives)
+    # Only the rows that will be stepped take part in the backward pass; all the rest is exact over the catalogue.
+    unit_SD = functional.normalize(active.weight_RD[stepped_S], dim=1, eps=NORM_EPS)
+    loss = attach_gradients(
+        formed.loss,
+        (u_PD, formed.u_PD),
+        (recommender.scale, formed.scale),
+        (recommender.trend_coefficient, formed.offset_V @ items.log_popularity()),
+        (unit_SD, formed.unit_VD[stepped_S]),
+        (active.bias_R[stepped_S], formed.offset_V[stepped_S]),
+    )
+    return SupervisedPass(loss=loss, active=replace(active, stepped=stepped_S))
+
+
+def _stepped_rows(batch: HistoryBatch, targets: Targets, formed: FormedSoftmax, num_hard_negatives: int) -> Tensor:
+    """int64[S], ascending: rows of the batch and the others with the largest total probability."""
+    # Away from the targets, the gradient of an item's offset is its mean probability.
+    num_hard = min(num_hard_negatives, formed.offset_V.shape[0])
+    hard = formed.offset_V.abs().topk(num_hard).indices
+    rows_S: Tensor = torch.unique(torch.cat([batch.rows_L, targets.rows_P, hard]))
+    return rows_S[rows_S >= 0]
 
 
 def _sampled_pass(

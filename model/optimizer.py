@@ -61,21 +61,19 @@ class RecommenderOptimizer:
         if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
             return
         self._reserve(items.capacity)
+        grad_RD, grad_R, rows_R = active.weight_RD.grad, active.bias_R.grad, active.rows_R
+        if active.stepped is not None:
+            grad_RD, grad_R, rows_R = grad_RD[active.stepped], grad_R[active.stepped], rows_R[active.stepped]
         # A slice updates in place without gathering; an index gathers and scatters only the rows of the step.
-        part = slice(0, active.rows_R.shape[0]) if active.covers_all else active.rows_R
+        in_place = active.covers_all and active.stepped is None
+        part = slice(0, rows_R.shape[0]) if in_place else rows_R
         state = {name: column[part] for name, column in self._rows.items()}
         state["steps"] += 1
         weight_RD, bias_R = items.weight[part], items.bias[part]
         weight_RD.mul_(1 - self.config.row_learning_rate * self.config.row_weight_decay)
-        self._move(weight_RD, active.weight_RD.grad, state["first"], state["second"], state["steps"])
-        self._move(
-            bias_R[:, None],
-            active.bias_R.grad[:, None],
-            state["bias_first"][:, None],
-            state["bias_second"],
-            state["steps"],
-        )
-        if not active.covers_all:
+        self._move(weight_RD, grad_RD, state["first"], state["second"], state["steps"])
+        self._move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"], state["steps"])
+        if not in_place:
             for name, column in self._rows.items():
                 column[part] = state[name]
             items.weight[part], items.bias[part] = weight_RD, bias_R

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from model.config import OptimizerConfig
+from model.config import LossConfig, OptimizerConfig
 from model.errors import StateMismatchError
 from model.learning import supervised_pass
 from model.losses import OnLogits
@@ -136,3 +138,44 @@ def test_optimiser_state_of_another_model_is_refused(study: Study, make_study: C
     study.learn(2)
     with pytest.raises(StateMismatchError, match=r"rows\.first"):
         make_study("full").optimizer.load_state_dict(study.optimizer.state_dict())
+
+
+def test_the_full_pass_has_the_gradients_of_plain_autograd(study: Study) -> None:
+    study.learn(6)
+    recommender = study.recommender
+    batch, targets = study.histories(6)
+    config = LossConfig(num_hard_negatives=10_000)
+    generator = torch.Generator().manual_seed(5)
+    found = supervised_pass(recommender, batch, targets, config, generator=generator)
+    torch.autograd.backward(found.loss)
+    got = {name: parameter.grad for name, parameter in recommender.named_parameters()}
+    recommender.zero_grad(set_to_none=True)
+
+    active = recommender.items.activate()
+    u_PD = recommender.encode(batch, active, dropout=generator.manual_seed(5))[targets.positions_P]
+    catalogue = recommender.active_catalogue(active)
+    loss = functional.cross_entropy(recommender.scale * u_PD @ catalogue.unit_VD.T + catalogue.offset_V, targets.rows_P)
+    torch.autograd.backward(loss)
+    torch.testing.assert_close(found.loss, loss)
+    for name, parameter in recommender.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+    torch.testing.assert_close(found.active.weight_RD.grad, active.weight_RD.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.active.bias_R.grad, active.bias_R.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_full_step_changes_the_rows_of_the_batch_and_the_hardest_negatives_only(study: Study) -> None:
+    study.recommender.items.admit(np.arange(300))
+    study.learn(1)
+    items = study.recommender.items
+    batch, targets = study.histories(0)
+    before = items.state_dict()
+    items.clear_dirty()
+    config = LossConfig(num_hard_negatives=7)
+    found = supervised_pass(study.recommender, batch, targets, config, generator=study.generator)
+    torch.autograd.backward(found.loss)
+    study.optimizer.step(found.active)
+    changed = (items.weight[: items.num_items] != before["weight"]).any(1).nonzero().flatten().tolist()
+    in_batch = set(torch.cat([batch.rows_L, targets.rows_P]).tolist())
+    assert set(changed) == set(items.dirty_rows().tolist())
+    assert in_batch <= set(changed)
+    assert len(changed) <= len(in_batch) + 7
