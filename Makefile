@@ -15,7 +15,7 @@ PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP):
 	@PYTHON="$(PYTHON)" .ci/setup "$@"
 
 setup: $(STAMP) ## create .venv and install everything at the pinned versions
