@@ -7,7 +7,7 @@ decision to stop waiting (`flush`) depends on time, and only when the stream is 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,37 +45,78 @@ class _Pending:
     update: HistoryUpdate
     update_offset: int
     headers: Headers
+    order_ms: NDArray[np.int64]
+    """[N] append times that never run back within the partition: rows are merged across partitions by them."""
     taken: int = 0
 
     def num_left(self) -> int:
-        return len(self.update.offsets) - self.taken
+        return len(self.order_ms) - self.taken
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Pending updates of one source partition."""
+
+    seen_offset: int
+    order_ms: int = 0
+    updates: deque[_Pending] = field(default_factory=deque)
+
+    def peek(self, num_rows: int) -> tuple[list[Interactions], list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+        """The first rows: interactions, append times and merge order, in parts."""
+        interactions, append_ms, order_ms = [], [], []
+        for pending in self.updates:
+            rows = slice(pending.taken, pending.taken + min(num_rows, pending.num_left()))
+            interactions.append(pending.update.interactions.take(rows))
+            append_ms.append(pending.update.append_ms[rows])
+            order_ms.append(pending.order_ms[rows])
+            num_rows -= rows.stop - rows.start
+            if num_rows == 0:
+                break
+        return interactions, append_ms, order_ms
+
+    def drop(self, num_rows: int) -> tuple[PartitionPosition, list[Headers]]:
+        """Remove the first rows (at least one); where to continue after them, and the messages they came from."""
+        headers: list[Headers] = []
+        while True:
+            head = self.updates[0]
+            count = min(num_rows, head.num_left())
+            head.taken, num_rows = head.taken + count, num_rows - count
+            headers.append(head.headers)
+            if num_rows == 0:
+                position = PartitionPosition(head.update_offset, int(head.update.offsets[head.taken - 1]) + 1)
+            if head.num_left() == 0:
+                self.updates.popleft()
+            if num_rows == 0:
+                return position, headers
 
 
 class MicroBatcher:
     """Collects updates and closes micro-batches at the budgets.
 
     Rows at or below the last source offset taken from their partition are dropped: they come from an update that
-    was sent again.
+    was sent again. Partitions are merged by broker append time, so that a trainer that catches up sees the stream in
+    the order in which it happened, not one partition after the other.
     """
 
     def __init__(
         self, *, max_interactions: int, max_tokens: int, max_len: int, positions: dict[int, PartitionPosition]
     ) -> None:
         self._max_interactions, self._max_tokens, self._max_len = max_interactions, max_tokens, max_len
-        self._seen = {partition: position.source_offset - 1 for partition, position in positions.items()}
-        self._pending: deque[_Pending] = deque()
+        self._queues = {partition: _Queue(position.source_offset - 1) for partition, position in positions.items()}
         self.num_pending = 0
         self.num_repeated = 0
 
     def add(self, update: HistoryUpdate, update_offset: int, headers: Headers = ()) -> None:
         """Queue one update message."""
-        fresh = update.above(self._seen.get(update.partition, -1))
+        queue = self._queues.setdefault(update.partition, _Queue(-1))
+        fresh = update.above(queue.seen_offset)
         self.num_repeated += len(update.offsets) - len(fresh.offsets)
         if len(fresh.offsets) == 0:
             return
-        self._seen[update.partition] = int(fresh.offsets[-1])
-        self._pending.append(_Pending(fresh, update_offset, headers))
-        self.num_pending += len(fresh.offsets)
+        order_ms = np.maximum(np.maximum.accumulate(fresh.append_ms), queue.order_ms)
+        queue.seen_offset, queue.order_ms = int(fresh.offsets[-1]), int(order_ms[-1])
+        queue.updates.append(_Pending(fresh, update_offset, headers, order_ms))
+        self.num_pending += len(order_ms)
 
     def is_full(self) -> bool:
         """Whether a batch can be closed without waiting."""
@@ -85,42 +126,40 @@ class MicroBatcher:
         """Close a batch with what is pending, within the budgets; None when nothing is."""
         if not self.num_pending:
             return None
-        candidates = self._peek()
+        candidates, append_ms, partition_of = self._merge()
         num_rows = self._num_within_budget(candidates)
-        taken: list[_Pending] = []
-        appended: list[NDArray[np.int64]] = []
         positions: dict[int, PartitionPosition] = {}
-        left = num_rows
-        while left:
-            head = self._pending[0]
-            count = min(left, head.num_left())
-            rows = slice(head.taken, head.taken + count)
-            appended.append(head.update.append_ms[rows])
-            taken.append(head)
-            positions[head.update.partition] = PartitionPosition(
-                head.update_offset, int(head.update.offsets[rows.stop - 1]) + 1
-            )
-            head.taken, left = rows.stop, left - count
-            if head.num_left() == 0:
-                self._pending.popleft()
+        headers: list[Headers] = []
+        for partition, count in zip(*np.unique(partition_of[:num_rows], return_counts=True), strict=True):
+            positions[int(partition)], of_messages = self._queues[int(partition)].drop(int(count))
+            headers += of_messages
         self.num_pending -= num_rows
         return MicroBatch(
             interactions=candidates.take(slice(0, num_rows)),
-            append_ms=np.concatenate(appended),
+            append_ms=append_ms[:num_rows],
             positions=positions,
-            headers=tuple(head.headers for head in taken),
+            headers=tuple(headers),
         )
 
-    def _peek(self) -> Interactions:
-        parts: list[Interactions] = []
-        left = self._max_interactions
-        for pending in self._pending:
-            count = min(left, pending.num_left())
-            parts.append(pending.update.interactions.take(slice(pending.taken, pending.taken + count)))
-            left -= count
-            if left == 0:
-                break
-        return Interactions.concat(parts)
+    def _merge(self) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
+        """Candidates for a batch, oldest append first: interactions, append times, source partitions."""
+        interactions: list[Interactions] = []
+        append_ms: list[NDArray[np.int64]] = []
+        order_ms: list[NDArray[np.int64]] = []
+        partitions: list[NDArray[np.int64]] = []
+        for partition, queue in sorted(self._queues.items()):
+            peeked = queue.peek(self._max_interactions)
+            interactions += peeked[0]
+            append_ms += peeked[1]
+            order_ms += peeked[2]
+            partitions += [np.full(len(part), partition) for part in peeked[2]]
+        # A stable sort keeps each partition's rows in source order.
+        order = np.argsort(np.concatenate(order_ms), kind="stable")[: self._max_interactions]
+        return (
+            Interactions.concat(interactions).take(order),
+            np.concatenate(append_ms)[order],
+            np.concatenate(partitions)[order],
+        )
 
     def _num_within_budget(self, candidates: Interactions) -> int:
         """Rows until the token budget is spent, or a user has more new interactions than one history row holds.

@@ -82,7 +82,7 @@ class OnlineLearner:
         self.ledger.record(batch)
 
     def _histories(self, new: Interactions) -> JaggedHistories:
-        """Histories of the users touched, ending at their newest interaction of this batch, whatever SQL knows by now."""
+        """Histories of the users touched up to this batch, whatever more SQL knows by now."""
         users, row_of = np.unique(new.user_id, return_inverse=True)
         below_seq = np.zeros(len(users), np.int64)
         np.maximum.at(below_seq, row_of, new.seq.astype(np.int64) + 1)

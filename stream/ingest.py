@@ -30,7 +30,7 @@ from stream.errors import LogResetError, LogUnavailableError
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
-from stream.kafka import KafkaConfig, record_of
+from stream.kafka import KafkaConfig, fetch_fairly
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged
 from stream.messages import HistoryUpdate, Topics
 from stream.tracing import current_headers, links_to
@@ -49,7 +49,7 @@ class IngestConfig:
     group_id: str = "headrace-ingest"
     """Consumer group that shares the partitions of `interactions` between workers; also the Faust app's id."""
     max_batch_records: int = 5_000
-    """Records of one commit; larger batches are faster, smaller ones fresher under load."""
+    """Records of one poll, shared by the partitions; larger batches are faster, smaller ones fresher under load."""
     poll_timeout_ms: int = 200
     """How long one poll waits for records (ms)."""
     max_poll_interval_ms: int = 300_000
@@ -300,11 +300,10 @@ class IngestWorker(ConsumerRebalanceListener):
 
     async def _poll_once(self, stopping: asyncio.Event) -> None:
         # Step 1: a bounded batch per partition.
-        fetched = await self._consumer.getmany(
-            timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
+        fetched = await fetch_fairly(
+            self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
         )
-        for topic_partition, raw_records in fetched.items():
-            records = [record_of(raw) for raw in raw_records]
+        for topic_partition, records in fetched.items():
             async with self._committing:
                 await self._commit_with_retries(topic_partition, records, stopping)
 

@@ -203,12 +203,12 @@ class KafkaReader:
     async def poll(self, *, timeout_ms: int, max_records: int) -> list[Record]:
         """See LogReader; raises LogResetError when a position no longer exists in the log."""
         try:
-            fetched = await self._consumer.getmany(timeout_ms=timeout_ms, max_records=max_records)
+            fetched = await fetch_fairly(self._consumer, timeout_ms=timeout_ms, max_records=max_records)
         except OffsetOutOfRangeError as error:
             raise LogResetError(f"a stored position no longer exists in the log: {error}") from error
         except KafkaError as error:
             raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
-        return [record_of(raw) for records in fetched.values() for raw in records]
+        return [record for records in fetched.values() for record in records]
 
 
 class KafkaWriter:
@@ -264,6 +264,21 @@ class KafkaWriter:
         return sent
 
 
-def record_of(raw: Any) -> Record:
-    """An aiokafka ConsumerRecord as a `Record`."""
+async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Record]]:
+    """Poll an aiokafka consumer with an equal share of `max_records` for every assigned partition.
+
+    Left alone, it drains one partition before it turns to the next, so that a consumer that catches up would run
+    far ahead in some partitions and stand still in the others.
+    """
+    partitions = sorted(consumer.assignment())
+    share = max(1, max_records // max(1, len(partitions)))
+    fetched: dict[TopicPartition, Any] = {}
+    for partition in partitions:
+        fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
+    if not fetched:
+        fetched = await consumer.getmany(timeout_ms=timeout_ms, max_records=share)
+    return {partition: [_record(raw) for raw in records] for partition, records in fetched.items()}
+
+
+def _record(raw: Any) -> Record:
     return Record(raw.topic, raw.partition, raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))

@@ -78,7 +78,7 @@ def test_a_resumed_batcher_starts_above_its_positions() -> None:
     batcher.add(update_of([0, 1, 2, 3]), 0)
     batcher.add(update_of([0, 1], partition=1), 0)
     (batch,) = drain(batcher)
-    assert batch.interactions.item_id.tolist() == [2, 3, 100, 101]
+    assert batch.interactions.item_id.tolist() == [100, 101, 2, 3]
 
 
 def test_the_token_budget_counts_each_history_once() -> None:
@@ -98,6 +98,16 @@ def test_a_user_never_has_more_new_interactions_than_a_history_holds() -> None:
     batcher = batcher_of(max_interactions=100, max_len=3)
     batcher.add(update_of([0, 1, 2, 3, 4, 5, 6], users=[5] * 7), 0)
     assert [len(batch.interactions) for batch in drain(batcher)] == [3, 3, 1]
+
+
+def test_partitions_are_merged_by_append_time() -> None:
+    batcher = batcher_of(max_interactions=4)
+    batcher.add(update_of([0, 10, 20]), 5)
+    batcher.add(update_of([5, 15, 25], partition=1), 9)
+    first, second = drain(batcher)
+    assert first.interactions.item_id.tolist() == [0, 105, 10, 115]
+    assert first.positions == {0: PartitionPosition(5, 11), 1: PartitionPosition(9, 16)}
+    assert second.interactions.item_id.tolist() == [20, 125]
 
 
 @given(
