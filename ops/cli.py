@@ -20,11 +20,21 @@ import typer
 
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
+from online_trainer.errors import CheckpointMismatchError
 from ops.errors import OpsError
 from ops.settings import Settings, load
+from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
 
-_REFUSALS: Final = (OpsError, BacktestError, SchemaRevisionError, StoreLayoutError, LogResetError)
+_REFUSALS: Final = (
+    OpsError,
+    BacktestError,
+    SchemaRevisionError,
+    StoreLayoutError,
+    LogResetError,
+    CheckpointMismatchError,
+    PortTakenError,
+)
 """Trying again cannot help: exit status 2."""
 
 app = typer.Typer(

@@ -72,27 +72,27 @@ SECTIONS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from this repository's own headrace.toml."""
+    monkeypatch.chdir(tmp_path)
+
+
 def _load(tmp_path: Path, text: str = "", **environment: str) -> Settings:
     path = tmp_path / "headrace.toml"
     path.write_text(text)
     return load(path, environment=environment, sections=SECTIONS)
 
 
-def test_without_file_and_environment_everything_is_at_its_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_without_file_and_environment_everything_is_at_its_default() -> None:
     settings = load(environment={}, sections=SECTIONS)
     assert settings.get(PumpConfig) == PumpConfig()
     assert settings.get(TankConfig) == TankConfig()
     assert {one.origin for one in settings.effective()} == {"default"}
 
 
-def test_the_file_in_the_current_folder_is_read_without_being_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_in_the_current_folder_is_read_without_being_named(tmp_path: Path) -> None:
     (tmp_path / "headrace.toml").write_text("[tank]\nvolume = 11\n")
-    monkeypatch.chdir(tmp_path)
     assert load(environment={}, sections=SECTIONS).get(TankConfig).volume == 11
 
 

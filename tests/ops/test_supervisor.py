@@ -70,7 +70,7 @@ def test_waits_double_up_to_the_limit() -> None:
 def test_a_crashing_child_waits_longer_each_time(tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     script = f"{sys.executable} -S -c 'import time; print(time.monotonic())' >> {starts}; exit 1"
-    with Supervisor([_shell("crasher", script)], SupervisorConfig(backoff_first_s=0.2, backoff_max_s=10)) as supervisor:
+    with Supervisor([_shell("looper", script)], SupervisorConfig(backoff_first_s=0.2, backoff_max_s=10)) as supervisor:
         _wait_for(lambda: starts.exists() and len(starts.read_text().split()) >= 3)
         assert _only(supervisor).last_exit == 1
     first, second, third = (float(text) for text in starts.read_text().split()[:3])
@@ -115,7 +115,7 @@ def test_a_child_deaf_to_sigterm_is_killed_at_the_deadline_and_the_others_still_
 
 def test_a_child_waiting_for_its_restart_is_not_started_by_a_stop() -> None:
     config = SupervisorConfig(backoff_first_s=60, backoff_max_s=60)
-    with Supervisor([_shell("crasher", "exit 7")], config) as supervisor:
+    with Supervisor([_shell("looper", "exit 7")], config) as supervisor:
         _wait_for(lambda: _only(supervisor).state == "waiting")
         restart_in_s = _only(supervisor).restart_in_s
         assert restart_in_s is not None
@@ -218,10 +218,10 @@ def test_a_second_signal_does_not_wait_for_the_deadline() -> None:
 
 
 def test_the_supervisor_ends_when_a_child_refuses_to_start() -> None:
-    process, _ = _supervised("sleep 0.2; echo no such table: ignest; exit 2")
+    process, _ = _supervised("sleep 0.2; echo no such table: interaction; exit 2")
     output, _ = process.communicate(timeout=10)
     assert process.returncode == 2
-    assert "child cannot start: no such table: ignest" in output
+    assert "child cannot start: no such table: interaction" in output
 
 
 @pytest.mark.kill
