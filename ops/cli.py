@@ -209,13 +209,16 @@ def replay(
 
 @app.command()
 def demo(
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="How long the replay may take.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder for the demo's database, snapshots and logs.")] = None,
+    json_out: Annotated[Path | None, typer.Option(help="Where the summary goes.")] = None,
     *,
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything up until Ctrl-C.")] = False,
 ) -> None:
     """The whole loop on a real stream: broker, ingest, trainer, two inference workers, a live view, a summary."""
     from ops import demo as whole_loop
 
-    raise typer.Exit(whole_loop.run(keep_running=keep_running))
+    raise typer.Exit(whole_loop.run(keep_running=keep_running, minutes=minutes, data_dir=data_dir, json_out=json_out))
 
 
 @app.command()
