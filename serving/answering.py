@@ -1,0 +1,132 @@
+"""From a request to its answer: limits, ids, the micro-batcher, and what is noted about the answer afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_store.ids import stable_id
+from serving.batcher import MicroBatcher
+from serving.config import ServingConfig
+from serving.errors import InvalidRequestError
+from serving.first_answers import FirstAnswers
+from serving.impressions import ImpressionLog
+from serving.item_names import ItemNames
+from serving.messages import (
+    RankedCandidates,
+    RankedItem,
+    RankRequest,
+    Recommendation,
+    RecommendRequest,
+    ScoredItem,
+    rfc3339,
+)
+from serving.ranker import Query, Ranking, RankQuery, RecommendQuery
+from stream.clock import Clock
+from stream.messages import Impression
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerParts:
+    """What answering needs."""
+
+    batcher: MicroBatcher[Query, Ranking]
+    names: ItemNames
+    first_answers: FirstAnswers
+    impressions: ImpressionLog | None
+    """None: impressions are not written."""
+    clock: Clock
+    query_now_ms: Callable[[], int]
+    """Time of a request: the clock, or the event time of a replayed stream."""
+
+
+class Answering:
+    """Answers `recommend` and `rank`."""
+
+    def __init__(self, config: ServingConfig, parts: AnswerParts) -> None:
+        self._config = config
+        self._parts = parts
+
+    async def recommend(self, request: RecommendRequest, request_id: str) -> Recommendation:
+        """The best items for a user. Raises RequestError."""
+        _at_most(request.k, self._config.k_max, "k", "serving.k_max")
+        _at_most(len(request.exclude), self._config.exclude_max, "exclude", "serving.exclude_max")
+        ranking = await self._parts.batcher.submit(
+            RecommendQuery(
+                user_id=_to_id(request.user_id),
+                k=request.k,
+                exclude_seen=request.exclude_seen,
+                exclude=_to_ids(request.exclude),
+            )
+        )
+        items = [
+            ScoredItem(item_id=self._parts.names.original(item_id), score=score)
+            for item_id, score in zip(ranking.item_ids.tolist(), ranking.scores.tolist(), strict=True)
+        ]
+        self._note(request.user_id, request_id, ranking, items)
+        return Recommendation(**_origin(request_id, ranking), items=items)
+
+    async def rank(self, request: RankRequest, request_id: str) -> RankedCandidates:
+        """The candidates in order of preference. Raises RequestError."""
+        _at_most(len(request.candidates), self._config.candidates_max, "candidates", "serving.candidates_max")
+        ranking = await self._parts.batcher.submit(
+            RankQuery(user_id=_to_id(request.user_id), candidates=_to_ids(request.candidates))
+        )
+        items = [
+            RankedItem(
+                item_id=request.candidates[place],
+                score=None if math.isnan(score) else score,
+                known=not math.isnan(score),
+            )
+            for place, score in zip(ranking.places.tolist(), ranking.scores.tolist(), strict=True)
+        ]
+        self._note(request.user_id, request_id, ranking, items)
+        return RankedCandidates(**_origin(request_id, ranking), items=items)
+
+    def _note(self, user_id: int | str, request_id: str, ranking: Ranking, items: Sequence[ScoredItem]) -> None:
+        """What is recorded about an answer, none of it in its way."""
+        weights = ranking.weights
+        if weights is not None and ranking.fallback_reason is None:
+            self._parts.first_answers.answered(weights.version, self._parts.clock.now_ms())
+        if self._parts.impressions is not None:
+            self._parts.impressions.add(
+                Impression(
+                    request_id=request_id,
+                    user_id=user_id,
+                    items=[item.item_id for item in items],
+                    scores=[item.score for item in items],
+                    snapshot_version=None if weights is None else weights.version,
+                    shown_at_ms=self._parts.query_now_ms(),
+                )
+            )
+
+
+def _origin(request_id: str, ranking: Ranking) -> dict[str, Any]:
+    """The fields of `Answer`."""
+    weights = ranking.weights
+    return {
+        "request_id": request_id,
+        "snapshot_version": None if weights is None else weights.version,
+        "weights_event_time": None if weights is None else rfc3339(weights.watermark_ms),
+        "history_event_time": rfc3339(ranking.history_time_ms),
+        "fallback": ranking.fallback_reason is not None,
+        "fallback_reason": ranking.fallback_reason,
+    }
+
+
+def _to_id(raw: int | str) -> int:
+    return stable_id(raw) if isinstance(raw, str) else raw
+
+
+def _to_ids(raw: Sequence[int | str]) -> NDArray[np.int64]:
+    return np.fromiter(map(_to_id, raw), np.int64, len(raw))
+
+
+def _at_most(value: int, limit: int, field: str, setting: str) -> None:
+    if value > limit:
+        raise InvalidRequestError(f"{field} asks for {value}; {setting} is {limit}", field=field, code="too_many_items")

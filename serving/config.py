@@ -1,0 +1,99 @@
+"""How an inference worker listens, batches, swaps and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+_AT_LEAST_ONE: Final = (
+    "batch_max",
+    "queue_max",
+    "request_timeout_ms",
+    "body_max_bytes",
+    "k_max",
+    "candidates_max",
+    "exclude_max",
+    "events_max",
+    "events_timeout_ms",
+    "snapshot_poll_ms",
+    "update_poll_records",
+    "store_check_ms",
+    "impressions_queue_max",
+    "drain_timeout_ms",
+    "num_threads",
+)
+_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingConfig:
+    """Settings of an inference worker (`headrace serve`)."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all interfaces."""
+    port: int = 8080
+    """Port to listen on; 0 takes a free one and says which."""
+    batch_max: int = 32
+    """Requests answered by one forward pass at most."""
+    batch_wait_ms: float = 1.0
+    """How long (ms) a request that finds the model idle waits for others to share its forward pass."""
+    queue_max: int = 256
+    """Requests that may wait for the model; beyond it callers get 429 with Retry-After."""
+    request_timeout_ms: int = 1_000
+    """Deadline of a request (ms); later it gets 504, and is not computed if it was still waiting."""
+    body_max_bytes: int = 1_048_576
+    """Largest request body (bytes); beyond it 413."""
+    k_max: int = 1_000
+    """Most items one recommendation may ask for."""
+    candidates_max: int = 10_000
+    """Most candidates one ranking may hold."""
+    exclude_max: int = 10_000
+    """Most items one recommendation may exclude by name."""
+    events_max: int = 1_000
+    """Most events of one `POST /v1/events`."""
+    events_timeout_ms: int = 5_000
+    """How long (ms) `POST /v1/events` waits for the log's acknowledgement before it answers 503."""
+    snapshot_poll_ms: int = 500
+    """Time (ms) between looks at the snapshot pointer; announcements on the `snapshots` topic are followed at once."""
+    snapshot_retry_max_ms: int = 30_000
+    """A refused snapshot is tried again with growing pauses up to this (ms): its storage may be at fault."""
+    update_poll_records: int = 64
+    """History-update messages applied between two micro-batches at most: bounds how long answers wait for them."""
+    store_check_ms: int = 2_000
+    """Time (ms) between looks at the store: whether it answers, and which items are unavailable."""
+    weights_behind_max_ms: int = 0
+    """Not ready when interactions have waited longer than this (ms) to be learned by the weights served; 0: never.
+    A quiet stream leaves nothing waiting, so it never looks stale."""
+    log_impressions: bool = True
+    """Write what every answer showed to the `impressions` topic."""
+    impressions_queue_max: int = 10_000
+    """Impressions that may wait for the log; beyond it they are dropped and counted, never delaying an answer."""
+    drain_timeout_ms: int = 5_000
+    """Time (ms) for requests in flight when the worker stops."""
+    num_threads: int = 1
+    """CPU threads of the numerical library for one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"serving.{name} = {getattr(self, name)}: must be at least 1")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"serving.{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"serving.port = {self.port}: must lie between 0 and 65535; 0 takes a free port")
+        if self.drain_timeout_ms > 8_000:
+            raise ValueError(
+                f"serving.drain_timeout_ms = {self.drain_timeout_ms}: must be at most 8000, so that a worker "
+                "stops within 10 seconds"
+            )
+        if self.batch_wait_ms >= self.request_timeout_ms:
+            raise ValueError(
+                f"serving.batch_wait_ms = {self.batch_wait_ms}: must be below serving.request_timeout_ms "
+                f"({self.request_timeout_ms}), or no request is answered in time"
+            )
+        if self.snapshot_retry_max_ms < self.snapshot_poll_ms:
+            raise ValueError(
+                f"serving.snapshot_retry_max_ms = {self.snapshot_retry_max_ms}: must be at least "
+                f"serving.snapshot_poll_ms ({self.snapshot_poll_ms})"
+            )

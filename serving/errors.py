@@ -1,0 +1,98 @@
+"""What can go wrong in `serving`.
+
+ServingError
+├── RequestError               refused on behalf of the caller: HTTP status, code, Retry-After
+│   ├── InvalidRequestError      422, or 413 for a body that is too large: sending it again will not help
+│   ├── EventsRefusedError       422: some of the events are not acceptable, none was sent
+│   ├── QueueFullError           429: more requests wait than can be answered in time
+│   ├── DeadlineExceededError    504: accepted, but not answered before its deadline
+│   ├── DrainingError            503: this worker is stopping
+│   └── EventsUnavailableError   503: the log did not acknowledge the events
+├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
+└── PortTakenError             another process listens on the port
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serving.messages import RefusedEvent
+
+
+class ServingError(Exception):
+    """Root of this room's errors."""
+
+
+class RequestError(ServingError):
+    """A request that gets an error answer. Subclasses say which HTTP status and code."""
+
+    status = 500
+    code = "error"
+    retry_after_s: int | None = None
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequestError(RequestError):
+    """The request's content is not acceptable."""
+
+    status = 422
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 422, code: str = code) -> None:
+        super().__init__(message, field=field)
+        self.status = status
+        self.code = code
+
+
+class EventsRefusedError(RequestError):
+    """At least one event is not acceptable; nothing of the request was sent."""
+
+    status = 422
+    code = "events_refused"
+
+    def __init__(self, message: str, refused: Sequence[RefusedEvent]) -> None:
+        super().__init__(message)
+        self.refused = list(refused)
+
+
+class QueueFullError(RequestError):
+    """The queue in front of the model is full."""
+
+    status = 429
+    code = "queue_full"
+    retry_after_s = 1
+
+
+class DeadlineExceededError(RequestError):
+    """No answer in time. 504 and not 503: the request was accepted, and what it waited for was too slow."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class DrainingError(RequestError):
+    """This worker is stopping; another one takes the request."""
+
+    status = 503
+    code = "draining"
+    retry_after_s = 1
+
+
+class EventsUnavailableError(RequestError):
+    """The log is away, so events cannot be accepted durably."""
+
+    status = 503
+    code = "log_unavailable"
+    retry_after_s = 1
+
+
+class SnapshotRefusedError(ServingError):
+    """The snapshot's files are whole, but do not fit what this worker holds or is configured for."""
+
+
+class PortTakenError(ServingError):
+    """The address to listen on cannot be bound."""

@@ -1,0 +1,115 @@
+"""Bodies of requests and answers (JSON), shared by the API and by whoever calls it from Python."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+
+from stream.events import IntId, TextId
+
+ItemId = IntId | TextId
+"""Non-negative 64-bit integer, or text of 1 to 256 characters."""
+
+
+class RecommendRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/recommend`: the best items for a user."""
+
+    user_id: IntId | TextId
+    k: Annotated[int, msgspec.Meta(ge=1)] = 10
+    exclude_seen: bool = True
+    """Leave out what is in the user's history, as far as it is held in memory (`hot.max_len`)."""
+    exclude: list[ItemId] = []
+
+
+class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`POST /v1/rank`: given candidates in order of preference."""
+
+    user_id: IntId | TextId
+    candidates: Annotated[list[ItemId], msgspec.Meta(min_length=1)]
+
+
+class ScoredItem(msgspec.Struct, frozen=True, kw_only=True):
+    """One recommended item, with the id as its producers write it."""
+
+    item_id: int | str
+    score: float | None
+
+
+class RankedItem(ScoredItem, frozen=True, kw_only=True):
+    """One ranked candidate. Unknown candidates come last, without a score."""
+
+    known: bool
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What every answer of `recommend` and `rank` says about what it was computed from."""
+
+    request_id: str
+    snapshot_version: int | None
+    """Weights used; null before the first snapshot."""
+    weights_event_time: str | None
+    """Event-time watermark of those weights (RFC 3339)."""
+    history_event_time: str | None
+    """Newest interaction of the user that was used (RFC 3339); null when none was."""
+    fallback: bool
+    """True: ordered by decayed popularity, not by the model; `fallback_reason` says why."""
+    fallback_reason: str | None
+
+
+class Recommendation(Answer, frozen=True, kw_only=True):
+    """Answer of `POST /v1/recommend`, best item first."""
+
+    items: list[ScoredItem]
+
+
+class RankedCandidates(Answer, frozen=True, kw_only=True):
+    """Answer of `POST /v1/rank`, best candidate first."""
+
+    items: list[RankedItem]
+
+
+class RefusedEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """Why one event of a request is not acceptable."""
+
+    index: int
+    """Place in the list that was sent; 0 for a single event."""
+    reason: str
+    """Reason code of `stream.events.REASONS`."""
+    field: str | None
+    error: str
+
+
+class EventsAccepted(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /v1/events`: the log holds these events."""
+
+    request_id: str
+    event_ids: list[str]
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong, for programs (`code`) and for people (`message`)."""
+
+    code: str
+    message: str
+    field: str | None = None
+    refused: list[RefusedEvent] | None = None
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Body of every answer that is not a success."""
+
+    request_id: str
+    error: ErrorBody
+
+
+def rfc3339(time_ms: int | None) -> str | None:
+    """`2024-05-01T12:00:00.123Z` for epoch milliseconds; None for None or a time that no calendar holds."""
+    if time_ms is None:
+        return None
+    try:
+        moment = datetime.fromtimestamp(time_ms / 1000, UTC)
+    except (OverflowError, ValueError, OSError):
+        return None
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{time_ms % 1000:03d}Z"

@@ -1,0 +1,288 @@
+"""Following published snapshots: learn of one, read and verify it aside, swap between two micro-batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from opentelemetry import trace
+
+from model.config import ModelConfig
+from model.errors import ModelError, SnapshotConfigError, SnapshotParentError
+from model.manifest import Manifest, SnapshotPointer
+from model.snapshot import (
+    Snapshot,
+    chain,
+    list_versions,
+    load_snapshot,
+    read_manifest,
+    read_pointer,
+    snapshot_path,
+)
+from serving.batcher import ModelThread
+from serving.config import ServingConfig
+from serving.errors import SnapshotRefusedError
+from serving.instruments import ServingInstruments
+from serving.weights import PreparedSwap, ServedWeights, prepare_swap
+from stream.clock import Clock
+from stream.failpoints import fail_point
+from stream.tracing import link_to
+
+logger = logging.getLogger(__name__)
+_tracer = trace.get_tracer("headrace.serving")
+
+_UNUSABLE = (ModelError, SnapshotRefusedError, OSError)
+"""What makes a snapshot unusable: its content, what it builds on, or its storage."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapDone:
+    """One swap: where it led, and which versions became current with it."""
+
+    newest: Manifest
+    passed: tuple[Manifest, ...]
+    """Manifests of every version after the one held before, up to the newest, as far as they are still on disk."""
+    pause_s: float
+
+
+class SnapshotReader:
+    """Reads snapshots of one model and remembers which could not be used. Blocking: for a thread of its own."""
+
+    def __init__(self, root: Path, model: str, config: ModelConfig, instruments: ServingInstruments) -> None:
+        snapshot_path(root, model, 1)  # raises ValueError now for a name that cannot be a folder
+        self._root, self._model, self._config = root, model, config
+        self._instruments = instruments
+        self.refused: dict[int, str] = {}
+
+    def pointer(self) -> SnapshotPointer | None:
+        """The newest published version. Raises ModelError or OSError."""
+        return read_pointer(self._root, self._model)
+
+    def prepare(self, *, have: int | None, want: int) -> PreparedSwap | None:
+        """Read what leads from `have` to `want`, or as far towards it as usable snapshots go; None: not a step."""
+        target: int | None = want
+        while target is not None and target != have:
+            loaded = self._load_chain(have, target)
+            if isinstance(loaded, PreparedSwap):
+                return loaded
+            target = self._newest_between(have, loaded)
+        return None
+
+    def _load_chain(self, have: int | None, target: int) -> PreparedSwap | int:
+        """What is to be applied, or the version that cannot be used."""
+        version = target
+        try:
+            versions = chain(self._root, self._model, have=have, want=target)
+            snapshots: list[Snapshot] = []
+            for version in versions:
+                snapshot = load_snapshot(self._root, self._model, version)
+                self._check(snapshot, snapshots[-1].manifest.version if snapshots else have)
+                snapshots.append(snapshot)
+            return prepare_swap(self._config, snapshots)
+        except _UNUSABLE as error:
+            self.refuse(version, error)
+            return version
+
+    def _check(self, snapshot: Snapshot, parent: int | None) -> None:
+        manifest = snapshot.manifest
+        if manifest.kind == "delta" and manifest.parent != parent:
+            raise SnapshotParentError(
+                f"version {manifest.version} changes version {manifest.parent}, not version {parent}"
+            )
+        if manifest.config_hash != self._config.config_hash():
+            raise SnapshotConfigError(f"version {manifest.version} was made by a model with other settings ([model])")
+        tensors = [*snapshot.dense.values(), snapshot.rows.weight, snapshot.rows.bias]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise SnapshotRefusedError(f"version {manifest.version} holds weights that are not finite")
+
+    def refuse(self, version: int, error: Exception) -> None:
+        """Count a version that cannot be used, and say so once."""
+        if version not in self.refused:
+            self._instruments.snapshot_refused(type(error).__name__)
+            logger.error("snapshot %d is refused, what is loaded stays: %s", version, error)
+        self.refused[version] = f"{type(error).__name__}: {error}"
+
+    def _newest_between(self, have: int | None, below: int) -> int | None:
+        try:
+            versions = list_versions(self._root, self._model)
+        except OSError:
+            return None
+        return max((version for version in versions if (have or 0) < version < below), default=None)
+
+    def manifests_between(self, have: int, want: int) -> list[Manifest]:
+        """Manifests of the versions after `have` up to `want` that can be read."""
+        found = []
+        for version in range(have + 1, want + 1):
+            try:
+                found.append(read_manifest(self._root, self._model, version))
+            except (ModelError, OSError):
+                logger.debug("version %d was passed over and is gone", version)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapHooks:
+    """What else happens around a swap."""
+
+    before: Callable[[PreparedSwap], None]
+    """In the reading thread, before the model thread is asked to swap."""
+    after: Callable[[SwapDone], None]
+    """On the event loop, before any answer with the new weights is seen there."""
+    answered_up_to: Callable[[int], int | None]
+    """In the reading thread: the newest version before this one that this replica answered with in an earlier life."""
+
+
+class HotSwapper:
+    """Keeps the served weights at the published version."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        reader: SnapshotReader,
+        weights: ServedWeights,
+        model_thread: ModelThread,
+        *,
+        clock: Clock,
+        instruments: ServingInstruments,
+        hooks: SwapHooks,
+    ) -> None:
+        self._config = config
+        self._reader = reader
+        self._weights = weights
+        self._model_thread = model_thread
+        self._clock = clock
+        self._instruments = instruments
+        self._hooks = hooks
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
+        self._announced = asyncio.Event()
+        self._pointer_problem: str | None = None
+        self._failed_want: int | None = None
+        self._retry_at_s = 0.0
+        self._retry_delay_s = 0.0
+        self.num_swaps = 0
+        self.held: Manifest | None = None
+
+    def announce(self) -> None:
+        """A new snapshot was announced: look at once."""
+        self._announced.set()
+
+    async def run(self) -> None:
+        """Follow the pointer until cancelled."""
+        while True:
+            await self.follow()
+            try:
+                await asyncio.wait_for(self._announced.wait(), self._config.snapshot_poll_ms / 1000)
+            except TimeoutError:
+                continue
+            self._announced.clear()
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self._aside.shutdown(wait=True, cancel_futures=True)
+
+    async def follow(self) -> bool:
+        """One look at the pointer; swaps if it points elsewhere. True if the weights changed."""
+        loop = asyncio.get_running_loop()
+        pointer = await loop.run_in_executor(self._aside, self._read_pointer)
+        have = None if self.held is None else self.held.version
+        if pointer is None or pointer.version == have or self._is_backing_off(pointer.version):
+            return False
+        prepared = await loop.run_in_executor(
+            self._aside, lambda: self._reader.prepare(have=have, want=pointer.version)
+        )
+        swapped = prepared is not None and await self._swap(prepared, have)
+        self._note_outcome(pointer.version, reached=self.held is not None and self.held.version == pointer.version)
+        return swapped
+
+    def _read_pointer(self) -> SnapshotPointer | None:
+        try:
+            pointer = self._reader.pointer()
+        except (ModelError, OSError) as error:
+            if str(error) != self._pointer_problem:
+                logger.error("the snapshot pointer cannot be read, what is loaded stays: %s", error)  # noqa: TRY400
+            self._pointer_problem = str(error)
+            return None
+        self._pointer_problem = None
+        return pointer
+
+    async def _swap(self, prepared: PreparedSwap, have: int | None) -> bool:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._aside, lambda: self._hooks.before(prepared))
+        passed = await loop.run_in_executor(self._aside, lambda: self._passed(prepared, have))
+        newest = prepared.newest
+        with _tracer.start_as_current_span("headrace.serving.swap", links=link_to(newest.traceparent)) as span:
+            try:
+                pause_s = await self._model_thread.run(lambda: self._apply(prepared))
+            except SnapshotRefusedError as error:
+                self._reader.refuse(newest.version, error)
+                return False
+            span.set_attribute("headrace.snapshot.version", newest.version)
+            span.set_attribute("headrace.snapshot.kind", newest.kind)
+            span.set_attribute("headrace.swap.pause_ms", pause_s * 1000)
+        self._hooks.after(SwapDone(newest=newest, passed=passed, pause_s=pause_s))
+        fail_point("serving.swapped")
+        first = self.held is None
+        self.held = newest
+        self.num_swaps += 1
+        self._instruments.swapped(pause_s, newest.kind)
+        logger.log(
+            logging.INFO if first or newest.kind == "anchor" else logging.DEBUG,
+            "serving version %d (%s, %d items), pause %.2f ms",
+            newest.version,
+            newest.kind,
+            newest.num_items,
+            pause_s * 1000,
+        )
+        return True
+
+    def _apply(self, prepared: PreparedSwap) -> float:
+        """In the model thread. Returns for how long it answered nothing."""
+        started_s = self._clock.monotonic_s()
+        self._weights.swap(prepared)
+        return self._clock.monotonic_s() - started_s
+
+    def _passed(self, prepared: PreparedSwap, have: int | None) -> tuple[Manifest, ...]:
+        if prepared.base is None:
+            return tuple(prepared.manifests)
+        newest = prepared.newest
+        since = self._hooks.answered_up_to(newest.version) if have is None else have
+        return (newest,) if since is None else tuple(self._reader.manifests_between(since, newest.version))
+
+    def _is_backing_off(self, want: int) -> bool:
+        return want == self._failed_want and self._clock.monotonic_s() < self._retry_at_s
+
+    def _note_outcome(self, want: int, *, reached: bool) -> None:
+        if reached:
+            self._failed_want = None
+            return
+        first_s = self._config.snapshot_poll_ms / 1000
+        again = want == self._failed_want
+        self._retry_delay_s = (
+            min(2 * self._retry_delay_s, self._config.snapshot_retry_max_ms / 1000) if again else first_s
+        )
+        self._failed_want = want
+        self._retry_at_s = self._clock.monotonic_s() + self._retry_delay_s
+
+    def status(self) -> dict[str, object]:
+        """JSON-ready: what is held, and what was refused."""
+        held = self.held
+        return {
+            "version": None if held is None else held.version,
+            "kind": None if held is None else held.kind,
+            "parent": None if held is None else held.parent,
+            "bytes": None if held is None else sum(entry.size for entry in held.files.values()),
+            "items": None if held is None else held.num_items,
+            "created_at_ms": None if held is None else held.created_at_ms,
+            "watermark_ms": None if held is None else held.watermark_ms,
+            "learned_interactions": None if held is None else held.lineage.num_interactions,
+            "metrics": {} if held is None else held.metrics,
+            "swaps": self.num_swaps,
+            "refused": len(self._reader.refused),
+            "last_refusal": next(reversed(self._reader.refused.values()), None),
+            "pointer_problem": self._pointer_problem,
+        }
