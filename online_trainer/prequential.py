@@ -36,7 +36,7 @@ class PrequentialMeter:
     """Lifetime means and a window of the newest ranks for one arm."""
 
     def __init__(self, window: int) -> None:
-        self._window = np.empty(window, np.int64)
+        self._window = np.zeros(window, np.int64)
         self._num_seen = 0
         self._sums = np.zeros(3, np.float64)
 
