@@ -11,7 +11,6 @@ from sqlalchemy import Connection, text
 from feature_store.chunk_rows import ChunkRows, chunks_ending_since, newest_chunks
 from feature_store.chunk_writes import ChunkWrite, write_chunks
 from feature_store.chunks import encode_chunks
-from feature_store.errors import ChunkCorruptError
 from feature_store.interactions import COLUMN_DTYPES, AppendResult, Columns, Interactions
 from feature_store.jagged import concat_ranges, offsets_of, rank_in_group
 from feature_store.merging import Merge, Places, merge
@@ -85,12 +84,7 @@ def _load_ends(
         asked = chunks.pos[reaches_back]
         deep = chunks_ending_since(connection, user_ids[asked], first_new_ms[asked])
         chunks = chunks.replaced(reaches_back, deep.moved_to(asked[deep.pos]))
-    follows = chunks.pos[1:] == chunks.pos[:-1]
-    is_gap = follows & ((np.diff(chunks.chunk_no) != 1) | (chunks.length[:-1] != chunk_len))
-    if is_gap.any():
-        row = int(np.argmax(is_gap))
-        problem = f"it holds {chunks.length[row]} interactions and chunk {chunks.chunk_no[row + 1]} follows it"
-        raise ChunkCorruptError(int(chunks.user_id[row]), int(chunks.chunk_no[row]), problem)
+    chunks.refuse_gaps(chunk_len)
     return chunks
 
 

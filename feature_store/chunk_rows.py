@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, FromClause, Select, func, literal, select
 
 from feature_store.chunks import decode_chunks
+from feature_store.errors import ChunkCorruptError
 from feature_store.tables import history_chunk
 from feature_store.values import values_table
 
@@ -44,6 +45,19 @@ class ChunkRows:
 
     def __len__(self) -> int:
         return len(self.payloads)
+
+    def refuse_gaps(self, chunk_len: int) -> None:
+        """Check that each user's chunks follow one another, all full but the last.
+
+        Raises:
+            ChunkCorruptError: a chunk is missing or too short.
+        """
+        follows = self.pos[1:] == self.pos[:-1]
+        is_gap = follows & ((np.diff(self.chunk_no) != 1) | (self.length[:-1] != chunk_len))
+        if is_gap.any():
+            row = int(np.argmax(is_gap))
+            problem = f"it holds {self.length[row]} interactions and the next chunk found is {self.chunk_no[row + 1]}"
+            raise ChunkCorruptError(int(self.user_id[row]), int(self.chunk_no[row]), problem)
 
     def interactions(self) -> dict[str, NDArray[Any]]:
         """The columns of all interactions of these chunks, back to back.
@@ -122,12 +136,13 @@ def chunks_ending_since(connection: Connection, user_ids: NDArray[np.int64], sin
     return _fetch(connection, {"user_id": user_ids, "since_ms": since_ms}, query)
 
 
-def all_chunks(connection: Connection) -> Iterator[ChunkRows]:
+def all_chunks(connection: Connection) -> Generator[ChunkRows, None, None]:
     """Every stored chunk, in bounded parts."""
     query = select(literal(0), *_ROW).execution_options(yield_per=IDS_PER_STATEMENT)
-    for rows in connection.execute(query).partitions():
-        *found, payloads = zip(*rows, strict=True)
-        yield ChunkRows.ordered([np.array(values, np.int64) for values in found], list(payloads))
+    with connection.execute(query) as result:
+        for rows in result.partitions():
+            *found, payloads = zip(*rows, strict=True)
+            yield ChunkRows.ordered([np.array(values, np.int64) for values in found], list(payloads))
 
 
 def count_users(connection: Connection) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ def read_current(connection: Connection, query: HistoryQuery, chunk_len: int) ->
 
 
 def _filtered(chunks: ChunkRows, query: HistoryQuery, chunk_len: int) -> _Found:
+    chunks.refuse_gaps(chunk_len)
     columns = chunks.interactions()
     pos = np.repeat(chunks.pos, chunks.length)
     starts = np.repeat(chunks.chunk_no * chunk_len - offsets_of(chunks.length)[:-1], chunks.length)
@@ -118,10 +120,12 @@ def _assemble(found: list[_Found], query: HistoryQuery) -> JaggedHistories:
 def totals(connection: Connection) -> StoreTotals:
     """Read every chunk: how many users and interactions there are, and the sum of their keys."""
     num_interactions, fingerprint = 0, 0
-    for chunks in all_chunks(connection):
-        columns = chunks.interactions()
-        num_interactions += len(columns["event_key"])
-        fingerprint += int(columns["event_key"].sum(dtype=np.uint64))
+    # Closed at once also when a chunk is corrupt: a server-side cursor must not outlive its transaction.
+    with closing(all_chunks(connection)) as parts:
+        for chunks in parts:
+            columns = chunks.interactions()
+            num_interactions += len(columns["event_key"])
+            fingerprint += int(columns["event_key"].sum(dtype=np.uint64))
     return StoreTotals(
         num_users=count_users(connection), num_interactions=num_interactions, fingerprint=fingerprint % 2**64
     )

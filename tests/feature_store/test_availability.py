@@ -1,0 +1,156 @@
+"""With the database away, every call says so in one sentence that names the place and the cure."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import create_engine, text
+
+from feature_store import schema
+from feature_store.config import FeatureStoreConfig, parse_url
+from feature_store.errors import SchemaRevisionError, StoreBusyError, StoreUnavailableError
+from feature_store.store import FeatureStore
+from tests.feature_store.truth import Row, append
+
+USERS = np.arange(3)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def away_urls(directory: Path) -> list[tuple[str, str]]:
+    """URL of a database that is away, and the place that the message must name."""
+    (directory / "not_a_database.db").write_bytes(b"something else entirely" * 100)
+    port = free_port()
+    return [
+        (f"postgresql://ann:secret@127.0.0.1:{port}/headrace", f"ann:***@127.0.0.1:{port}/headrace"),
+        (f"sqlite:///{directory}/no/such/directory/store.db", "no/such/directory/store.db"),
+        (f"sqlite:///{directory}", str(directory)),
+        (f"sqlite:///{directory}/not_a_database.db", "not_a_database.db"),
+    ]
+
+
+def test_every_call_says_in_one_line_where_and_why(tmp_path: Path) -> None:
+    for url, place in away_urls(tmp_path):
+        store = FeatureStore(FeatureStoreConfig(url=url, connect_timeout_s=2))
+        calls: list[Callable[[], object]] = [
+            store.ping,
+            store.require_current_schema,
+            store.totals,
+            lambda store=store: append(store, [Row(1, 1, 1)]),
+            lambda store=store: store.read(USERS, max_len=3),
+            lambda url=url: schema.check(url),
+        ]
+        for call in calls:
+            with pytest.raises(StoreUnavailableError, match="cannot use the feature store at") as error:
+                call()
+            message = str(error.value)
+            assert place in message
+            assert "secret" not in message
+            assert "\n" not in message
+            assert "check" in message
+        store.close()
+
+
+def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailableError, match=r"cannot create .*file/sub.* choose a writable feature_store.url"):
+        schema.migrate(f"sqlite:///{tmp_path}/file/sub/store.db")
+
+
+def test_a_read_only_file_refuses_writes_but_not_for_good(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write to read-only files")
+    path = tmp_path / "store.db"
+    schema.migrate(f"sqlite:///{path}")
+    path.chmod(0o400)
+    store = FeatureStore(FeatureStoreConfig(url=f"sqlite:///{path}"))
+    with pytest.raises(StoreUnavailableError):
+        append(store, [Row(1, 1, 1)])
+    store.close()
+
+
+def test_a_database_without_schema_asks_for_migrate(tmp_path: Path) -> None:
+    store = FeatureStore(FeatureStoreConfig(url=f"sqlite:///{tmp_path}/empty.db"))
+    with pytest.raises(SchemaRevisionError, match="has no schema yet, this code needs .*: run `headrace migrate`"):
+        store.require_current_schema()
+    for call in (lambda: store.read(USERS, max_len=3), lambda: append(store, [Row(1, 1, 1)])):
+        with pytest.raises(SchemaRevisionError, match="run `headrace migrate`"):
+            call()
+    store.close()
+
+
+def test_a_store_comes_back_after_its_connections_were_cut(store: FeatureStore) -> None:
+    append(store, [Row(1, 1, 1)])
+    if store.config.url.startswith("sqlite"):
+        pytest.skip("SQLite has no server to lose")
+    killer = create_engine(parse_url(store.config.url), isolation_level="AUTOCOMMIT")
+    with killer.connect() as connection:
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        others = text(f"{cut} AND datname = current_database()")
+
+        def cut_in_the_middle() -> None:
+            with store.transaction() as transaction:
+                transaction.lock_position("log", "interactions", 0)
+                connection.execute(others)
+                transaction.set_position("log", "interactions", 0, 1)
+
+        with pytest.raises(StoreUnavailableError):
+            cut_in_the_middle()
+        connection.execute(others)
+    killer.dispose()
+    assert store.read(np.array([1]), max_len=9).num_interactions == 1
+    assert store.positions("log", "interactions") == {}
+
+
+def test_more_threads_than_connections_wait_and_then_give_up(open_store: Callable[..., FeatureStore]) -> None:
+    store = open_store(pool_size=2, pool_timeout_s=0.05)
+    append(store, [Row(1, 1, 1)])
+    with ThreadPoolExecutor(8) as pool:
+        for histories in pool.map(lambda _: store.read(np.array([1]), max_len=3), range(4)):
+            assert histories.num_interactions == 1
+        are_in, may_leave = threading.Barrier(5), threading.Event()
+
+        def hold_a_connection() -> None:
+            with store._engine.connect():
+                are_in.wait(20)
+                may_leave.wait(20)
+
+        holders = [pool.submit(hold_a_connection) for _ in range(4)]
+        are_in.wait(20)
+        with pytest.raises(StoreBusyError, match="raise feature_store.pool_size"):
+            store.ping()
+        may_leave.set()
+        for holder in holders:
+            holder.result(20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "sqlite://"}, "keeps the store in one connection's memory"),
+        ({"url": "sqlite:///:memory:"}, "name a file"),
+        ({"url": "mysql://host/db"}, "only sqlite and postgresql are supported"),
+        ({"url": "no url"}, "is not a database URL"),
+        ({"url": "sqlite:///x.db", "chunk_len": 0}, "feature_store.chunk_len=0 must be between 1 and 4096"),
+        ({"url": "sqlite:///x.db", "sqlite_synchronous": "OFF"}, "must be 'NORMAL' or 'FULL'"),
+        ({"url": "sqlite:///x.db", "pool_size": 1}, "feature_store.pool_size=1 must be between 2"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_fix(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureStoreConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_password_does_not_show_in_the_settings() -> None:
+    assert "secret" not in repr(FeatureStoreConfig(url="postgresql://ann:secret@host/db"))
