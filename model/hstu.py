@@ -1,4 +1,4 @@
-"""HSTU, as in the authors' research code (arXiv 2402.17152; facts in docs/architecture.md and kernels' README).
+"""HSTU, as in the authors' research code (arXiv 2402.17152); its attention is in kernels/hstu_attention/README.md.
 
 Shapes: L packed positions, D model width, H heads, A query/key width, V value width, N = max_len.
 """

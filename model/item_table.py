@@ -100,6 +100,8 @@ class ItemTable:
         return self._index.find(ids)
 
     def _append(self, ids: Int64s, weight_RD: Tensor) -> None:
+        if len(ids) == 0:
+            return
         first, end = self.num_items, self.num_items + len(ids)
         if end > self.config.max_items:
             raise ItemTableFullError(
@@ -157,8 +159,9 @@ class ItemTable:
 
     def remove(self, ids: Int64s) -> None:
         """Retire items for good; unknown ids are ignored. An id that comes back later gets a new row."""
-        rows = self._index.find(ids)
-        known = np.unique(ids[rows >= 0])
+        known = np.unique(ids[self._index.find(ids) >= 0]) if len(ids) else ids
+        if len(known) == 0:
+            return
         rows = self._index.find(known)
         self._index.remove(known)
         self._ids[rows] = -1
@@ -169,9 +172,11 @@ class ItemTable:
 
     def put(self, ids: Int64s, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
         """Overwrite the rows of distinct ids; unknown ids get new rows, in order. Marks nothing dirty."""
-        unknown = self._index.find(ids) < 0
+        found = self._index.find(ids)
+        unknown, first = found < 0, self.num_items
         self._append(ids[unknown], weight_RD[torch.from_numpy(unknown)])
-        rows = torch.from_numpy(self._index.find(ids))
+        found[unknown] = np.arange(first, self.num_items)
+        rows = torch.from_numpy(found)
         self.weight[rows], self.bias[rows], self.trend[rows] = weight_RD, bias_R, trend_R
         self.dirty[rows] = False
 
