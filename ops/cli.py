@@ -222,6 +222,32 @@ def demo(
 
 
 @app.command()
+def verify(
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check that every stored interaction is in the newest weights exactly once; exit 1 if not (yet)."""
+    import dataclasses
+
+    from feature_store.config import FeatureStoreConfig
+    from feature_store.store import FeatureStore
+    from ops.config import HeadraceConfig
+    from ops.verify import take_account
+    from stream.kafka import KafkaConfig, KafkaLog
+
+    settings = _settings(config)
+    own, log = settings.get(HeadraceConfig), KafkaLog(settings.get(KafkaConfig))
+    store = FeatureStore(settings.get(FeatureStoreConfig))
+    account = take_account(
+        store, own.data_dir / "snapshots", own.model, log_id=log.log_id, topic=log.topics.interactions
+    )
+    store.close()
+    print(json.dumps(dataclasses.asdict(account)) if as_json else account.sentence())
+    raise typer.Exit(0 if account.is_equal else 1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(f"headrace {package_version('headrace')}")
@@ -262,14 +288,19 @@ def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:
 def _log_to_stderr(settings: Settings) -> None:
     from ops.config import HeadraceConfig
 
+    level = settings.get(HeadraceConfig).log_level.upper()
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
-        level=settings.get(HeadraceConfig).log_level.upper(),
+        level=level,
         format="%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
         stream=sys.stderr,
         force=True,
     )
+    if level == "INFO":
+        # What they tell at this level (joins, subscriptions, start of each service) is for their own developers.
+        for library in ("aiokafka", "alembic", "faust", "mode", "httpx"):
+            logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def _checked(build: Callable[[], Any]) -> Any:

@@ -249,6 +249,15 @@ def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(i
     ]
     assert learned == sorted(learned)
     assert learned[-1] == 1_500
+    verified = subprocess.run(
+        [sys.executable, "-m", "ops", "verify"],
+        env=installation.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert verified.returncode == 0, verified.stderr
+    assert "each of the 1,500 stored interactions exactly once" in verified.stdout
 
 
 def train_everything(installation: Installation, data_dir: Path) -> Checkpoint:
