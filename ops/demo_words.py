@@ -1,0 +1,112 @@
+"""What the demo prints at its end: the change, the checks, the verdict, and where to go from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from backtest.datasets import Title
+from ops.demo_change import ChangeReport, title_of
+from ops.demo_checks import Check
+from ops.demo_plan import DemoOptions, Ports
+from ops.demo_report import verdict
+from ops.demo_state import HOP_WORDS, Sample
+
+_TITLE_WIDTH = 46
+
+
+def print_change(console: Console, change: ChangeReport, titles: Mapping[int, Title]) -> None:
+    """The user's lists side by side, and how long the change took."""
+    console.rule(f"user {change.user_id} gives {len(change.new_item_ids)} films 10 of 10", align="left")
+    for item_id in change.new_item_ids:
+        console.print(Text(f"  + {_words(titles, item_id)}", style="cyan"))
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table.add_column("", justify="right", style="bright_black")
+    table.add_column(f"before: weights {change.version_before}")
+    table.add_column(f"after: weights {change.version_after}")
+    for place in range(max(len(change.before), len(change.after))):
+        table.add_row(
+            str(place + 1), _cell(change.before, place, change, titles), _cell(change.after, place, change, titles)
+        )
+    console.print(table)
+    shares = [
+        sum(change.genre in title_of(titles, item).genres for item in items) for items in (change.before, change.after)
+    ]
+    console.print(
+        f"  {len(change.diff.entered)} of {len(change.after)} are new (green), {len(change.diff.left)} left (red); "
+        f"{change.genre}: {shares[0]} before, {shares[1]} after",
+        highlight=False,
+    )
+    history_s = max((seconds for seconds in change.history_s.values() if seconds is not None), default=None)
+    used = "" if history_s is None else f"used the new history after {history_s:.2f} s, "
+    console.print(
+        f"  Answers of both workers {used}weights that had learned from it after {change.seconds:.2f} s.",
+        style="bold",
+        highlight=False,
+    )
+
+
+def print_checks(console: Console, checks: Sequence[Check]) -> None:
+    """One line a check."""
+    console.rule("checks", align="left")
+    for check in checks:
+        mark = Text("  ✓ ", style="green") if check.is_ok else Text("  ✗ ", style="bold red")
+        console.print(mark.append(check.name, style="bold"))
+        console.print(f"    {check.detail}", style="bright_black", highlight=False, soft_wrap=True)
+
+
+def print_results(console: Console, sample: Sample) -> None:
+    """Quality and freshness in words."""
+    console.rule("results", align="left")
+    for sentence in verdict(sample.model, sample.popularity, sample.window).split("; "):
+        console.print(f"  {sentence[0].upper()}{sentence[1:]}.", highlight=False)
+    console.print("  Age of an event since the broker took it, slowest worker:", highlight=False)
+    for hop, ages in sample.freshness.items():
+        if ages.p50_ms is None or ages.p99_ms is None:
+            continue
+        console.print(
+            f"    {hop} {HOP_WORDS[hop]:<14} p50 {ages.p50_ms / 1000:6.2f} s   p99 {ages.p99_ms / 1000:6.2f} s   "
+            f"({ages.count:,} events)",
+            highlight=False,
+        )
+    pauses = [worker.pause_p99_ms for worker in sample.workers if worker.pause_p99_ms is not None]
+    swaps = sum(worker.swaps for worker in sample.workers)
+    if pauses:
+        console.print(
+            f"  {swaps:,} swaps of weights under load, pause p99 {max(pauses):.2f} ms; "
+            f"{sample.num_answered:,} answers, {sample.num_failed} errors.",
+            highlight=False,
+        )
+
+
+def print_addresses(console: Console, ports: Ports, options: DemoOptions, user_id: int) -> None:
+    """How to go on with everything left up."""
+    first = ports.serving_urls()[0]
+    console.rule("everything is up until Ctrl-C", align="left")
+    for line in (
+        *(f"  inference worker  {url}   (/docs, /status, /metrics)" for url in ports.serving_urls()),
+        f"  ingest            http://127.0.0.1:{ports.ingest}/status",
+        f"  trainer           http://127.0.0.1:{ports.trainer}/status",
+        f"  settings          {options.run_dir / 'headrace.toml'}   logs {options.log_dir}",
+        "",
+        f'  curl -s {first}/v1/recommend -d \'{{"user_id": {user_id}, "k": 5}}\'',
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _cell(items: Sequence[int], place: int, change: ChangeReport, titles: Mapping[int, Title]) -> Text:
+    if place >= len(items):
+        return Text("")
+    item_id = items[place]
+    style = "green" if item_id in change.diff.entered else "red" if item_id in change.diff.left else ""
+    return Text(_words(titles, item_id), style=style, overflow="ellipsis", no_wrap=True)
+
+
+def _words(titles: Mapping[int, Title], item_id: int) -> str:
+    title = title_of(titles, item_id)
+    genres = ", ".join(title.genres[:3])
+    name = title.title if len(title.title) <= _TITLE_WIDTH else title.title[: _TITLE_WIDTH - 1] + "…"
+    return f"{name} · {genres}" if genres else name
