@@ -75,7 +75,7 @@ class Publisher:
         items.bias[index] += 0.1 * torch.randn(len(index), generator=self._generator)
         items.dirty[index] = True
         for parameter in self.recommender.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=self._generator)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=self._generator))
 
     def publish(self, kind: SnapshotKind = "delta", **fields: Any) -> Manifest:
         """Write the next version and move the pointer."""

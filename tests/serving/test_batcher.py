@@ -14,6 +14,7 @@ from serving.batcher import MicroBatcher, ModelThread
 from serving.config import ServingConfig
 from serving.errors import DeadlineExceededError, DrainingError, QueueFullError
 from serving.instruments import ServingInstruments
+from tests.serving.building import eventually
 
 CONFIG = ServingConfig(batch_max=4, batch_wait_ms=5, queue_max=6, request_timeout_ms=2_000)
 
@@ -52,8 +53,7 @@ async def held_up(model: Doubling, batcher: MicroBatcher[int, int]) -> asyncio.T
     """A request that the model is busy with until `may_go_on` is set."""
     model.may_go_on.clear()
     busy = asyncio.create_task(batcher.submit(1))
-    while not model.batches:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: model.batches)
     return busy
 
 

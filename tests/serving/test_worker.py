@@ -1,0 +1,177 @@
+"""The life of a worker: start, drain, stop, and the process around it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ops.local_broker import LocalBroker
+from serving.api import build_api
+from serving.config import ServingConfig
+from serving.daemon import run_worker
+from serving.errors import PortTakenError
+from tests.serving.building import SERVING, Town, eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+async def test_stopping_answers_what_was_asked_and_refuses_what_comes_after(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        held = threading.Event()
+        blocking = asyncio.create_task(served.worker._model_thread.run(lambda: held.wait(5)))
+        asked = [asyncio.create_task(served.client.post("/v1/recommend", json={"user_id": n})) for n in (7, 8)]
+        await eventually(lambda: served.worker.status()["waiting"] == 2 or served.worker._batcher.num_waiting == 0)
+        await asyncio.sleep(0.05)
+        stopping = asyncio.create_task(served.worker.stop())
+        await asyncio.sleep(0.05)
+        late = await served.client.post("/v1/recommend", json={"user_id": 7})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert "stopping" in (await served.client.get("/readyz")).json()["reasons"]
+        held.set()
+        assert [(await one).status_code for one in asked] == [200, 200]
+        await blocking
+        await stopping
+
+
+async def test_a_worker_stops_although_its_model_hangs(town: Town) -> None:
+    worker = town.build(replace(SERVING, drain_timeout_ms=100))
+    await worker.start()
+    held = threading.Event()
+    blocking = asyncio.create_task(worker._model_thread.run(lambda: held.wait(1)))
+    asked = asyncio.create_task(
+        httpx.AsyncClient(transport=httpx.ASGITransport(app=build_api(worker)), base_url="http://worker").post(
+            "/v1/recommend", json={"user_id": 7}
+        )
+    )
+    await asyncio.sleep(0.05)
+    await worker.stop()
+    await blocking
+    asked.cancel()
+
+
+async def test_a_worker_whose_work_ends_by_a_bug_says_that_only_a_restart_helps(town: Town) -> None:
+    worker = town.build()
+    worker._swapper._reader = None  # type: ignore[assignment]
+    await worker.start()
+    await worker.wait_until_failed()
+    assert worker.failure is not None
+    assert "AttributeError" in worker.failure
+    transport = httpx.ASGITransport(app=build_api(worker))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        assert (await client.get("/livez")).status_code == 503
+    await worker.stop()
+
+
+async def test_a_port_that_is_taken_is_one_clear_sentence(town: Town) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        parts = town.build()._parts
+        with pytest.raises(PortTakenError, match=rf"port {port} on 127\.0\.0\.1 cannot be used .* serving\.port"):
+            await asyncio.to_thread(run_worker, replace(parts, config=ServingConfig(port=port)))
+
+
+@asynccontextmanager
+async def process(folder: Path, bootstrap_servers: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A running worker process and its URL; killed if the test leaves it behind."""
+    running = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "ignore", "-m", "tests.serving.process", str(folder), bootstrap_servers),
+        cwd=ROOT,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert running.stderr is not None
+    try:
+        async for line in running.stderr:
+            if found := re.search(rb"serving on (http://\S+)", line):
+                yield running, found[1].decode()
+                return
+        pytest.fail("the process ended before it served")
+    finally:
+        if running.returncode is None:
+            running.kill()
+        await running.wait()
+
+
+async def stderr_of(running: asyncio.subprocess.Process) -> str:
+    assert running.stderr is not None
+    return (await running.stderr.read()).decode()
+
+
+async def until_ready(client: httpx.AsyncClient) -> None:
+    deadline_s = time.monotonic() + 20
+    while (await client.get("/readyz")).status_code != 200:
+        assert time.monotonic() < deadline_s, (await client.get("/readyz")).text
+        await asyncio.sleep(0.02)
+
+
+async def test_sigterm_drains_and_exits_with_0_while_the_broker_is_away(town: Town, tmp_path: Path) -> None:
+    async with (
+        process(tmp_path, "127.0.0.1:9") as (running, url),
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        await until_ready(client)
+        assert (await client.post("/v1/recommend", json={"user_id": 7})).json()["snapshot_version"] == 1
+        assert (await client.post("/v1/events", json={})).status_code == 422
+        assert (await client.get("/status")).json()["broker"] == {"reading": False, "writing": False}
+        started_s = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        errors = await stderr_of(running)
+        assert await running.wait() == 0, errors
+        assert time.monotonic() - started_s < 10
+        assert "Traceback" not in errors, errors
+
+
+async def test_through_swaps_and_sigterm_under_load_no_request_fails(
+    town: Town, tmp_path: Path, fresh_broker: LocalBroker
+) -> None:
+    statuses: list[int] = []
+    async with (
+        process(tmp_path, fresh_broker.bootstrap_servers) as (running, url),
+        httpx.AsyncClient(base_url=url, timeout=20) as client,
+    ):
+        await until_ready(client)
+        stopping = asyncio.Event()
+
+        async def ask() -> None:
+            while not stopping.is_set():
+                try:
+                    response = await client.post("/v1/recommend", json={"user_id": 7})
+                except httpx.ConnectError:
+                    # Refused before it was accepted: another worker's request.
+                    assert stopping.is_set()
+                    return
+                statuses.append(response.status_code)
+
+        tasks = [asyncio.create_task(ask()) for _ in range(4)]
+        for version in range(2, 12):
+            town.publisher.learn([1, 2, 300 + version])
+            town.publisher.publish()
+            await asyncio.sleep(0.05)
+        status = (await client.get("/status")).json()
+        assert status["snapshot"]["version"] >= 3
+        event = {"event_id": "e", "user_id": 7, "item_id": 1, "action": "view", "event_time": 1_700_000_000_000}
+        for _ in range(100):
+            accepted = await client.post("/v1/events", json=event)
+            if accepted.status_code == 202:
+                break
+            await asyncio.sleep(0.05)
+        assert accepted.status_code == 202, accepted.text
+        stopping.set()
+        running.send_signal(signal.SIGTERM)
+        await asyncio.gather(*tasks)
+        errors = await stderr_of(running)
+        assert await running.wait() == 0, errors
+        assert "Traceback" not in errors, errors
+    assert len(statuses) > 20
+    assert set(statuses) == {200}
