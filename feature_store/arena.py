@@ -32,6 +32,8 @@ class HistoryArena:
 
     def __init__(self, max_len: int, budget_bytes: int) -> None:
         self.max_len = max_len
+        # More than asked for: a query as of a moment ago still finds max_len interactions before that moment here.
+        self.max_kept = max_len + max_len // 2
         self.budget_bytes = budget_bytes
         # Reserved address space: the operating system gives memory only to the part that has been written.
         num_rows = budget_bytes // BYTES_PER_INTERACTION
@@ -149,12 +151,12 @@ class HistoryArena:
 
         Args:
             user_ids: i64[U], at most `max_users_at_once`.
-            offsets: i64[U + 1], rows of `columns`; at most max_len per user, in order.
+            offsets: i64[U + 1], rows of `columns`; at most `max_kept` per user, in order.
             columns: the interactions.
             next_seq: i64[U], arrival number that each user's next interaction will have.
         """
         lengths = np.diff(offsets)
-        assert len(lengths) == 0 or lengths.max() <= self.max_len
+        assert len(lengths) == 0 or lengths.max() <= self.max_kept
         slots = self.slots_of(user_ids)
         self.touch(slots[slots >= 0])
         must_move = (slots < 0) | (lengths >= self.capacity[slots] if len(self.capacity) else True)

@@ -74,8 +74,8 @@ class HotHistories:
     def apply(self, interactions: Interactions) -> None:
         """Take in accepted interactions, with their `seq`, of any users in any order; known ones are dropped.
 
-        Afterwards every user touched is resident (if they fit half the budget) and holds exactly the newest `max_len`
-        of its interactions whose seq is at most the newest applied: a function of the update log, not of timing.
+        Afterwards every user touched is resident (if they fit half the budget), and gathering it gives exactly the
+        newest of its interactions whose seq is at most the newest applied: a function of the update log, not of timing.
 
         Raises:
             HistoryBehindError: earlier interactions of a user did not appear in SQL in time; those of other users may
@@ -203,7 +203,7 @@ class HotHistories:
         """
         num_looks = 0
         while True:
-            current = self._store.read_current(user_ids, max_len=self.config.max_len, below_seq=below_seq)
+            current = self._store.read_current(user_ids, max_len=self._arena.max_kept, below_seq=below_seq)
             is_behind = current.next_seq < below_seq
             if not is_behind.any():
                 return current
@@ -231,7 +231,7 @@ class HotHistories:
         places: Places,
         next_seq: NDArray[np.int64],
     ) -> None:
-        """Merge late interactions, or those a block has no room for, and put the newest max_len back."""
+        """Merge late interactions, or those a block has no room for, and put the newest back."""
         rebuilt = np.flatnonzero(is_rebuilt)
         if len(rebuilt) == 0:
             return
@@ -242,7 +242,7 @@ class HotHistories:
         stored_group = np.repeat(np.arange(len(rebuilt)), self._arena.length[slots[rebuilt]])
         added = {name: column[rows] for name, column in new.columns.items()}
         merged = merge(Places.of(stored_group, stored), Places.of(number[places.group[rows]], added), len(rebuilt))
-        starts = np.maximum(merged.offsets[1:] - self.config.max_len, merged.offsets[:-1])
+        starts = np.maximum(merged.offsets[1:] - self._arena.max_kept, merged.offsets[:-1])
         lengths = merged.offsets[1:] - starts
         source = merged.source[concat_ranges(starts, lengths)]
         content = {name: np.concatenate([stored[name], added[name]])[source] for name in COLUMN_DTYPES}
@@ -260,7 +260,7 @@ class HotHistories:
         if is_missing.any():
             missing = np.unique(user_ids[is_missing])
             self._arena.touch(slots[~is_missing])
-            current = self._store.read_current(missing, max_len=self.config.max_len)
+            current = self._store.read_current(missing, max_len=self._arena.max_kept)
             histories = current.histories
             self._arena.put(missing, histories.offsets, histories.columns, current.next_seq)
             slots = self._arena.slots_of(user_ids)

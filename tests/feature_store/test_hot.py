@@ -133,6 +133,14 @@ def test_older_interactions_than_are_kept_come_from_sql(store: FeatureStore) -> 
     ]
 
 
+def test_a_moment_ago_is_answered_from_memory(store: FeatureStore) -> None:
+    hot = hot_over(store)
+    hot.apply(store_and_announce(store, [Row(1, time, 1) for time in range(40)]))
+    times = hot.gather(np.array([1]), max_len=MAX_LEN, before_ms=37).event_time_ms.tolist()
+    assert times == [31, 32, 33, 34, 35, 36]
+    assert hot.stats.misses == 0
+
+
 def test_gathering_below_a_seq_ignores_what_sql_knows_beyond_it(store: FeatureStore) -> None:
     hot = hot_over(store)
     store_and_announce(store, [Row(1, 1, 1), Row(1, 9, 2), Row(1, 5, 3)])
