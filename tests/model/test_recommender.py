@@ -66,7 +66,8 @@ def test_an_empty_batch_and_an_empty_catalogue_work(small_config: ModelConfig) -
 
 def test_a_score_is_scaled_cosine_plus_bias_plus_weighted_log_popularity(recommender: Recommender) -> None:
     items = recommender.items
-    items.observe(np.array([2, 2, 5]), np.array([0, 7 * 86_400_000, 7 * 86_400_000]))
+    half_life_ms = int(recommender.config.trend_half_life_s * 1000)
+    items.observe(np.array([2, 2, 5]), np.array([0, half_life_ms, half_life_ms]))
     items.bias[:10] = torch.arange(10) / 7
     u = recommender.encode(history([1, 2, 3])).detach()
     got = recommender.scores(u).detach()
