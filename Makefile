@@ -19,6 +19,7 @@ $(STAMP):
 	@PYTHON="$(PYTHON)" .ci/setup "$@"
 
 setup: $(STAMP) ## create .venv and install everything at the pinned versions
+	@echo ".venv holds what pyproject.toml and constraints.txt ask for"
 
 demo: $(STAMP) ## the whole loop on a real stream; ARGS=--keep-running leaves it up
 	@$(BIN)/headrace demo $(ARGS)
