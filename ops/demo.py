@@ -165,7 +165,9 @@ class _Demo:
         store = FeatureStore(store_config)
         watcher = Watcher(plan, store, supervisor, broker)
         watcher.window = plan.settings.get(TrainerConfig).metrics_window
-        watcher.load = BackgroundLoad(plan, recorded.user_id, lambda: watcher.num_sent)
+        watcher.load = BackgroundLoad(
+            requests_per_s=options.requests_per_s, user_ids=recorded.user_id, num_sent=lambda: watcher.num_sent
+        )
         try:
             await asyncio.to_thread(broker.start)
             await asyncio.to_thread(schema.migrate, store_config.url)

@@ -167,9 +167,10 @@ def _draw_freshness(axes: Any, samples: Sequence[Sample]) -> None:
     recent = [(one.at_s, _seconds(one.recent_f4.p99_ms)) for one in samples if one.recent_f4.p99_ms]
     if recent:
         axes.plot(*zip(*recent, strict=True), color=_GREY, linewidth=0.8, label="F4 p99, last 15 s")
-    axes.set(xlabel="seconds", ylabel="seconds since broker append", title="Freshness so far", yscale="log")
+    axes.set(xlabel="seconds", ylabel="seconds since broker append", title="Age of events at each hop, run so far")
+    axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        axes.legend(loc="upper right", fontsize=8, ncols=3)
 
 
 def _draw_rates(axes: Any, samples: Sequence[Sample]) -> None:

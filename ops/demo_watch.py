@@ -55,8 +55,9 @@ async def recommend(client: httpx.AsyncClient, url: str, user_id: int, k: int = 
 class BackgroundLoad:
     """A few requests a second to every worker, for users that have been seen; counts what comes back."""
 
-    def __init__(self, plan: Plan, user_ids: Sequence[int | str], num_sent: Callable[[], int]) -> None:
-        self._plan, self._user_ids, self._num_sent = plan, user_ids, num_sent
+    def __init__(self, *, requests_per_s: float, user_ids: Sequence[int | str], num_sent: Callable[[], int]) -> None:
+        self._interval_s = 1.0 / requests_per_s
+        self._user_ids, self._num_sent = user_ids, num_sent
         self.num_answered = 0
         self.num_fallback = 0
         self.failures: Counter[str] = Counter()
@@ -68,9 +69,8 @@ class BackgroundLoad:
     async def run(self, client: httpx.AsyncClient, url: str, seed: int) -> None:
         """Ask one worker until cancelled."""
         chosen = random.Random(seed)
-        interval_s = 1.0 / self._plan.options.requests_per_s
         while True:
-            await asyncio.sleep(interval_s * chosen.uniform(0.5, 1.5))
+            await asyncio.sleep(self._interval_s * chosen.uniform(0.5, 1.5))
             num_seen = self._num_sent()
             if not num_seen:
                 continue

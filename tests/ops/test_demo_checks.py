@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backtest.replay import RecordedStream, ReplayConfig
+from feature_store.ids import event_key
+from feature_store.records import StoreTotals
+from ops.demo_checks import (
+    Truth,
+    check_histories,
+    check_learned,
+    check_processes,
+    check_refusals,
+    check_requests,
+    check_served,
+    check_titles,
+    truth_of,
+)
+from ops.demo_plan import DemoOptions, choose_ports, tables
+from ops.demo_state import Sample, WorkerFigures
+from ops.demo_watch import Answered, BackgroundLoad, log_tail
+from ops.supervisor import ChildStatus
+
+
+def _recorded() -> RecordedStream:
+    return RecordedStream(
+        user_id=[1, 2, 1],
+        item_id=[10, 11, 12],
+        event_time_ms=np.array([1_000, 2_000, 3_000], np.int64),
+        row=np.array([2, 0, 1], np.int64),
+        value=None,
+        event_id=None,
+    )
+
+
+def _load() -> BackgroundLoad:
+    return BackgroundLoad(requests_per_s=4.0, user_ids=[1, 2, 1], num_sent=lambda: 3)
+
+
+def _answer(version: int | None, *, weights: str = "t1") -> Answered:
+    return Answered(
+        snapshot_version=version,
+        weights_event_time=weights,
+        history_event_time=None,
+        fallback=version is None,
+        items=[],
+    )
+
+
+def test_the_truth_is_what_the_replay_sends() -> None:
+    recorded, config = _recorded(), ReplayConfig(event_id_prefix="films")
+    sent = [event_key(recorded.event(place, config).event_id) for place in range(3)]
+    assert truth_of(recorded, "films") == Truth(3, sum(sent) % 2**64)
+    assert truth_of(recorded, "films").plus([2**64 - 1, 5]) == Truth(5, (sum(sent) + 4) % 2**64)
+
+
+def _totals(truth: Truth, *, more: int = 0, fingerprint: int | None = None) -> StoreTotals:
+    return StoreTotals(
+        num_users=2,
+        num_interactions=truth.num_interactions + more,
+        fingerprint=truth.fingerprint if fingerprint is None else fingerprint,
+    )
+
+
+def test_one_missing_or_one_other_event_makes_histories_untrue() -> None:
+    truth = Truth(3, 123)
+    assert check_histories(truth, _totals(truth)).is_ok
+    assert not check_histories(truth, _totals(truth, more=-1)).is_ok
+    assert not check_histories(truth, _totals(truth, fingerprint=124)).is_ok
+
+
+@pytest.mark.parametrize(
+    ("change", "is_ok"),
+    [
+        ({}, True),
+        ({"interactions": 4}, False),
+        ({"fingerprint": "124"}, False),
+        ({"supervised": 2}, False),
+        ({"supervised": 1, "quarantined": 1}, False),
+    ],
+)
+def test_the_trainers_account_must_equal_the_store(change: dict[str, Any], is_ok: bool) -> None:
+    account = {
+        "interactions": 3,
+        "fingerprint": "123",
+        "supervised": 1,
+        "first": 2,
+        "out_of_reach": 0,
+        "quarantined": 0,
+    }
+    if change == {"supervised": 1, "quarantined": 1}:
+        account |= {"first": 1}
+    assert check_learned(_totals(Truth(3, 123)), account | change).is_ok is is_ok
+
+
+def test_every_worker_must_serve_everything_and_fail_nothing() -> None:
+    load = _load()
+    load.note("a", _answer(1))
+    full = WorkerFigures(version=5, learned_interactions=3)
+    assert check_served(Truth(3, 0), Sample(at_s=0, workers=(full, full))).is_ok
+    assert not check_served(Truth(3, 0), Sample(at_s=0, workers=(full, WorkerFigures(learned_interactions=2)))).is_ok
+    assert check_requests(load, Sample(at_s=0, workers=(full,))).is_ok
+    assert not check_requests(load, Sample(at_s=0, workers=(WorkerFigures(num_errors=1),))).is_ok
+    load.failures["status 500"] += 1
+    assert not check_requests(load, Sample(at_s=0, workers=(full,))).is_ok
+    assert not check_requests(_load(), Sample(at_s=0)).is_ok  # nothing asked proves nothing
+
+
+def test_answers_that_no_single_weights_can_have_given_are_noticed() -> None:
+    load = _load()
+    for version, weights in ((None, "t0"), (1, "t1"), (2, "t2"), (2, "t2")):
+        load.note("a", _answer(version, weights=weights))
+    load.note("b", _answer(1, weights="t1"))
+    assert load.contradictions == []
+    load.note("b", _answer(2, weights="t1"))
+    load.note("a", _answer(1, weights="t1"))
+    assert [words.split(" ")[0] for words in load.contradictions] == ["version", "a"]
+    assert (load.num_answered, load.num_fallback) == (7, 1)
+
+
+def test_refusals_lost_titles_and_crashes_are_named() -> None:
+    assert check_refusals({"refused": {}}).is_ok
+    assert check_refusals({"refused": {"oversize": 2}}).detail == "2 × oversize"
+    assert check_titles(5, 5).is_ok
+    assert not check_titles(4, 5).is_ok
+    child = ChildStatus(
+        name="trainer", state="running", pid=1, num_starts=2, last_exit=-9, restart_in_s=None, last_lines=()
+    )
+    assert not check_processes([child]).is_ok
+    assert "trainer (1×)" in check_processes([child]).detail
+
+
+def test_a_failure_shows_the_end_of_the_log_it_names(tmp_path: Path) -> None:
+    log = tmp_path / "trainer.log"
+    assert log_tail(log) == f"; see {log}"
+    log.write_text("\n".join(f"line {number}" for number in range(100)))
+    tail = log_tail(log, 2)
+    assert str(log) in tail
+    assert tail.endswith("  line 98\n  line 99")
+
+
+def test_the_demo_never_reaches_for_a_broker_or_database_of_somebody_else(tmp_path: Path) -> None:
+    changed = tables(DemoOptions(data_dir=tmp_path), choose_ports(), "demo-1")
+    assert changed["log"]["bootstrap_servers"].startswith("127.0.0.1:")
+    assert changed["store"]["url"].startswith(f"sqlite:///{tmp_path}")
