@@ -50,7 +50,7 @@ from stream.errors import StreamError
 from stream.kafka import KafkaConfig, KafkaLog
 
 _STOP_TIMEOUT_S: Final = 8.0
-_REQUEST_TIMEOUT_S: Final = 5.0
+_REQUEST_TIMEOUT_S: Final = 10.0
 _WIDTH_OF_FILES: Final = 120
 _Result = TypeVar("_Result")
 

@@ -156,7 +156,8 @@ def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[st
         "ingest": {"session_timeout_ms": 3_000},
         # Two cores are shared by all processes: more threads would only wait for each other.
         "trainer": {"num_threads": 1},
-        "serving": {"host": HOST, "num_threads": 1},
+        # A machine that is busy with other work makes answers late; the demo shows how late, rather than refusing them.
+        "serving": {"host": HOST, "num_threads": 1, "request_timeout_ms": 5_000},
     }
 
 

@@ -126,9 +126,11 @@ def _head(sample: Sample, now: str, num_events: int, span: str) -> RenderableTyp
     line.add_column()
     line.add_column(justify="right")
     line.add_row(Text("headrace demo", style="bold"), Text(f"{span}   {_clock(sample.at_s)}", style=_DIM))
-    words = Text(" ▸ ", style=f"bold {_GOOD}")
+    bar = Table.grid(expand=True)  # a bar alone does not end its line
+    bar.add_row(ProgressBar(total=num_events, completed=sample.num_learned))
+    words = Text(" ▸ ", style=f"bold {_GOOD}", no_wrap=True, overflow="ellipsis")
     words.append(now, style="bold")
-    return Group(line, ProgressBar(total=num_events, completed=sample.num_learned), words)
+    return Group(line, bar, words)
 
 
 def _stream(sample: Sample, num_events: int) -> RenderableType:
