@@ -30,7 +30,7 @@ from stream.errors import LogResetError, LogUnavailableError
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
-from stream.kafka import KafkaConfig, fetch_fairly
+from stream.kafka import KafkaConfig, end_of, fetch_fairly, refuse_reset
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged
 from stream.messages import HistoryUpdate, Topics
 from stream.tracing import current_headers, links_to
@@ -303,6 +303,7 @@ class IngestWorker(ConsumerRebalanceListener):
         fetched = await fetch_fairly(
             self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
         )
+        refuse_reset(self._consumer, {TopicPartition(self._topics.interactions, p): n for p, n in self._next.items()})
         for topic_partition, records in fetched.items():
             async with self._committing:
                 await self._commit_with_retries(topic_partition, records, stopping)
@@ -337,9 +338,9 @@ class IngestWorker(ConsumerRebalanceListener):
         expected, first = self._next[partition], records[0].offset
         if first < expected:
             raise LogResetError(
-                f"{self._topics.interactions}/{partition} was reset: the stored position is {expected}, but the log "
-                f"answers from offset {first}. Nothing was applied. If the topic was recreated on purpose, give it a "
-                f"new log.log_id (now {self._kafka.log_id!r})."
+                f"{self._topics.interactions}/{partition} was reset: offset {expected} is to be read next, but the log "
+                f"answers from offset {first}; nothing was applied. If the topic was recreated on purpose, give it a "
+                "new log.log_id; if not, events were lost upstream"
             )
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
@@ -378,7 +379,7 @@ class IngestWorker(ConsumerRebalanceListener):
         """Records behind the end of the log per partition, as far as the last fetch saw."""
         if self._consumer is None:
             return {}
-        ends = {p: self._consumer.highwater(TopicPartition(self._topics.interactions, p)) for p in self._next}
+        ends = {p: end_of(self._consumer, TopicPartition(self._topics.interactions, p)) for p in self._next}
         return {p: max(0, (ends[p] or position) - position) for p, position in self._next.items()}
 
     def positions(self) -> dict[int, int]:

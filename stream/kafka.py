@@ -151,6 +151,7 @@ class KafkaReader:
     def __init__(self, config: KafkaConfig) -> None:
         self._config = config
         self._consumer: Any = None
+        self._next: dict[TopicPartition, int] = {}
 
     async def start(self) -> None:
         """Connect; raises LogUnavailableError."""
@@ -191,6 +192,7 @@ class KafkaReader:
         """Read these partitions from these positions, replacing any earlier assignment."""
         partitions = {TopicPartition(*partition): start for partition, start in starts.items()}
         self._consumer.assign(list(partitions))
+        self._next = {partition: start for partition, start in partitions.items() if isinstance(start, int)}
         for partition, start in partitions.items():
             if start == "earliest":
                 await self._consumer.seek_to_beginning(partition)
@@ -208,6 +210,9 @@ class KafkaReader:
             raise LogResetError(f"a stored position no longer exists in the log: {error}") from error
         except KafkaError as error:
             raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
+        for partition, records in fetched.items():
+            self._next[partition] = records[-1].offset + 1
+        refuse_reset(self._consumer, self._next)
         return [record for records in fetched.values() for record in records]
 
 
@@ -274,10 +279,33 @@ async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> d
     share = max(1, max_records // max(1, len(partitions)))
     fetched: dict[TopicPartition, Any] = {}
     for partition in partitions:
-        fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
+        if partition in consumer.assignment():  # a rebalance may take it away while we wait for another
+            fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
     if not fetched:
         fetched = await consumer.getmany(timeout_ms=timeout_ms, max_records=share)
     return {partition: [_record(raw) for raw in records] for partition, records in fetched.items()}
+
+
+def end_of(consumer: Any, partition: TopicPartition) -> int | None:
+    """The partition's end as of the last fetch; None before one, and when the partition is no longer ours."""
+    end: int | None = consumer.highwater(partition) if partition in consumer.assignment() else None
+    return end
+
+
+def refuse_reset(consumer: Any, positions: Mapping[TopicPartition, int]) -> None:
+    """Raise LogResetError when a partition ends before the position from which it is to be read next.
+
+    Compares with the end that came with the last fetch: the local broker answers a position beyond the end with
+    nothing, for ever, and what it reports as "latest" may be too low.
+    """
+    for partition, position in positions.items():
+        end = end_of(consumer, partition)
+        if end is not None and end < position:
+            raise LogResetError(
+                f"{partition.topic}/{partition.partition} was reset: it ends at offset {end}, but offset {position} is "
+                "to be read next; nothing was applied. If the topic was recreated on purpose, give it a new "
+                "log.log_id; if not, events were lost upstream"
+            )
 
 
 def _record(raw: Any) -> Record:
