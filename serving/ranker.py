@@ -51,6 +51,11 @@ class RecommendQuery:
     exclude: Int64s
     """Item ids that must not be in the answer."""
 
+    @property
+    def item_ids(self) -> Int64s:
+        """Items that the request names."""
+        return self.exclude
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankQuery:
@@ -58,6 +63,11 @@ class RankQuery:
 
     user_id: int
     candidates: Int64s
+
+    @property
+    def item_ids(self) -> Int64s:
+        """Items that the request names."""
+        return self.candidates
 
 
 Query = RecommendQuery | RankQuery
@@ -79,6 +89,22 @@ class Ranking:
     """int64[K], for RankQuery: where each item stands in `candidates`. Empty for RecommendQuery."""
 
 
+@dataclass(frozen=True, slots=True)
+class _FoundRows:
+    """Rows of the item table, -1 for items it does not hold."""
+
+    of_history: dict[int, Int64s]
+    """By user: of the whole history."""
+    of_query: list[Int64s]
+    """Of the items that each request names."""
+
+
+@dataclass(frozen=True, slots=True)
+class _QueryRows:
+    of_history: Int64s
+    of_query: Int64s
+
+
 class Ranker:
     """Answers micro-batches with the weights and histories of the moment."""
 
@@ -91,13 +117,15 @@ class Ranker:
     def answer(self, queries: Sequence[Query], now_ms: int) -> list[Ranking]:
         """One ranking per query, all from the same weights. `now_ms`: time of the requests."""
         histories = self._histories.read([query.user_id for query in queries])
+        found = self._look_up(histories, queries)
         places: dict[int, list[int]] = {}
         for place, query in enumerate(queries):
             places.setdefault(query.user_id, []).append(place)
         rankings: dict[int, Ranking] = {}
-        for history, scores_V in self._scored(histories, now_ms):
+        for history, scores_V in self._scored(histories, found, now_ms):
             for place in places[history.user_id]:
-                rankings[place] = self._by_model(queries[place], history, scores_V)
+                rows = _QueryRows(found.of_history[history.user_id], found.of_query[place])
+                rankings[place] = self._by_model(queries[place], history, rows, scores_V)
         unscored = [place for place in range(len(queries)) if place not in rankings]
         if unscored:
             popular = self._live_popularity.items() if self._weights.info is None else self._weights.popular()
@@ -106,44 +134,48 @@ class Ranker:
                 rankings[place] = self._by_popularity(query, histories[query.user_id], popular)
         return [rankings[place] for place in range(len(queries))]
 
-    def _scored(self, histories: dict[int, UserHistory], now_ms: int) -> Iterator[tuple[UserHistory, Tensor]]:
+    def _look_up(self, histories: dict[int, UserHistory], queries: Sequence[Query]) -> _FoundRows:
+        """Table rows of all items that the batch is about, in one call."""
+        ids = [*(history.item_ids for history in histories.values()), *(query.item_ids for query in queries)]
+        rows = self._weights.items.lookup(np.concatenate(ids))
+        bounds = np.cumsum([len(part) for part in ids])[:-1]
+        split = np.split(rows, bounds)
+        return _FoundRows(dict(zip(histories, split, strict=False)), split[len(histories) :])
+
+    def _scored(
+        self, histories: dict[int, UserHistory], found: _FoundRows, now_ms: int
+    ) -> Iterator[tuple[UserHistory, Tensor]]:
         """float32[V] for every user whose history the loaded weights can read."""
         if self._weights.info is None:
             return
-        readable: list[UserHistory] = []
-        rows: list[Int64s] = []
-        for history in histories.values():
-            rows_of_user = self._weights.items.lookup(history.item_ids[-self._weights.max_len :])
-            if (rows_of_user >= 0).any():
-                readable.append(history)
-                rows.append(rows_of_user)
+        rows = {user_id: own[-self._weights.max_len :] for user_id, own in found.of_history.items()}
+        readable = [history for history in histories.values() if (rows[history.user_id] >= 0).any()]
         if not readable:
             return
-        batch = _history_batch(readable, rows, now_ms)
+        batch = _history_batch(readable, [rows[history.user_id] for history in readable], now_ms)
         u_PD = self._weights.recommender.encode(batch)[batch.last_positions()]
         step = max(1, _SCORES_MAX // self._weights.items.num_items)
         for start in range(0, len(readable), step):
             part = slice(start, start + step)
             yield from zip(readable[part], self._weights.score(u_PD[part]), strict=True)
 
-    def _by_model(self, query: Query, history: UserHistory, scores_V: Tensor) -> Ranking:
-        items = self._weights.items
+    def _by_model(self, query: Query, history: UserHistory, rows: _QueryRows, scores_V: Tensor) -> Ranking:
+        named = torch.from_numpy(rows.of_query[rows.of_query >= 0])
         if isinstance(query, RankQuery):
-            rows = items.lookup(query.candidates)
-            scores = np.full(len(rows), np.nan, np.float32)
-            scores[rows >= 0] = scores_V[torch.from_numpy(rows[rows >= 0])].numpy()
+            scores = np.full(len(rows.of_query), np.nan, np.float32)
+            scores[rows.of_query >= 0] = scores_V[named].numpy()
             return self._ranked_candidates(query, history, scores, None)
-        left_out = [query.exclude, history.item_ids] if query.exclude_seen else [query.exclude]
-        rows = items.lookup(np.concatenate(left_out))
-        allowed_V = scores_V + self._weights.mask_V
-        allowed_V[torch.from_numpy(rows[rows >= 0])] = -torch.inf
+        allowed_V = scores_V.clone() if self._weights.mask_V is None else scores_V + self._weights.mask_V
+        allowed_V[named] = -torch.inf
+        if query.exclude_seen:
+            allowed_V[torch.from_numpy(rows.of_history[rows.of_history >= 0])] = -torch.inf
         best = torch.topk(allowed_V, min(query.k, len(allowed_V)))
         kept = best.values.isfinite()
         return Ranking(
             weights=self._weights.info,
             history_time_ms=history.newest_ms,
             fallback_reason=None,
-            item_ids=items.ids_of(best.indices[kept].numpy()),
+            item_ids=self._weights.items.ids_of(best.indices[kept].numpy()),
             scores=best.values[kept].numpy(),
             places=np.empty(0, np.int64),
         )

@@ -121,8 +121,8 @@ class ServedWeights:
         self.info: WeightsInfo | None = None
         self._catalogue = _CatalogueBuffer(self.recommender)
         self._popular: PopularItems | None = None
-        self.mask_V = torch.empty(0)
-        """float32[V]: -inf for withheld items, else 0."""
+        self.mask_V: Tensor | None = None
+        """float32[V]: -inf for withheld items, else 0; None when none are withheld."""
 
     @property
     def max_len(self) -> int:
@@ -140,7 +140,8 @@ class ServedWeights:
             self.recommender, self._catalogue = prepared.base.recommender, prepared.base.catalogue
         else:
             self._apply(prepared.deltas)
-            changed = self.items.lookup(np.unique(np.concatenate([d.rows.ids.numpy() for d in prepared.deltas])))
+            ids = [delta.rows.ids.numpy() for delta in prepared.deltas]
+            changed = self.items.lookup(ids[0] if len(ids) == 1 else np.unique(np.concatenate(ids)))
             self._catalogue.refresh(self.recommender, torch.from_numpy(changed[changed >= 0]))
         self.info = WeightsInfo.of(prepared.newest)
         self._popular = None
@@ -169,6 +170,10 @@ class ServedWeights:
 
     def update_mask(self) -> None:
         """Follow a change of `withheld`."""
-        rows = self.items.lookup(self.withheld.item_ids)
+        withheld = self.withheld.item_ids
+        if len(withheld) == 0:
+            self.mask_V = None
+            return
+        rows = self.items.lookup(withheld)
         self.mask_V = torch.zeros(self.items.num_items)
         self.mask_V[torch.from_numpy(rows[rows >= 0])] = -torch.inf
