@@ -48,12 +48,20 @@ class ReplayConfig:
     chunk_max: int = 500
     """Events sent between two looks at the clock and at the request to stop."""
 
+    tick_ms: float = 1.0
+    """Shortest sleep (ms) until the next event is due. What falls due meanwhile goes out together: a longer tick
+    follows the clock less finely, and wakes sender, broker and readers less often."""
+
     progress_interval_s: float = 2.0
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
         if self.speed is not None and not self.speed > 0:
             raise ValueError(f"speed = {self.speed}: must be positive, such as 1000x, or max")
+        if not 1.0 <= self.tick_ms <= 1_000.0:
+            raise ValueError(
+                f"tick_ms = {self.tick_ms}: must lie in 1..1000, the event loop's own resolution and a second"
+            )
         if not 1 <= self.chunk_max <= self.in_flight_max:
             raise ValueError(f"chunk_max = {self.chunk_max}: must lie in 1..in_flight_max ({self.in_flight_max})")
         if not 1 <= len(self.event_id_prefix) <= 100:
@@ -190,7 +198,7 @@ async def replay(
     while num_sent < len(recorded) and not stopping.is_set():
         num_due = pace.num_due(num_sent)
         if num_due == 0:
-            await _sleep(pace.wait_s(num_sent), stopping)
+            await _sleep(max(pace.wait_s(num_sent), config.tick_ms / 1000), stopping)
         for index in range(num_sent, num_sent + num_due):
             event = recorded.event(index, config)
             in_flight.append(await writer.send(topic, encode_event(event), key=str(event.user_id).encode()))
@@ -251,9 +259,9 @@ async def _settle(in_flight: deque[Awaitable[object]], num_left: int) -> None:
 
 
 async def _sleep(duration_s: float, stopping: asyncio.Event) -> None:
-    """Sleep, or return as soon as `stopping` is set. At least a millisecond: the event loop's own resolution."""
+    """Sleep, or return as soon as `stopping` is set."""
     try:
-        await asyncio.wait_for(stopping.wait(), max(duration_s, 0.001))
+        await asyncio.wait_for(stopping.wait(), duration_s)
     except TimeoutError:
         return
 

@@ -29,6 +29,8 @@ _START_TIMEOUT_S: Final = 120.0
 _STALLED_S: Final = 45.0
 """Without a single event stored, learned or served for so long, something hangs."""
 _SETTLE_S: Final = 5.0
+_TICK_MS: Final = 20.0
+"""About fifteen events a tick: waking five processes for every single event costs two cores more than learning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +108,11 @@ async def replay_stream(running: Running) -> None:
         watcher.num_sent, watcher.event_time_ms = progress.num_sent, progress.event_time_ms
 
     config = ReplayConfig(
-        action=running.plan.dataset.action, speed=speed, event_id_prefix=EVENT_ID_PREFIX, progress_interval_s=0.2
+        action=running.plan.dataset.action,
+        speed=speed,
+        event_id_prefix=EVENT_ID_PREFIX,
+        tick_ms=_TICK_MS,
+        progress_interval_s=0.2,
     )
     writer = log.writer()
     await writer.start()

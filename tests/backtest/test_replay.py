@@ -213,6 +213,21 @@ async def test_no_event_goes_out_before_the_accelerated_clock_reaches_it() -> No
     assert sent_at_s[-1] < due_s[-1] + 0.05
 
 
+async def test_what_falls_due_within_a_tick_goes_out_together() -> None:
+    num_looks = 0
+
+    class Counting(WallClock):
+        def monotonic_s(self) -> float:
+            nonlocal num_looks
+            num_looks += 1
+            return super().monotonic_s()
+
+    recorded, log = _recorded(list(range(200))), await _memory_log()
+    report = await replay(recorded, log.writer(), TOPIC, ReplayConfig(speed=1.0, tick_ms=100.0), clock=Counting())
+    assert report.num_events == 200
+    assert num_looks <= 30  # three ticks; without them, one look or more for every millisecond
+
+
 async def test_a_log_slower_than_the_clock_is_reported_as_behind() -> None:
     class Slow(MemoryWriter):
         async def send(
