@@ -42,7 +42,7 @@ class RecordedStream:
 
     def learner(self, **trainer: int) -> OnlineLearner:
         config = LearnerConfig(
-            trainer=TrainerConfig(metrics_window=100, **trainer),  # type: ignore[arg-type]
+            trainer=TrainerConfig(metrics_window=100, **trainer),
             model=MODEL,
             loss=LossConfig(),
             optimizer=OptimizerConfig(),

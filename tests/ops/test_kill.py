@@ -160,7 +160,7 @@ class Installation:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3_000:]}" for path in sorted(self.root.glob("*.log")))
 
     def checkpoint(self, data_dir: Path) -> Checkpoint:
-        config = ModelConfig(**{name.lower(): int(value) for name, value in MODEL.items()})  # type: ignore[arg-type]
+        config = ModelConfig(**{name.lower(): int(value) for name, value in MODEL.items()})
         found = read_newest_checkpoint(data_dir / "checkpoints" / "default", config_hash=config.config_hash())
         assert found is not None
         return found

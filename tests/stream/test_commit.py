@@ -207,7 +207,7 @@ async def test_a_missing_database_is_reported_with_nothing_sent(tmp_path: Path, 
 async def test_two_workers_on_one_partition_fence_each_other(store: FeatureStore, log: MemoryLog) -> None:
     left, right = committer_of(store, log, log.writer()), committer_of(store, log, log.writer())
     batch = [record(n) for n in range(50)]
-    positions = await asyncio.gather(left.commit(0, batch), right.commit(0, batch))
+    positions = list(await asyncio.gather(left.commit(0, batch), right.commit(0, batch)))
     assert positions == [50, 50]
     assert store.totals().num_interactions == 50
     assert left.counts.num_accepted + right.counts.num_accepted == 50
