@@ -143,6 +143,7 @@ def check_titles(num_stored: int, num_published: int) -> Check:
 
 
 def check_processes(children: Sequence[ChildStatus]) -> Check:
-    """No process ended by itself."""
-    crashed = [f"{child.name} ({child.num_starts - 1}×)" for child in children if child.num_starts > 1]
-    return Check("no process crashed", not crashed, ", ".join(crashed) or f"{len(children)} processes, one start each")
+    """All are up. One that was killed on the way and came back is told, but fails nothing: the rest is still true."""
+    again = [f"{child.name} was started again {child.num_starts - 1}×" for child in children if child.num_starts > 1]
+    down = [f"{child.name} is {child.state}" for child in children if child.state != "running"]
+    return Check("every process is up", not down, "; ".join([*down, *again]) or "each was started once")

@@ -232,3 +232,17 @@ class Rate:
             self._seen.popleft()
         (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
         return (last - first) / (last_s - first_s) if last_s > first_s else 0.0
+
+
+class GrowingCount:
+    """The total behind a count that begins again at 0 when its process is started again."""
+
+    def __init__(self) -> None:
+        self._before, self._last = 0, 0
+
+    def of(self, count: int) -> int:
+        """Note the count; returns the total."""
+        if count < self._last:
+            self._before += self._last
+        self._last = count
+        return self._before + count

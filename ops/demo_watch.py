@@ -18,7 +18,7 @@ import msgspec
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
 from ops.demo_plan import HOST, DemoError, Plan
-from ops.demo_state import Ages, Arm, Rate, Sample, SnapshotFreshness, WorkerFigures
+from ops.demo_state import Ages, Arm, GrowingCount, Rate, Sample, SnapshotFreshness, WorkerFigures
 from ops.local_broker import LocalBroker
 from ops.supervisor import ChildStatus, Supervisor
 from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED
@@ -110,6 +110,7 @@ class Watcher:
         self._started_s = time.monotonic()
         self._rates = {name: Rate() for name in ("sent", "stored", "learned")}
         self._statuses: dict[str, Mapping[str, Any]] = {}
+        self._stored = GrowingCount()
         self.snapshots: SnapshotFreshness | None = None
         self.samples: list[Sample] = [Sample(at_s=0.0)]
         self.num_sent = 0
@@ -176,7 +177,7 @@ class Watcher:
     def _sample(self) -> Sample:
         at_s = time.monotonic() - self._started_s
         ingest, trainer = self.status("ingest"), self.status("trainer")
-        stored, learned = int(ingest.get("accepted", 0)), int(trainer.get("interactions", 0))
+        stored, learned = self._stored.of(int(ingest.get("accepted", 0))), int(trainer.get("interactions", 0))
         metrics, snapshot = trainer.get("metrics", {}), trainer.get("snapshot") or {}
         known, load = self.snapshots, self.load
         workers = [self.status(f"serving{index}") for index in range(len(self._plan.ports.serving))]

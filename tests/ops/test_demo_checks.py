@@ -122,16 +122,20 @@ def test_answers_that_no_single_weights_can_have_given_are_noticed() -> None:
     assert (load.num_answered, load.num_fallback) == (7, 1)
 
 
-def test_refusals_lost_titles_and_crashes_are_named() -> None:
+def test_refusals_lost_titles_and_processes_that_are_down_are_named() -> None:
     assert check_refusals({"refused": {}}).is_ok
     assert check_refusals({"refused": {"oversize": 2}}).detail == "2 × oversize"
     assert check_titles(5, 5).is_ok
     assert not check_titles(4, 5).is_ok
-    child = ChildStatus(
+    back = ChildStatus(
         name="trainer", state="running", pid=1, num_starts=2, last_exit=-9, restart_in_s=None, last_lines=()
     )
-    assert not check_processes([child]).is_ok
-    assert "trainer (1×)" in check_processes([child]).detail
+    assert check_processes([back]).is_ok
+    assert "trainer was started again 1×" in check_processes([back]).detail
+    down = ChildStatus(
+        name="ingest", state="waiting", pid=None, num_starts=1, last_exit=1, restart_in_s=0.5, last_lines=()
+    )
+    assert not check_processes([back, down]).is_ok
 
 
 def test_a_failure_shows_the_end_of_the_log_it_names(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from feature_store.records import FirstServed, PublishedSnapshot
-from ops.demo_state import Ages, Rate, SnapshotFreshness
+from ops.demo_state import Ages, GrowingCount, Rate, SnapshotFreshness
 from stream.freshness import AgeHistogram
 
 
@@ -82,3 +82,8 @@ def test_a_rate_is_that_of_the_newest_seconds_and_survives_a_restart_of_the_coun
         latest = rate.add(float(second), second * 100 if second <= 5 else 500 + (second - 5) * 10)
     assert latest == pytest.approx(10.0)
     assert rate.add(11.0, 3) == 0.0
+
+
+def test_a_count_that_begins_again_goes_on_growing() -> None:
+    count = GrowingCount()
+    assert [count.of(seen) for seen in (0, 10, 25, 3, 8, 0, 1)] == [0, 10, 25, 28, 33, 33, 34]
