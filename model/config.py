@@ -100,8 +100,8 @@ class OptimizerConfig:
 
     dense_learning_rate: float = 1e-3
     """Step size of the dense parameters."""
-    row_learning_rate: float = 5e-3
-    """Step size of item embeddings and biases; several times the dense one, since a row is touched rarely."""
+    row_learning_rate: float = 1e-2
+    """Step size of item embeddings and biases; ten times the dense one, since a row is touched rarely."""
     dense_weight_decay: float = 0.0
     """Decoupled decay of the dense parameters per step, times the learning rate."""
     row_weight_decay: float = 0.0
