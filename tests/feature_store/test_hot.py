@@ -81,9 +81,11 @@ def test_equals_sql_after_any_interleaving(store: FeatureStore, budget_bytes: in
 def test_an_update_that_is_known_already_changes_nothing(store: FeatureStore) -> None:
     hot = hot_over(store)
     update = store_and_announce(store, [Row(1, 5, 1), Row(1, 6, 2), Row(2, 5, 3)])
-    hot.apply(update)
-    hot.apply(update)
     hot.apply(Interactions.concat([update, update]))
+    hot.apply(update)
+    assert_equals_sql(hot, store)
+    again = store_and_announce(store, [Row(1, 7, 4)])
+    hot.apply(Interactions.concat([again, update, again]))
     assert_equals_sql(hot, store)
     assert hot.stats.repairs == 0
 

@@ -20,7 +20,10 @@ from tests.feature_store.truth import Row, append, batch
 WAIT_S = 20
 
 
-def test_a_second_writer_of_a_position_waits_and_then_sees_where_the_first_left_it(store: FeatureStore) -> None:
+@pytest.mark.parametrize("first_position", [0, 100])
+def test_a_second_writer_of_a_position_waits_and_then_sees_where_the_first_left_it(
+    store: FeatureStore, first_position: int
+) -> None:
     has_begun, has_position = threading.Event(), threading.Event()
 
     def second_writer() -> int:
@@ -31,9 +34,13 @@ def test_a_second_writer_of_a_position_waits_and_then_sees_where_the_first_left_
             return position
 
     append(store, [Row(1, 1, 1)])
+    if first_position:
+        with store.transaction() as transaction:
+            transaction.lock_position("log", "interactions", 3)
+            transaction.set_position("log", "interactions", 3, first_position)
     with ThreadPoolExecutor(1) as pool:
         with store.transaction() as transaction:
-            assert transaction.lock_position("log", "interactions", 3) == 0
+            assert transaction.lock_position("log", "interactions", 3) == first_position
             second = pool.submit(second_writer)
             assert has_begun.wait(WAIT_S)
             assert not has_position.wait(0.2)
@@ -105,8 +112,20 @@ def test_a_second_writer_of_one_user_is_refused_by_postgresql(store: FeatureStor
     assert store.read(np.array([1]), max_len=99).event_time_ms.tolist()[-2:] == [50, 60]
 
 
-def test_forgetting_waits_for_appends_under_way_so_that_none_writes_the_user_back(store: FeatureStore) -> None:
-    append(store, [Row(1, time, 1) for time in range(6)])
+def test_a_second_sqlite_writer_waits_before_it_reads_and_is_not_refused(store: FeatureStore) -> None:
+    if not store.config.url.startswith("sqlite"):
+        pytest.skip("PostgreSQL writers read without waiting")
+    append(store, [Row(1, 1, 1)])
+    with ThreadPoolExecutor(1) as pool:
+        with store.transaction() as transaction:
+            transaction.append(batch([Row(1, 2, 2)]))
+            second = pool.submit(append, store, [Row(1, 3, 3)])
+            threading.Event().wait(0.1)
+        assert second.result(WAIT_S).seq.tolist() == [2]
+
+
+def test_forgetting_waits_for_appends_under_way_so_that_nothing_of_the_user_stays(store: FeatureStore) -> None:
+    append(store, [Row(1, time, 1) for time in range(8)])  # full chunks: the append below adds one
 
     def forget() -> int:
         with store.transaction() as transaction:
@@ -116,7 +135,8 @@ def test_forgetting_waits_for_appends_under_way_so_that_none_writes_the_user_bac
         with store.transaction() as transaction:
             transaction.append(batch([Row(1, 50, 1)]))
             forgotten = pool.submit(forget)
-            assert not forgotten.done()
+            if not store.config.url.startswith("sqlite"):
+                wait_until_blocked(store)
         assert forgotten.result(WAIT_S) == 1
     assert store.totals().num_interactions == 0
 
