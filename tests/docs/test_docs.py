@@ -113,7 +113,9 @@ def test_settings_named_in_the_documentation_exist() -> None:
         if f"{key.partition('.')[2]}.py" not in files and not (REPOSITORY / key.replace(".", "/")).is_dir()
     }
     allowed = _settings() | {f"{key}_file" for key in _settings()} | {"headrace.toml"}
-    assert not sorted(named - allowed)
+    # Instruments and attributes of telemetry share the prefix of the table [headrace].
+    sources = "".join(path.read_text(encoding="utf-8") for room in ROOMS for path in (REPOSITORY / room).rglob("*.py"))
+    assert not sorted(name for name in named - allowed if f'"{name}"' not in sources)
 
 
 def test_variables_named_in_the_documentation_exist() -> None:
