@@ -199,27 +199,25 @@ class HotHistories:
         """Read users once SQL has all their interactions below an arrival number, waiting for it within limits.
 
         Updates are announced just before they are committed, so SQL may be a moment behind. A user of whom SQL holds
-        nothing after the wait was forgotten; that is not an error.
+        nothing was forgotten, and there is nothing to wait for: an arrival number above 0 is only given once the ones
+        below it are committed.
         """
         num_looks = 0
         while True:
             current = self._store.read_current(user_ids, max_len=self._arena.max_kept, below_seq=below_seq)
-            is_behind = current.next_seq < below_seq
+            is_behind = (current.next_seq > 0) & (current.next_seq < below_seq)
             if not is_behind.any():
                 return current
             if num_looks == self.config.behind_num_retries:
                 break
             num_looks += 1
             self._pause(self.config.behind_retry_interval_ms / 1000)
-        is_stuck = is_behind & (current.next_seq > 0)
-        if not is_stuck.any():
-            return current
-        user = int(np.argmax(is_stuck))
+        user = int(np.argmax(is_behind))
         raise HistoryBehindError(
             f"SQL holds {current.next_seq[user]} interactions of user {user_ids[user]}, but the update log announced "
-            f"number {below_seq[user]} and {num_looks} looks did not find it ({int(is_stuck.sum())} users): "
+            f"number {below_seq[user]} and {num_looks} looks did not find it ({int(is_behind.sum())} users): "
             "check that ingest runs on the same database",
-            user_ids[is_stuck],
+            user_ids[is_behind],
         )
 
     def _rebuild(
