@@ -45,18 +45,18 @@ class FeatureStoreConfig:
         url = parse_url(self.url)
         if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
             raise ValueError(
-                f"feature_store.url={self.url!r} keeps the store in one connection's memory, but it is shared by "
+                f"store.url={self.url!r} keeps the store in one connection's memory, but it is shared by "
                 "several connections and processes: name a file, e.g. sqlite:///headrace.db"
             )
-        _check_range("feature_store.chunk_len", self.chunk_len, 1, MAX_CHUNK_LEN)
-        _check_range("feature_store.busy_timeout_ms", self.busy_timeout_ms, 0, 3_600_000)
-        _check_range("feature_store.sqlite_wal_pages", self.sqlite_wal_pages, 1, 10_000_000)
-        _check_range("feature_store.pool_size", self.pool_size, 2, 1_000)
-        _check_range("feature_store.pool_timeout_s", self.pool_timeout_s, 0.001, 3_600)
-        _check_range("feature_store.connect_timeout_s", self.connect_timeout_s, 1, 3_600)
+        _check_range("store.chunk_len", self.chunk_len, 1, MAX_CHUNK_LEN)
+        _check_range("store.busy_timeout_ms", self.busy_timeout_ms, 0, 3_600_000)
+        _check_range("store.sqlite_wal_pages", self.sqlite_wal_pages, 1, 10_000_000)
+        _check_range("store.pool_size", self.pool_size, 2, 1_000)
+        _check_range("store.pool_timeout_s", self.pool_timeout_s, 0.001, 3_600)
+        _check_range("store.connect_timeout_s", self.connect_timeout_s, 1, 3_600)
         if self.sqlite_synchronous not in ("NORMAL", "FULL"):
             raise ValueError(
-                f"feature_store.sqlite_synchronous={self.sqlite_synchronous!r} must be 'NORMAL' or 'FULL': OFF could "
+                f"store.sqlite_synchronous={self.sqlite_synchronous!r} must be 'NORMAL' or 'FULL': OFF could "
                 "corrupt the store in a power cut"
             )
 
@@ -75,15 +75,15 @@ class HotHistoriesConfig:
     """Looks before `HistoryBehindError`: with the pause above, ten seconds."""
 
     def __post_init__(self) -> None:
-        _check_range("hot_histories.max_len", self.max_len, 1, 1_000_000)
+        _check_range("hot.max_len", self.max_len, 1, 1_000_000)
         smallest = 2 * (2 * self.max_len * BYTES_PER_INTERACTION + SLOT_BYTES)
         if self.budget_bytes < smallest:
             raise ValueError(
-                f"hot_histories.budget_bytes={self.budget_bytes} cannot hold one growing history of "
+                f"hot.budget_bytes={self.budget_bytes} cannot hold one growing history of "
                 f"max_len={self.max_len}: raise it to at least {smallest}, or lower max_len"
             )
-        _check_range("hot_histories.behind_retry_interval_ms", self.behind_retry_interval_ms, 1, 60_000)
-        _check_range("hot_histories.behind_num_retries", self.behind_num_retries, 0, 1_000_000)
+        _check_range("hot.behind_retry_interval_ms", self.behind_retry_interval_ms, 1, 60_000)
+        _check_range("hot.behind_num_retries", self.behind_num_retries, 0, 1_000_000)
 
 
 def parse_url(text: str) -> URL:
@@ -96,14 +96,14 @@ def parse_url(text: str) -> URL:
         url = make_url(text)
     except ArgumentError as error:
         raise ValueError(
-            f"feature_store.url={text!r} is not a database URL: use sqlite:///headrace.db or postgresql://user@host/db"
+            f"store.url={text!r} is not a database URL: use sqlite:///headrace.db or postgresql://user@host/db"
         ) from error
     backend = url.get_backend_name()
     if backend == "postgresql":
         return url.set(drivername="postgresql+psycopg")
     if backend == "sqlite":
         return url.set(drivername="sqlite")
-    raise ValueError(f"feature_store.url={text!r} names {backend!r}: only sqlite and postgresql are supported")
+    raise ValueError(f"store.url={text!r} names {backend!r}: only sqlite and postgresql are supported")
 
 
 def _check_range(name: str, value: float, smallest: float, largest: float) -> None:

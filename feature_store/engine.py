@@ -80,7 +80,7 @@ def errors_in_our_words(engine: Engine) -> Iterator[None]:
     except PoolTimeoutError as error:
         raise StoreBusyError(
             f"no free connection to the feature store at {_where(engine)} within pool_timeout_s: "
-            "raise feature_store.pool_size, or use fewer threads"
+            "raise store.pool_size, or use fewer threads"
         ) from error
     except DBAPIError as error:
         translated = _translate(error, engine)
@@ -118,7 +118,7 @@ def _translate_postgres(sqlstate: str | None, cause: str, engine: Engine) -> Fea
         return StoreBusyError(f"the feature store at {_where(engine)} is held by another writer ({cause}): retry")
     if sqlstate is None or sqlstate.startswith(_POSTGRES_AWAY):
         return StoreUnavailableError(
-            f"cannot use the feature store at {_where(engine)} ({cause}): check feature_store.url and that "
+            f"cannot use the feature store at {_where(engine)} ({cause}): check store.url and that "
             "PostgreSQL is running"
         )
     if sqlstate in ("42P01", "42703"):  # undefined table, undefined column

@@ -115,8 +115,8 @@ class HotHistories:
         """
         if not 1 <= max_len <= self.config.max_len:
             raise ValueError(
-                f"max_len={max_len} must be between 1 and hot_histories.max_len={self.config.max_len}: "
-                "ask for less, or raise hot_histories.max_len"
+                f"max_len={max_len} must be between 1 and hot.max_len={self.config.max_len}: "
+                "ask for less, or raise hot.max_len"
             )
         shape = np.shape(user_ids)
         before = None if before_ms is None else np.broadcast_to(np.asarray(before_ms, np.int64), shape)

@@ -119,5 +119,5 @@ def _create_sqlite_directory(url: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreUnavailableError(
-            f"cannot create {directory} for the feature store ({error.strerror}): choose a writable feature_store.url"
+            f"cannot create {directory} for the feature store ({error.strerror}): choose a writable store.url"
         ) from error

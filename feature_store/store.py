@@ -171,7 +171,7 @@ class FeatureStore:
             return  # nothing has been written yet
         if int(stored) != self.config.chunk_len:
             raise StoreLayoutError(
-                f"the store was built with chunk_len={stored}, but feature_store.chunk_len={self.config.chunk_len}: "
+                f"the store was built with chunk_len={stored}, but store.chunk_len={self.config.chunk_len}: "
                 f"set it to {stored}, or replay the log into an empty database"
             )
         self._layout_is_checked = True

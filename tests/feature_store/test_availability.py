@@ -64,7 +64,7 @@ def test_every_call_says_in_one_line_where_and_why(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailableError, match=r"cannot create .*file/sub.* choose a writable feature_store.url"):
+    with pytest.raises(StoreUnavailableError, match=r"cannot create .*file/sub.* choose a writable store.url"):
         schema.migrate(f"sqlite:///{tmp_path}/file/sub/store.db")
 
 
@@ -128,7 +128,7 @@ def test_more_threads_than_connections_wait_and_then_give_up(open_store: Callabl
 
         holders = [pool.submit(hold_a_connection) for _ in range(4)]
         are_in.wait(20)
-        with pytest.raises(StoreBusyError, match="raise feature_store.pool_size"):
+        with pytest.raises(StoreBusyError, match="raise store.pool_size"):
             store.ping()
         may_leave.set()
         for holder in holders:
@@ -142,9 +142,9 @@ def test_more_threads_than_connections_wait_and_then_give_up(open_store: Callabl
         ({"url": "sqlite:///:memory:"}, "name a file"),
         ({"url": "mysql://host/db"}, "only sqlite and postgresql are supported"),
         ({"url": "no url"}, "is not a database URL"),
-        ({"url": "sqlite:///x.db", "chunk_len": 0}, "feature_store.chunk_len=0 must be between 1 and 4096"),
+        ({"url": "sqlite:///x.db", "chunk_len": 0}, "store.chunk_len=0 must be between 1 and 4096"),
         ({"url": "sqlite:///x.db", "sqlite_synchronous": "OFF"}, "must be 'NORMAL' or 'FULL'"),
-        ({"url": "sqlite:///x.db", "pool_size": 1}, "feature_store.pool_size=1 must be between 2"),
+        ({"url": "sqlite:///x.db", "pool_size": 1}, "store.pool_size=1 must be between 2"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_fix(settings: dict[str, object], message: str) -> None:

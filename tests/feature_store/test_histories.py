@@ -226,7 +226,7 @@ def test_a_store_built_with_another_chunk_len_is_refused(
         lambda: other.read(USERS, max_len=3),
     ]
     for call in calls:
-        with pytest.raises(StoreLayoutError, match="built with chunk_len=4, but feature_store.chunk_len=8"):
+        with pytest.raises(StoreLayoutError, match="built with chunk_len=4, but store.chunk_len=8"):
             call()
 
 

@@ -223,7 +223,7 @@ def test_interactions_that_never_reach_sql_are_an_error_that_names_the_user(stor
 
 @pytest.mark.parametrize("max_len", [0, MAX_LEN + 1])
 def test_more_history_than_is_kept_is_refused(store: FeatureStore, max_len: int) -> None:
-    with pytest.raises(ValueError, match=f"max_len={max_len} must be between 1 and hot_histories.max_len=6"):
+    with pytest.raises(ValueError, match=f"max_len={max_len} must be between 1 and hot.max_len=6"):
         hot_over(store).gather(EVERYONE, max_len=max_len)
 
 
