@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 import socket
@@ -25,6 +26,9 @@ from stream.kafka import KafkaConfig, KafkaLog
 logger = logging.getLogger(__name__)
 
 _STORE_RETRY_MAX_S: Final = 5.0
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+"""Parameters of glibc's mallopt(3)."""
 
 
 def ingest(settings: Settings) -> int:
@@ -63,6 +67,7 @@ def train(settings: Settings) -> int:
     from online_trainer.daemon import TrainerDaemon, TrainerParts
 
     config = settings.get(HeadraceConfig)
+    _keep_large_buffers()
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
     store = _open_store(settings)
     if store is None:
@@ -125,6 +130,17 @@ def serve(settings: Settings, port: int) -> int:
     finally:
         store.close()
         signals.shutdown()
+
+
+def _keep_large_buffers() -> None:
+    """Let the C library reuse large buffers instead of giving them back to the kernel after every operation.
+
+    A training step allocates the same large temporaries again and again; without this, much of it is page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc; other C libraries have their own ways
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 async def _until_told_to_stop(run: Callable[[asyncio.Event], Any]) -> None:
