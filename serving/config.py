@@ -18,6 +18,7 @@ _AT_LEAST_ONE: Final = (
     "snapshot_poll_ms",
     "update_poll_records",
     "store_check_ms",
+    "broker_check_ms",
     "impressions_queue_max",
     "drain_timeout_ms",
     "num_threads",
@@ -61,6 +62,8 @@ class ServingConfig:
     """History-update messages applied between two micro-batches at most: bounds how long answers wait for them."""
     store_check_ms: int = 2_000
     """Time (ms) between looks at the store: whether it answers, and which items are unavailable."""
+    broker_check_ms: int = 10_000
+    """Time (ms) between looks at the broker; its absence shows in /status and stops no answers."""
     weights_behind_max_ms: int = 0
     """Not ready when interactions have waited longer than this (ms) to be learned by the weights served; 0: never.
     A quiet stream leaves nothing waiting, so it never looks stale."""

@@ -23,6 +23,7 @@ from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from serving.answering import Answering, AnswerParts
 from serving.batcher import MicroBatcher, ModelThread
+from serving.broker_watch import BrokerWatch
 from serving.config import ServingConfig
 from serving.errors import PortTakenError
 from serving.event_intake import EventIntake
@@ -45,7 +46,7 @@ from stream.log import EventLog
 logger = logging.getLogger(__name__)
 
 _FLUSH_S: Final = 1.0
-"""Time for each of the things that are written behind the answers, when the worker stops."""
+"""Time for each of the things that happen behind the answers to come to an end, when the worker stops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,7 @@ class ServingWorker:
             config, self._model_thread, lambda queries: ranker.answer(queries, self._query_now_ms()), self.instruments
         )
         self._store_watch = StoreWatch(parts.store, self._names, withheld, self._weights, self._model_thread)
+        self._broker_watch = BrokerWatch(parts.log)
         self._first_answers = FirstAnswers(parts.store, parts.model_name, parts.replica, parts.mode)
         self._uncovered = UncoveredUpdates(parts.log.log_id)
         self._swapper = self._build_swapper()
@@ -203,15 +205,24 @@ class ServingWorker:
             self._answering_task = group.create_task(self._batcher.run())
             work: list[Coroutine[Any, Any, None]] = [
                 self._swapper.run(),
-                self._updates.run(self._stopping),
+                self._broker_watch.run(self.config.broker_check_ms, self._stopping),
+                self._follow_updates(),
                 self._store_watch.run(self.config.store_check_ms),
                 self._first_answers.run(),
-                self._writer.open(self._parts.log, self._stopping),
+                self._open_writer(),
             ]
             if self._impressions is not None:
                 work.append(self._impressions.run())
             self._background = [group.create_task(one) for one in work]
             started.set()
+
+    async def _follow_updates(self) -> None:
+        await self._broker_watch.seen()
+        await self._updates.run(self._stopping)
+
+    async def _open_writer(self) -> None:
+        await self._broker_watch.seen()
+        await self._writer.open(self._stopping)
 
     def _note_failure(self, running: asyncio.Task[None]) -> None:
         error = None if running.cancelled() else running.exception()
@@ -219,18 +230,19 @@ class ServingWorker:
             self.failure = "; ".join(repr(one) for one in getattr(error, "exceptions", [error]))
             logger.critical("this worker can only be restarted: %s", self.failure, exc_info=error)
 
-    async def stop(self) -> None:
-        """Answer what is queued, write what is pending, then end. Bounded by `drain_timeout_ms` and a few seconds."""
+    async def stop(self, *, drain_s: float | None = None) -> None:
+        """Answer what is queued for at most `drain_s` (default: `drain_timeout_ms`), write what is pending, end."""
         self._batcher.close()
         if self._answering_task is not None:
-            await asyncio.wait([self._answering_task], timeout=self.config.drain_timeout_ms / 1000)
+            allowed_s = self.config.drain_timeout_ms / 1000 if drain_s is None else drain_s
+            await asyncio.wait([self._answering_task], timeout=allowed_s)
         self._stopping.set()
         for task in reversed(self._background):
             task.cancel()
         if self._answering_task is not None:
             self._answering_task.cancel()
         if self._running is not None:
-            await asyncio.wait([self._running])
+            await asyncio.wait([self._running], timeout=_FLUSH_S)
         flushes = [self._first_answers.flush(), self._writer.close()]
         if self._impressions is not None:
             flushes.insert(0, self._impressions.flush())
@@ -283,7 +295,12 @@ class ServingWorker:
             "events_accepted": self.intake.num_accepted,
             "hot": {name: getattr(hot, name) for name in hot.__dataclass_fields__},
             "updates": self._updates.status(),
-            "broker": {"reading": self._updates.problem is None, "writing": self._writer.is_open},
+            "broker": {
+                "reachable": self._broker_watch.problem is None,
+                "problem": self._broker_watch.problem,
+                "reading": self._updates.problem is None,
+                "writing": self._writer.is_open,
+            },
             "store": {"reachable": self._store_watch.problem is None, "problem": self._store_watch.problem},
             "impressions": None
             if self._impressions is None
@@ -335,7 +352,8 @@ async def _serve(parts: ServingParts, listener: socket.socket) -> int:
     failed = asyncio.create_task(_exit_when_failed(worker, server))
     await server.serve(sockets=[listener])
     failed.cancel()
-    await worker.stop()
+    # The server has waited for the requests in flight.
+    await worker.stop(drain_s=_FLUSH_S)
     return 0 if worker.failure is None else 1
 
 

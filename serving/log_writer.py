@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 
 from stream.errors import LogUnavailableError
-from stream.log import EventLog, LogWriter, start_when_available
+from stream.log import LogWriter, start_when_available
 from stream.tracing import Headers
 
 
@@ -17,10 +17,9 @@ class SharedWriter:
         self._writer = writer
         self.is_open = False
 
-    async def open(self, log: EventLog, stopping: asyncio.Event) -> None:
-        """Have the topics and a connection, however long it takes."""
-        if await start_when_available(log.create_topics, what="serving", stopping=stopping):
-            self.is_open = await start_when_available(self._writer.start, what="serving", stopping=stopping)
+    async def open(self, stopping: asyncio.Event) -> None:
+        """Connect, however long it takes."""
+        self.is_open = await start_when_available(self._writer.start, what="serving", stopping=stopping)
 
     async def close(self) -> None:
         """Send what is buffered and disconnect."""

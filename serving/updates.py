@@ -105,31 +105,35 @@ class UpdateFollower:
         self.problem: str | None = "not connected yet"
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Follow the log until `stopping` is set."""
-        reader = self._log.reader()
-        try:
-            if await start_when_available(reader.start, what="serving", stopping=stopping):
-                await self._follow(reader, stopping)
-        finally:
-            await reader.stop()
-
-    async def _follow(self, reader: LogReader, stopping: asyncio.Event) -> None:
+        """Follow the log until `stopping` is set. The topics exist: a reader started without them may not see them."""
         delay_s = RETRY_FIRST_S
-        is_assigned = False
         while not stopping.is_set():
+            reader = self._log.reader()
             try:
-                if not is_assigned:
-                    await self._assign(reader)
-                    is_assigned, self.problem = True, None
-                records = await reader.poll(timeout_ms=_POLL_MS, max_records=self._config.update_poll_records)
+                if not await start_when_available(reader.start, what="serving", stopping=stopping):
+                    return
+                await self._assign(reader)
+                delay_s = RETRY_FIRST_S
+                await self._follow(reader, stopping)
             except LogUnavailableError as error:
                 self._note_problem(str(error))
                 await _sleep(delay_s, stopping)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
-                continue
             except LogResetError as error:
                 self._note_problem(f"{error}; continuing at its end")
-                is_assigned = False
+            finally:
+                await reader.stop()
+
+    async def _follow(self, reader: LogReader, stopping: asyncio.Event) -> None:
+        delay_s = RETRY_FIRST_S
+        while not stopping.is_set():
+            try:
+                records = await reader.poll(timeout_ms=_POLL_MS, max_records=self._config.update_poll_records)
+            except LogUnavailableError as error:
+                # The reader keeps its place.
+                self._note_problem(str(error))
+                await _sleep(delay_s, stopping)
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
                 continue
             self.problem, delay_s = None, RETRY_FIRST_S
             await self._clear_when_settled()
@@ -147,6 +151,7 @@ class UpdateFollower:
         await self._model_thread.run(self._targets.histories.clear)
         self._applied.clear()
         self._clear_at_s = self._clock.monotonic_s() + _SETTLE_S
+        self.problem = None
 
     async def _clear_when_settled(self) -> None:
         if self._clear_at_s is not None and self._clock.monotonic_s() >= self._clear_at_s:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.hstu import NORM_EPS
@@ -108,7 +109,20 @@ def prepare_swap(config: ModelConfig, snapshots: Sequence[Snapshot]) -> Prepared
         apply_snapshot(recommender, snapshot)
     recommender.eval()
     base = _Base(recommender=recommender, catalogue=_CatalogueBuffer(recommender))
+    _warm_up(base)
     return PreparedSwap(base=base, deltas=(), manifests=manifests)
+
+
+@torch.inference_mode()
+def _warm_up(base: _Base) -> None:
+    """Answer once aside: what the numerical library sets up at first use is not the first caller's wait."""
+    batch = HistoryBatch(
+        rows_L=torch.tensor([-1]),
+        timestamps_ms_L=torch.tensor([0]),
+        query_times_ms_L=torch.tensor([1]),
+        offsets=torch.tensor([0, 1]),
+    )
+    base.recommender.scores(base.recommender.encode(batch), catalogue=base.catalogue.catalogue)
 
 
 class ServedWeights:

@@ -40,7 +40,9 @@ NOW_MS = 1_700_000_000_000
 MODEL = ModelConfig(
     embedding_dim=16, num_layers=1, num_heads=1, attention_dim=8, hidden_dim=8, max_len=8, initial_capacity=16
 )
-SERVING = ServingConfig(snapshot_poll_ms=20, snapshot_retry_max_ms=100, store_check_ms=50, request_timeout_ms=5_000)
+SERVING = ServingConfig(
+    snapshot_poll_ms=20, snapshot_retry_max_ms=100, store_check_ms=50, broker_check_ms=50, request_timeout_ms=5_000
+)
 HOT = HotHistoriesConfig(max_len=32, budget_bytes=4 * 1024 * 1024)
 
 
@@ -189,7 +191,7 @@ class Town:
                 served = Served(worker, client)
                 if version is not None:
                     await served.until_version(version)
-                await eventually(lambda: worker.status()["broker"] == {"reading": True, "writing": True})
+                await eventually(lambda: is_connected(worker))
                 yield served
         finally:
             await worker.stop()
@@ -220,6 +222,11 @@ class Served:
     async def until_applied(self, num_interactions: int) -> None:
         """Return once this many interactions have come through the log."""
         await eventually(lambda: self.worker.status()["updates"]["interactions"] >= num_interactions)  # type: ignore[index]
+
+
+def is_connected(worker: ServingWorker) -> bool:
+    broker: Any = worker.status()["broker"]
+    return broker["reachable"] and broker["reading"] and broker["writing"] is True
 
 
 def to_id(raw: int | str) -> int:

@@ -23,7 +23,7 @@ from stream.errors import LogUnavailableError
 from stream.memory_log import MemoryLog, MemoryWriter
 from stream.messages import Impression
 from stream.tracing import Headers
-from tests.serving.building import MODEL, NOW_MS, SERVING, Town, eventually, ids_of, scores_of, to_id
+from tests.serving.building import MODEL, NOW_MS, SERVING, Town, eventually, ids_of, is_connected, scores_of, to_id
 
 EVENT = {"event_id": "e-1", "user_id": "anna", "item_id": 4, "action": "view", "event_time": NOW_MS}
 
@@ -419,11 +419,17 @@ async def test_with_the_broker_away_answers_go_on_and_events_are_not_accepted(to
         assert response.json()["error"]["code"] == "log_unavailable"
         assert (await client.post("/v1/recommend", json={"user_id": 7})).json()["snapshot_version"] == 1
         await eventually(lambda: worker.reasons_not_ready() == [])
-        assert worker.status()["broker"] == {"reading": False, "writing": False}
+        assert worker.status()["broker"] == {
+            "reachable": False,
+            "problem": "the broker is away",
+            "reading": False,
+            "writing": False,
+        }
         log.is_away = False
-        await eventually(lambda: worker.status()["broker"] == {"reading": True, "writing": True})
+        await eventually(lambda: is_connected(worker))
         assert (await client.post("/v1/events", json=EVENT)).status_code == 202
         log.is_away = True
+        await eventually(lambda: not is_connected(worker))
         assert (await client.post("/v1/events", json=EVENT)).status_code == 503
         log.is_away = False
     await worker.stop()

@@ -11,13 +11,15 @@ import pytest
 
 from feature_store.interactions import Interactions
 from model.manifest import Lineage
+from ops.local_broker import LocalBroker
 from serving.api import build_api
 from serving.updates import UncoveredUpdates
 from stream.errors import LogResetError, LogUnavailableError
-from stream.log import Record
+from stream.kafka import KafkaConfig, KafkaLog
+from stream.log import Record, acknowledged
 from stream.memory_log import MemoryLog, MemoryReader
-from stream.messages import HistoryUpdate
-from tests.serving.building import NOW_MS, SERVING, Served, Town, eventually, ids_of, scores_of, to_id
+from stream.messages import HistoryUpdate, SnapshotPointer, encode_message
+from tests.serving.building import NAME, NOW_MS, SERVING, Served, Town, eventually, ids_of, scores_of, to_id
 
 
 async def test_an_interaction_is_part_of_the_next_answer(town: Town) -> None:
@@ -112,6 +114,26 @@ async def test_what_cannot_be_read_is_counted_and_skipped(town: Town) -> None:
         await served.until_applied(1)
         status: Any = served.worker.status()["updates"]
         assert (status["unreadable"], status["updates"]) == (2, 1)
+
+
+async def test_updates_and_announcements_come_through_a_real_broker(town: Town, fresh_broker: LocalBroker) -> None:
+    log = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, log_id="memory", num_partitions=2))
+    writer = log.writer()
+    config = replace(SERVING, snapshot_poll_ms=30_000, snapshot_retry_max_ms=30_000)
+    async with town.worker(config, version=1, log=log) as served:
+        await writer.start()
+        for seq in range(5):
+            update = town.happen([(7, 6 + seq % 3, NOW_MS - 9 + seq)], announced=False)
+            sent = await writer.send(log.topics.history_updates, update.encode(), partition=0)
+            await acknowledged([sent])
+        await served.until_applied(5)
+        assert set(ids_of(await served.recommend(7, k=12))) == {0, 3, 9, "film/ten", "film/eleven"}
+        town.publisher.learn([1])
+        town.publisher.publish()
+        pointer = SnapshotPointer(model=NAME, version=2, kind="delta", parent=1, created_at_ms=NOW_MS)
+        await acknowledged([await writer.send(log.topics.snapshots, encode_message(pointer), key=NAME.encode())])
+        await served.until_version(2)
+        await writer.stop()
 
 
 class FaultyLog(MemoryLog):
