@@ -1,11 +1,12 @@
-"""The end of the demo: one user likes a few new films, and both workers' recommendations change within seconds."""
+"""The end of the demo: a user of new films likes a few classics, and both workers' answers change within seconds."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
@@ -26,20 +27,14 @@ _HISTORY_MIN, _HISTORY_MAX = 20, 60
 """A history that says something, without filling the model's window."""
 _RECENT_EVENTS: Final = 20_000
 """Who and what is current: this many events before the end."""
-_FILM_EVENTS_MIN: Final = 15
-_GENRES: Final = ("Animation", "Horror", "Sci-Fi", "Documentary", "Romance", "Western", "War", "Family", "Music")
-"""Tastes that a person recognises at a glance in a list of titles."""
+CLASSIC_BEFORE: Final = 2000
+"""A taste that a person recognises at a glance in a list of titles: films from before this year."""
+NUM_ASKED: Final = 50
+NUM_SHOWN: Final = 10
+_YEAR: Final = re.compile(r"\((\d{4})\)$")
 _ASK_EVERY_S: Final = 0.05
 _TIMEOUT_S: Final = 60.0
 _SPACING_MS: Final = 60_000
-
-
-@dataclass(frozen=True, slots=True)
-class Taste:
-    """The new events: films of one genre that the user has not rated and was not recommended."""
-
-    genre: str
-    item_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +65,15 @@ class ChangeReport:
     """Before and after, with what made the difference and how long it took."""
 
     user_id: int
-    genre: str
     new_item_ids: tuple[int, ...]
     before: tuple[int, ...]
     after: tuple[int, ...]
+    """The best `NUM_SHOWN`."""
+
+    classics_before: int
+    classics_after: int
+    """Classics among the best `NUM_ASKED`."""
+
     version_before: int
     version_after: int
     """First version that contains the new events."""
@@ -100,7 +100,9 @@ class ChangeReport:
 
         return {
             "user_id": self.user_id,
-            "genre": self.genre,
+            "classics_before": self.classics_before,
+            "classics_after": self.classics_after,
+            "of_recommended": NUM_ASKED,
             "new_events": named(self.new_item_ids),
             "before": named(self.before),
             "after": named(self.after),
@@ -128,47 +130,40 @@ def diff(before: Sequence[int], after: Sequence[int]) -> ListDiff:
     )
 
 
-def choose_user(user_ids: Sequence[int]) -> int:
-    """The newest active user with a decent history, given who was active in event order."""
+def is_classic(titles: Mapping[int, Title], item_id: int) -> bool:
+    """Whether the year in the title lies before `CLASSIC_BEFORE`."""
+    year = _YEAR.search(title_of(titles, item_id).title)
+    return year is not None and int(year[1]) < CLASSIC_BEFORE
+
+
+def num_classics(titles: Mapping[int, Title], item_ids: Iterable[int]) -> int:
+    """How many of them are classics."""
+    return sum(is_classic(titles, item_id) for item_id in item_ids)
+
+
+def choose_user(user_ids: Sequence[int], item_ids: Sequence[int], titles: Mapping[int, Title]) -> int:
+    """The newest active user with a decent history and the fewest classics in it, given who rated what in order."""
     counts = Counter(user_ids)
-    for user_id in reversed(user_ids):
-        if _HISTORY_MIN <= counts[user_id] <= _HISTORY_MAX:
-            return user_id
-    return counts.most_common(1)[0][0]
+    decent = {user_id for user_id, count in counts.items() if _HISTORY_MIN <= count <= _HISTORY_MAX}
+    if not decent:
+        return counts.most_common(1)[0][0]
+    rated = zip(user_ids, item_ids, strict=True)
+    classics = Counter(user for user, item in rated if user in decent and is_classic(titles, item))
+    newest_first = [user for user in dict.fromkeys(reversed(user_ids[-_RECENT_EVENTS:])) if user in decent]
+    return min(newest_first or sorted(decent), key=lambda user: classics[user])
 
 
-def choose_taste(
-    item_ids: Sequence[int], titles: Mapping[int, Title], seen: AbstractSet[int], shown: Sequence[int]
-) -> Taste:
-    """A genre that plays no part yet in what the user has seen or is shown, and its currently most rated films.
+def choose_films(item_ids: Sequence[int], titles: Mapping[int, Title], known: AbstractSet[int]) -> tuple[int, ...]:
+    """The currently most rated classics outside `known`; with too few of them, the most rated films.
 
     `item_ids`: what was rated, in event order.
     """
-    recent = Counter(item_ids[-_RECENT_EVENTS:])
-    films: dict[str, list[int]] = {}
-    for genre in _GENRES:
-        of_genre = [
-            item
-            for item, count in recent.most_common()
-            if count >= _FILM_EVENTS_MIN and item not in seen and genre in title_of(titles, item).genres
-        ]
-        # As many again must be left to recommend, and what is shown already would leave the list by being seen.
-        if len(of_genre) >= 2 * NUM_NEW:
-            films[genre] = [item for item in of_genre if item not in shown][:NUM_NEW]
-    usable = {genre: items for genre, items in films.items() if len(items) == NUM_NEW}
-    if not usable:
-        popular = [item for item, _ in recent.most_common() if item not in seen and item not in shown]
-        return Taste("popular", tuple(popular[:NUM_NEW]))
-
-    def familiarity(genre: str) -> tuple[int, float]:
-        in_history = sum(genre in title_of(titles, item).genres for item in seen)
-        return sum(genre in title_of(titles, item).genres for item in shown), in_history / max(len(seen), 1)
-
-    chosen = min(usable, key=familiarity)
-    return Taste(chosen, tuple(usable[chosen]))
+    popular = [item for item, _ in Counter(item_ids[-_RECENT_EVENTS:]).most_common() if item not in known]
+    classics = [item for item in popular if is_classic(titles, item)]
+    return tuple((classics if len(classics) >= NUM_NEW else popular)[:NUM_NEW])
 
 
-def new_events(user_id: int, taste: Taste, *, after_ms: int, prefix: str) -> list[Event]:
+def new_events(user_id: int, item_ids: Sequence[int], *, after_ms: int, prefix: str) -> list[Event]:
     """Top ratings, a minute apart, beginning a minute after the end of the stream."""
     return [
         Event(
@@ -179,7 +174,7 @@ def new_events(user_id: int, taste: Taste, *, after_ms: int, prefix: str) -> lis
             event_time=after_ms + (place + 1) * _SPACING_MS,
             value=10.0,
         )
-        for place, item_id in enumerate(taste.item_ids)
+        for place, item_id in enumerate(item_ids)
     ]
 
 
@@ -207,13 +202,14 @@ async def show_change(parts: ChangeParts) -> ChangeReport:
 
     Raises DemoError when that does not happen in time, httpx.HTTPError when a worker does not answer.
     """
-    user_id = choose_user(parts.user_ids)
-    before = await recommend(parts.client, parts.urls[0], user_id)
+    user_id = choose_user(parts.user_ids, parts.item_ids, parts.titles)
+    before = await recommend(parts.client, parts.urls[0], user_id, NUM_ASKED)
     if before.fallback or before.snapshot_version is None:
         raise DemoError(f"user {user_id} got recommendations by popularity, not by the model, at the end of the stream")
     seen = {item for user, item in zip(parts.user_ids, parts.item_ids, strict=True) if user == user_id}
-    taste = choose_taste(parts.item_ids, parts.titles, seen, before.item_ids())
-    events = new_events(user_id, taste, after_ms=parts.ends_ms, prefix="demo")
+    shown = before.item_ids()[:NUM_SHOWN]
+    chosen = choose_films(parts.item_ids, parts.titles, seen | set(shown))
+    events = new_events(user_id, chosen, after_ms=parts.ends_ms, prefix="demo")
     learned = _Learned(before.snapshot_version, parts.num_interactions + len(events))
     response = await parts.client.post(f"{parts.urls[0]}/v1/events", content=msgspec.json.encode(events))
     response.raise_for_status()
@@ -224,11 +220,12 @@ async def show_change(parts: ChangeParts) -> ChangeReport:
     after = last[0].item_ids()
     return ChangeReport(
         user_id=user_id,
-        genre=taste.genre,
-        new_item_ids=taste.item_ids,
-        before=tuple(before.item_ids()),
-        after=tuple(after),
-        diff=diff(before.item_ids(), after),
+        new_item_ids=chosen,
+        before=tuple(shown),
+        after=tuple(after[:NUM_SHOWN]),
+        classics_before=num_classics(parts.titles, before.item_ids()),
+        classics_after=num_classics(parts.titles, after),
+        diff=diff(shown, after[:NUM_SHOWN]),
         version_before=before.snapshot_version,
         version_after=version,
         weights_s={url: first_s(answers, url, lambda one: (one.version or 0) >= version) for url in parts.urls},
@@ -240,7 +237,7 @@ async def show_change(parts: ChangeParts) -> ChangeReport:
 async def _ask_until(parts: ChangeParts, url: str, user_id: int, learned: _Learned, answers: list[Seen]) -> Answered:
     """Ask one worker until it answers with weights that have learned from the new events."""
     while (elapsed_s := time.monotonic() - learned.started_s) < _TIMEOUT_S:
-        answer = await recommend(parts.client, url, user_id)
+        answer = await recommend(parts.client, url, user_id, NUM_ASKED)
         answers.append(
             Seen(
                 url=url,

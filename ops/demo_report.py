@@ -170,7 +170,7 @@ def _draw_freshness(axes: Any, samples: Sequence[Sample]) -> None:
     axes.set(xlabel="seconds", ylabel="seconds since broker append", title="Age of events at each hop, run so far")
     axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.legend(loc="upper right", fontsize=8, ncols=3)
+        axes.legend(loc="upper left", fontsize=8, ncols=3)
 
 
 def _draw_rates(axes: Any, samples: Sequence[Sample]) -> None:

@@ -148,7 +148,7 @@ async def until_learned(running: Running, wanted: int) -> None:
 
 async def change_a_user(running: Running, num_interactions: int) -> ChangeReport:
     """One user's recommendations before and after a few new events."""
-    running.say("one user likes a few new films: asking both workers until they have learned from it")
+    running.say("a user of new films likes a few classics: asking both workers until they have learned from it")
     recorded = running.recorded
     return await show_change(
         ChangeParts(

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backtest.datasets import Title
-from ops.demo_change import ChangeReport, title_of
+from ops.demo_change import CLASSIC_BEFORE, NUM_ASKED, ChangeReport, title_of
 from ops.demo_checks import Check
 from ops.demo_plan import DemoOptions, Ports
 from ops.demo_report import verdict
@@ -20,7 +20,7 @@ _TITLE_WIDTH = 46
 
 def print_change(console: Console, change: ChangeReport, titles: Mapping[int, Title]) -> None:
     """The user's lists side by side, and how long the change took."""
-    console.rule(f"user {change.user_id} gives {len(change.new_item_ids)} films 10 of 10", align="left")
+    console.rule(f"user {change.user_id}, who rates new films, gives these classics 10 of 10", align="left")
     for item_id in change.new_item_ids:
         console.print(Text(f"  + {_words(titles, item_id)}", style="cyan"))
     table = Table(box=None, padding=(0, 2), header_style="bold")
@@ -32,12 +32,11 @@ def print_change(console: Console, change: ChangeReport, titles: Mapping[int, Ti
             str(place + 1), _cell(change.before, place, change, titles), _cell(change.after, place, change, titles)
         )
     console.print(table)
-    shares = [
-        sum(change.genre in title_of(titles, item).genres for item in items) for items in (change.before, change.after)
-    ]
+    num_new, num_left = len(change.diff.entered), len(change.diff.left)
+    classics = f"{change.classics_before} before, {change.classics_after} after"
     console.print(
-        f"  {len(change.diff.entered)} of {len(change.after)} are new (green), {len(change.diff.left)} left (red); "
-        f"{change.genre}: {shares[0]} before, {shares[1]} after",
+        f"  {num_new} of {len(change.after)} are new (green), {num_left} left (red). "
+        f"Films from before {CLASSIC_BEFORE} among the best {NUM_ASKED}: {classics}.",
         highlight=False,
     )
     history_s = max((seconds for seconds in change.history_s.values() if seconds is not None), default=None)

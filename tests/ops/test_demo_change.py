@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from backtest.datasets import Title
-from ops.demo_change import ListDiff, Seen, Taste, choose_taste, choose_user, diff, first_s, new_events
+from ops.demo_change import ListDiff, Seen, choose_films, choose_user, diff, first_s, new_events, num_classics
 
 
 def test_the_difference_of_two_lists_keeps_their_orders() -> None:
@@ -11,36 +11,35 @@ def test_the_difference_of_two_lists_keeps_their_orders() -> None:
     assert diff([1, 2], [2, 1]) == ListDiff(entered=(), left=())
 
 
-def test_the_user_is_the_newest_one_with_a_decent_history() -> None:
-    few, decent, later, too_many = 1, 2, 3, 4
-    user_ids = [decent] * 30 + [later] * 25 + [too_many] * 100 + [few] * 3
-    assert choose_user(user_ids) == later
-    assert choose_user([few, few, decent]) == few
+def _catalogue() -> dict[int, Title]:
+    """Films 0 to 19 are from 1980 on, films 100 to 119 from 2005 on; 200 has no year."""
+    titles = {number: Title(title=f"film {number} ({1980 + number})", genres=()) for number in range(20)}
+    titles |= {100 + number: Title(title=f"2001 {number} ({2005 + number})", genres=()) for number in range(20)}
+    return titles | {200: Title(title="no year", genres=())}
 
 
-def _catalogue() -> tuple[dict[int, Title], list[int]]:
-    """Films 100 to 119 are animation, 200 to 219 horror; each was rated 20 times, the lower numbers more often."""
-    titles = {number: Title(title=f"film {number}", genres=("Animation",)) for number in range(100, 120)}
-    titles |= {number: Title(title=f"film {number}", genres=("Horror",)) for number in range(200, 220)}
-    rated = [number for number in titles for _ in range(20 + (220 - number))]
-    return titles, rated
+def test_a_classic_is_known_by_the_year_at_the_end_of_its_title() -> None:
+    assert num_classics(_catalogue(), [0, 19, 100, 119, 200, 999]) == 2
 
 
-def test_the_new_taste_is_a_genre_the_user_does_not_know_and_films_nobody_has_shown_him() -> None:
-    titles, rated = _catalogue()
-    taste = choose_taste(rated, titles, seen={200, 201}, shown=[202, 203])
-    assert taste == Taste("Animation", (100, 101, 102, 103, 104))
-    taste = choose_taste(rated, titles, seen={100, 101}, shown=[102, 103])
-    assert taste == Taste("Horror", (200, 201, 202, 203, 204))
+def test_the_user_is_the_newest_one_with_a_decent_history_of_new_films() -> None:
+    few, classical, modern, older_modern, too_many = 1, 2, 3, 4, 5
+    rated = [(older_modern, 100)] * 30 + [(modern, 101)] * 25 + [(classical, 3)] * 30 + [(too_many, 100)] * 100
+    rated += [(few, 100)] * 3
+    users, items = zip(*rated, strict=True)
+    assert choose_user(users, items, _catalogue()) == modern
+    assert choose_user([few, few, classical], [100, 101, 3], _catalogue()) == few
 
 
-def test_without_genres_the_most_popular_unseen_films_are_taken() -> None:
-    _, rated = _catalogue()
-    assert choose_taste(rated, {}, seen={100}, shown=[101]) == Taste("popular", (102, 103, 104, 105, 106))
+def test_the_films_are_the_most_rated_classics_that_the_user_does_not_know() -> None:
+    rated = [number for number in _catalogue() for _ in range(300 - number)]
+    assert choose_films(rated, _catalogue(), known={0, 2}) == (1, 3, 4, 5, 6)
+    assert choose_films(rated, {}, known={0, 2}) == (1, 3, 4, 5, 6)
+    assert choose_films([200, 200, 100, 1], _catalogue(), known=set()) == (200, 100, 1)
 
 
 def test_new_events_come_after_the_stream_each_with_an_identity_of_its_own() -> None:
-    events = new_events(7, Taste("Horror", (1, 2, 3)), after_ms=1_000, prefix="demo")
+    events = new_events(7, (1, 2, 3), after_ms=1_000, prefix="demo")
     assert [event.item_id for event in events] == [1, 2, 3]
     assert [event.event_time_ms() for event in events] == [61_000, 121_000, 181_000]
     assert len({event.event_id for event in events}) == 3
