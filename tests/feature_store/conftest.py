@@ -26,7 +26,8 @@ def open_store(database_url: str) -> Iterator[Callable[..., FeatureStore]]:
     opened: list[FeatureStore] = []
 
     def open_one(**settings: Any) -> FeatureStore:
-        store = FeatureStore(FeatureStoreConfig(**({"url": database_url, "chunk_len": 4} | settings)))
+        with_defaults: dict[str, Any] = {"url": database_url, "chunk_len": 4} | settings
+        store = FeatureStore(FeatureStoreConfig(**with_defaults))
         opened.append(store)
         return store
 

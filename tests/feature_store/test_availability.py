@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,9 @@ def test_every_call_says_in_one_line_where_and_why(tmp_path: Path) -> None:
             store.ping,
             store.require_current_schema,
             store.totals,
-            lambda store=store: append(store, [Row(1, 1, 1)]),
-            lambda store=store: store.read(USERS, max_len=3),
-            lambda url=url: schema.check(url),
+            partial(append, store, [Row(1, 1, 1)]),
+            partial(store.read, USERS, max_len=3),
+            partial(schema.check, url),
         ]
         for call in calls:
             with pytest.raises(StoreUnavailableError, match="cannot use the feature store at") as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_appends_and_reads_agree_with_brute_force(store: FeatureStore, seed: int
         expected = truth.append(rows)
         assert (result.accepted.tolist(), result.seq.tolist(), result.late.tolist()) == expected
         users = random.integers(0, 6, 7)
-        limits = {
+        limits: dict[str, Any] = {
             "before_ms": random.integers(0, 90, 7) if random.random() < 0.6 else None,
             "known_at_ms": int(random.integers(0, 25)) if random.random() < 0.4 else None,
             "below_seq": random.integers(0, 40, 7) if random.random() < 0.4 else None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -54,7 +56,7 @@ def test_equals_sql_after_any_interleaving(store: FeatureStore, budget_bytes: in
             if len(update):
                 users, last = np.unique(update.user_id), np.zeros(NUM_USERS, np.int64)
                 np.maximum.at(last, update.user_id, update.seq.astype(np.int64))
-                known = {"max_len": MAX_LEN, "below_seq": last[users] + 1}
+                known: dict[str, Any] = {"max_len": MAX_LEN, "below_seq": last[users] + 1}
                 assert rows_of(hot.gather(users, **known)) == rows_of(store.read(users, **known))
         elif choice < 0.8 and unsent:
             unsent.pop(0)  # an update is lost: the next one of these users leaves a gap
@@ -63,7 +65,7 @@ def test_equals_sql_after_any_interleaving(store: FeatureStore, budget_bytes: in
         else:
             users = random.integers(0, NUM_USERS + 2, 5)
             before_ms = random.integers(0, 120, 5)
-            window = {"max_len": int(random.integers(1, MAX_LEN + 1)), "before_ms": before_ms}
+            window: dict[str, Any] = {"max_len": int(random.integers(1, MAX_LEN + 1)), "before_ms": before_ms}
             slots = hot._arena.slots_of(users)
             below = np.where(slots >= 0, hot._arena.next_seq_of(slots), 2**31)
             histories = hot.gather(users, **window)

@@ -61,6 +61,7 @@ def test_every_revision_goes_up_down_and_up_again(url: str) -> None:
         before = tables_in(url)
         schema.migrate(url, revision.revision)
         after = tables_in(url)
+        assert revision.down_revision is None or isinstance(revision.down_revision, str)
         schema.downgrade(url, revision.down_revision or "base")
         assert tables_in(url) == before
         schema.migrate(url, revision.revision)
