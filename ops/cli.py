@@ -209,9 +209,9 @@ def replay(
 
 @app.command()
 def demo(
-    minutes: Annotated[float | None, typer.Option(min=0.1, help="How long the replay may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="About how long the whole demo takes.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder for the demo's database, snapshots and logs.")] = None,
-    json_out: Annotated[Path | None, typer.Option(help="Where the summary goes.")] = None,
+    json_out: Annotated[Path | None, typer.Option(help="Write the summary here, too.")] = None,
     *,
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything up until Ctrl-C.")] = False,
 ) -> None:
