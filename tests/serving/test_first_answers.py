@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from model.snapshot import load_snapshot, move_pointer
 from tests.serving.building import NAME, NOW_MS, SERVING, Served, Town, ages, eventually
 
 PATIENT = replace(SERVING, snapshot_poll_ms=30_000, snapshot_retry_max_ms=30_000)
@@ -94,3 +96,18 @@ async def test_every_replica_records_for_itself(town: Town) -> None:
         await one.recommend(7)
         await two.recommend(7)
         await eventually(lambda: set(recorded(town)) == {(1, "one"), (1, "two")})
+
+
+async def test_a_version_that_comes_back_after_a_rollback_is_not_counted_again(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        town.publisher.learn([1])
+        second = town.publisher.publish(event_age=ages(10, 20))
+        await served.until_version(2)
+        await served.recommend(7)
+        await eventually(lambda: freshness(served)["event"]["count"] == 2)
+        for manifest in (load_snapshot(town.root, NAME, 1).manifest, second):
+            move_pointer(town.root, manifest)
+            await served.until_version(manifest.version)
+            await served.recommend(7)
+        await asyncio.sleep(0.1)
+        assert freshness(served)["event"]["count"] == 2
