@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ from feature_store.jagged import concat_ranges, offsets_of
 from feature_store.merging import Places, merge
 from feature_store.reading import CurrentHistories
 from feature_store.store import FeatureStore
+
+_FORGOTTEN_MAX: Final = 100_000
+"""Forgotten users remembered, so that updates still under way do not wait for histories that will not come; beyond
+it they are, and each waits once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class HotHistories:
         self._pause = pause
         self._arena = HistoryArena(config.max_len, config.budget_bytes)
         self._lock = threading.RLock()
+        self._forgotten: set[int] = set()
         self._num_hits = 0
         self._num_misses = 0
         self._num_repairs = 0
@@ -140,6 +145,12 @@ class HotHistories:
         """Drop users from memory; what SQL says of them then counts."""
         with self._lock:
             self._arena.drop(user_ids)
+            self._note_forgotten(user_ids)
+
+    def _note_forgotten(self, user_ids: NDArray[np.int64]) -> None:
+        if len(self._forgotten) > _FORGOTTEN_MAX:
+            self._forgotten.clear()
+        self._forgotten.update(user_ids.tolist())
 
     def _apply_users(self, new: Interactions) -> None:
         """Apply interactions ordered by (user, seq), of no more users than fit at once."""
@@ -199,19 +210,24 @@ class HotHistories:
         """Read users once SQL has all their interactions below an arrival number, waiting for it within limits.
 
         Updates are announced just before they are committed, so SQL may be a moment behind. A user of whom SQL holds
-        nothing was forgotten, and there is nothing to wait for: an arrival number above 0 is only given once the ones
-        below it are committed.
+        nothing after the wait was forgotten; that is not an error, and the next time there is no wait.
         """
+        was_forgotten = np.array([user in self._forgotten for user in user_ids.tolist()], np.bool_)
         num_looks = 0
         while True:
             current = self._store.read_current(user_ids, max_len=self._arena.max_kept, below_seq=below_seq)
-            is_behind = (current.next_seq > 0) & (current.next_seq < below_seq)
+            is_gone = current.next_seq == 0
+            is_behind = (current.next_seq < below_seq) & ~(is_gone & was_forgotten)
             if not is_behind.any():
                 return current
             if num_looks == self.config.behind_num_retries:
                 break
             num_looks += 1
             self._pause(self.config.behind_retry_interval_ms / 1000)
+        self._note_forgotten(user_ids[is_gone])
+        is_behind &= ~is_gone
+        if not is_behind.any():
+            return current
         user = int(np.argmax(is_behind))
         raise HistoryBehindError(
             f"SQL holds {current.next_seq[user]} interactions of user {user_ids[user]}, but the update log announced "
