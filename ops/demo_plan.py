@@ -150,7 +150,13 @@ def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[st
             "trainer_port": ports.trainer,
         },
         # A log id of its own: the local broker forgets its log when it stops, so positions of another run mean nothing.
-        "log": {"bootstrap_servers": f"{HOST}:{ports.broker}", "log_id": log_id, "security_protocol": "PLAINTEXT"},
+        # One ingest worker needs no more than two partitions; each one more is another small transaction a poll.
+        "log": {
+            "bootstrap_servers": f"{HOST}:{ports.broker}",
+            "log_id": log_id,
+            "num_partitions": 2,
+            "security_protocol": "PLAINTEXT",
+        },
         "store": {"url": f"sqlite:///{run_dir / 'headrace.db'}"},
         # The local broker holds a group join for half the session timeout.
         "ingest": {"session_timeout_ms": 3_000},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -54,7 +55,7 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
     for check in checks:
         mark = Text("  ✓ ", style="green") if check.is_ok else Text("  ✗ ", style="bold red")
         console.print(mark.append(check.name, style="bold"))
-        console.print(f"    {check.detail}", style="bright_black", highlight=False, soft_wrap=True)
+        console.print(Padding(Text(check.detail, style="bright_black"), (0, 0, 0, 4)))
 
 
 def print_results(console: Console, sample: Sample) -> None:
