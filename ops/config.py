@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,7 @@ class HeadraceConfig:
         for name in ("ingest_port", "trainer_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"headrace.{name} = {getattr(self, name)}: must lie between 0 and 65535")
-        if not self.model or any(not (letter.isalnum() or letter in "-_.") for letter in self.model):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.model):
             raise ValueError(
-                f"headrace.model = {self.model!r}: it names a folder, so use letters, digits, '-', '_' and '.' only"
+                f"headrace.model = {self.model!r}: it names a folder, so use 1 to 64 letters, digits, '-' and '_'"
             )

@@ -105,7 +105,8 @@ def serve(settings: Settings, port: int) -> int:
     """
     from model.config import ModelConfig
     from serving.config import ServingConfig
-    from serving.daemon import ServingParts, run_worker
+    from serving.daemon import run_worker
+    from serving.worker import ServingParts
     from stream.events import EventRules
 
     config = settings.get(HeadraceConfig)

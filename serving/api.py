@@ -20,7 +20,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from serving.daemon import ServingWorker
 from serving.errors import EventsRefusedError, InvalidRequestError, RequestError
 from serving.instruments import ERROR, FALLBACK, OK, REFUSED, REJECTED
 from serving.messages import (
@@ -33,6 +32,7 @@ from serving.messages import (
     Recommendation,
     RecommendRequest,
 )
+from serving.worker import ServingWorker
 from stream.events import Event
 
 _tracer = trace.get_tracer("headrace.serving")

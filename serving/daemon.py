@@ -1,4 +1,4 @@
-"""The inference worker: what it is made of, its life cycle, and the process around it."""
+"""The process around an inference worker: listen, serve, and drain when told to stop."""
 
 from __future__ import annotations
 
@@ -7,306 +7,16 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
 
-import numpy as np
 import torch
 import uvicorn
-from prometheus_client import generate_latest
 
-from feature_store.config import HotHistoriesConfig
-from feature_store.store import FeatureStore
-from model.config import ModelConfig
-from serving.answering import Answering, AnswerParts
-from serving.batcher import MicroBatcher, ModelThread
-from serving.broker_watch import BrokerWatch
+from serving.api import build_api
 from serving.config import ServingConfig
 from serving.errors import PortTakenError
-from serving.event_intake import EventIntake
-from serving.first_answers import FirstAnswers
-from serving.history_reader import HistoryReader
-from serving.impressions import ImpressionLog
-from serving.instruments import ServingInstruments
-from serving.item_names import ItemNames, WithheldItems
-from serving.log_writer import SharedWriter
-from serving.popularity import LivePopularity
-from serving.ranker import Query, Ranker, Ranking
-from serving.store_watch import StoreWatch
-from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
-from serving.updates import UncoveredUpdates, UpdateFollower, UpdateTargets
-from serving.weights import PreparedSwap, ServedWeights
-from stream.clock import Clock, WatermarkClock
-from stream.events import EventRules
-from stream.log import EventLog
+from serving.worker import FLUSH_S, ServingParts, ServingWorker
 
 logger = logging.getLogger(__name__)
-
-_FLUSH_S: Final = 1.0
-"""Time for each of the things that happen behind the answers to come to an end, when the worker stops."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingParts:
-    """What an inference worker is made of."""
-
-    config: ServingConfig
-    model_config: ModelConfig
-    model_name: str
-    snapshot_root: Path
-    log: EventLog
-    store: FeatureStore
-    hot_config: HotHistoriesConfig
-    rules: EventRules
-    clock: Clock
-    mode: str = "live"
-    """`live`, or `replay`: then the time of a request is the event time that the stream has come to."""
-    replica: str = "serving"
-    """Name of this worker in the record of first answers; stable over restarts, different for every replica."""
-    metrics_text: Callable[[], bytes] = generate_latest
-    """What `/metrics` answers; by default the process's Prometheus registry."""
-
-
-class ServingWorker:
-    """Answers requests with weights and histories that follow the stream.
-
-    `start` returns at once: broker and store may be away, and `/readyz` says what is missing.
-    """
-
-    def __init__(self, parts: ServingParts) -> None:
-        config = parts.config
-        self.config, self.clock, self.metrics_text = config, parts.clock, parts.metrics_text
-        self._parts = parts
-        self._replay_clock = WatermarkClock() if parts.mode == "replay" else None
-        self.instruments = ServingInstruments()
-        self._model_thread = ModelThread()
-        self._names = ItemNames(lambda ids: parts.store.names("item", ids))
-        withheld = WithheldItems(self._names)
-        self._weights = ServedWeights(parts.model_config, withheld)
-        self._histories = HistoryReader(parts.store.config, parts.hot_config, parts.clock)
-        live_popularity = LivePopularity(
-            half_life_s=parts.model_config.trend_half_life_s,
-            floor=parts.model_config.trend_floor,
-            items_max=parts.model_config.max_items,
-        )
-        ranker = Ranker(self._weights, self._histories, live_popularity)
-        self._batcher: MicroBatcher[Query, Ranking] = MicroBatcher(
-            config, self._model_thread, lambda queries: ranker.answer(queries, self._query_now_ms()), self.instruments
-        )
-        self._store_watch = StoreWatch(parts.store, self._names, withheld, self._weights, self._model_thread)
-        self._broker_watch = BrokerWatch(parts.log)
-        self._first_answers = FirstAnswers(parts.store, parts.model_name, parts.replica, parts.mode)
-        self._uncovered = UncoveredUpdates(parts.log.log_id)
-        self._swapper = self._build_swapper()
-        targets = UpdateTargets(
-            histories=self._histories,
-            live_popularity=live_popularity,
-            weights=self._weights,
-            names=self._names,
-            uncovered=self._uncovered,
-            replay_clock=self._replay_clock,
-            snapshot_announced=self._swapper.announce,
-        )
-        self._updates = UpdateFollower(config, parts.log, parts.model_name, self._model_thread, targets, parts.clock)
-        self._writer = SharedWriter(parts.log.writer())
-        self._impressions = (
-            ImpressionLog(self._writer, parts.log.topics.impressions, config.impressions_queue_max, self.instruments)
-            if config.log_impressions
-            else None
-        )
-        self.intake = EventIntake(config, parts.rules, self._writer, parts.log.topics.interactions, parts.clock)
-        self.answering = Answering(
-            config,
-            AnswerParts(
-                batcher=self._batcher,
-                names=self._names,
-                first_answers=self._first_answers,
-                impressions=self._impressions,
-                clock=parts.clock,
-                query_now_ms=self._query_now_ms,
-            ),
-        )
-        self._stopping = asyncio.Event()
-        self._running: asyncio.Task[None] | None = None
-        self._answering_task: asyncio.Task[None] | None = None
-        self._background: list[asyncio.Task[None]] = []
-        self.failure: str | None = None
-        """Why only a restart can help; None while all is well."""
-        self._observe()
-
-    def _build_swapper(self) -> HotSwapper:
-        parts = self._parts
-        reader = SnapshotReader(parts.snapshot_root, parts.model_name, parts.model_config, self.instruments)
-        return HotSwapper(
-            parts.config,
-            reader,
-            self._weights,
-            self._model_thread,
-            clock=parts.clock,
-            instruments=self.instruments,
-            hooks=SwapHooks(
-                before=self._before_swap,
-                after=self._after_swap,
-                answered_up_to=self._first_answers.answered_up_to,
-            ),
-        )
-
-    def _before_swap(self, prepared: PreparedSwap) -> None:
-        """New items can be named from their first answer on."""
-        if prepared.base is not None:
-            self._names.resolve(prepared.base.recommender.items.ids())
-        else:
-            self._names.resolve(np.unique(np.concatenate([delta.rows.ids.numpy() for delta in prepared.deltas])))
-
-    def _after_swap(self, done: SwapDone) -> None:
-        self._first_answers.expect(done.passed)
-        self._uncovered.covered(done.newest.lineage)
-        if self._replay_clock is not None:
-            self._replay_clock.observe(done.newest.watermark_ms)
-
-    def _query_now_ms(self) -> int:
-        return self.clock.now_ms() if self._replay_clock is None else self._replay_clock.now_ms()
-
-    def _observe(self) -> None:
-        observe = self.instruments.observe
-        observe("headrace.serving.snapshot.version", "1", "Version served", lambda: self.snapshot_version)
-        observe("headrace.serving.weights.age", "s", "Request time minus the weights' watermark", self._weights_age_s)
-        observe(
-            "headrace.serving.weights.behind",
-            "s",
-            "How long interactions have waited to be learned by the weights served",
-            lambda: self._uncovered.behind_ms(self.clock.now_ms()) / 1000,
-        )
-        observe("headrace.serving.queue.length", "{request}", "Waiting requests", lambda: self._batcher.num_waiting)
-
-    def _weights_age_s(self) -> float | None:
-        held = self._swapper.held
-        return None if held is None else max(0, self._query_now_ms() - held.watermark_ms) / 1000
-
-    @property
-    def snapshot_version(self) -> int | None:
-        """The version served."""
-        held = self._swapper.held
-        return None if held is None else held.version
-
-    async def start(self) -> None:
-        """Begin to answer, and to follow snapshots, updates and the store."""
-        assert self._running is None, "a worker is started once"
-        started = asyncio.Event()
-        self._running = asyncio.create_task(self._run(started))
-        self._running.add_done_callback(self._note_failure)
-        await started.wait()
-
-    async def _run(self, started: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as group:
-            self._answering_task = group.create_task(self._batcher.run())
-            work: list[Coroutine[Any, Any, None]] = [
-                self._swapper.run(),
-                self._broker_watch.run(self.config.broker_check_ms, self._stopping),
-                self._follow_updates(),
-                self._store_watch.run(self.config.store_check_ms),
-                self._first_answers.run(),
-                self._open_writer(),
-            ]
-            if self._impressions is not None:
-                work.append(self._impressions.run())
-            self._background = [group.create_task(one) for one in work]
-            started.set()
-
-    async def _follow_updates(self) -> None:
-        await self._broker_watch.seen()
-        await self._updates.run(self._stopping)
-
-    async def _open_writer(self) -> None:
-        await self._broker_watch.seen()
-        await self._writer.open(self._stopping)
-
-    def _note_failure(self, running: asyncio.Task[None]) -> None:
-        error = None if running.cancelled() else running.exception()
-        if error is not None:
-            self.failure = "; ".join(repr(one) for one in getattr(error, "exceptions", [error]))
-            logger.critical("this worker can only be restarted: %s", self.failure, exc_info=error)
-
-    async def stop(self, *, drain_s: float | None = None) -> None:
-        """Answer what is queued for at most `drain_s` (default: `drain_timeout_ms`), write what is pending, end."""
-        self._batcher.close()
-        if self._answering_task is not None:
-            allowed_s = self.config.drain_timeout_ms / 1000 if drain_s is None else drain_s
-            await asyncio.wait([self._answering_task], timeout=allowed_s)
-        self._stopping.set()
-        for task in reversed(self._background):
-            task.cancel()
-        if self._answering_task is not None:
-            self._answering_task.cancel()
-        if self._running is not None:
-            await asyncio.wait([self._running], timeout=_FLUSH_S)
-        flushes = [self._first_answers.flush(), self._writer.close()]
-        if self._impressions is not None:
-            flushes.insert(0, self._impressions.flush())
-        for flush in flushes:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(flush, _FLUSH_S)
-        self._swapper.close()
-        self._model_thread.close()
-        self._histories.close()
-
-    async def wait_until_failed(self) -> None:
-        """Return when the worker has ended, by itself or because it was stopped."""
-        if self._running is not None:
-            await asyncio.wait([self._running])
-
-    def reasons_not_ready(self) -> list[str]:
-        """Why this worker should get no requests now; empty when it should."""
-        reasons = []
-        if self._stopping.is_set() or self._batcher.is_closed:
-            reasons.append("stopping")
-        if self.failure is not None:
-            reasons.append(self.failure)
-        if self.snapshot_version is None:
-            status = self._swapper.status()
-            detail = status["pointer_problem"] or status["last_refusal"] or "nothing has been published"
-            reasons.append(f"no weights are loaded: {detail}")
-        if self._store_watch.problem is not None:
-            reasons.append(f"store: {self._store_watch.problem}")
-        behind_ms, limit_ms = self._uncovered.behind_ms(self.clock.now_ms()), self.config.weights_behind_max_ms
-        if limit_ms and behind_ms > limit_ms:
-            reasons.append(
-                f"interactions have waited {behind_ms} ms to be learned; serving.weights_behind_max_ms is {limit_ms}"
-            )
-        return reasons
-
-    def status(self) -> dict[str, object]:
-        """Figures of this worker, JSON-ready."""
-        snapshot = self._swapper.status()
-        hot = self._histories.hot.stats
-        return {
-            "replica": self._parts.replica,
-            "mode": self._parts.mode,
-            "ready": not self.reasons_not_ready(),
-            "reasons": self.reasons_not_ready(),
-            "snapshot": snapshot,
-            **self.instruments.status(),
-            "waiting": self._batcher.num_waiting,
-            "weights_age_ms": None if (age_s := self._weights_age_s()) is None else age_s * 1000,
-            "weights_behind_ms": self._uncovered.behind_ms(self.clock.now_ms()),
-            "events_accepted": self.intake.num_accepted,
-            "hot": {name: getattr(hot, name) for name in hot.__dataclass_fields__},
-            "updates": self._updates.status(),
-            "broker": {
-                "reachable": self._broker_watch.problem is None,
-                "problem": self._broker_watch.problem,
-                "reading": self._updates.problem is None,
-                "writing": self._writer.is_open,
-            },
-            "store": {"reachable": self._store_watch.problem is None, "problem": self._store_watch.problem},
-            "impressions": None
-            if self._impressions is None
-            else {"sent": self._impressions.num_sent, "dropped": self._impressions.num_dropped},
-            "freshness": {"F4": self._first_answers.summary},
-        }
 
 
 def run_worker(parts: ServingParts) -> int:
@@ -329,9 +39,6 @@ def _listen(config: ServingConfig) -> socket.socket:
 
 
 async def _serve(parts: ServingParts, listener: socket.socket) -> int:
-    # Here and not on top: the API is built for a worker, and imports this module.
-    from serving.api import build_api  # noqa: PLC0415
-
     worker = ServingWorker(parts)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -353,7 +60,7 @@ async def _serve(parts: ServingParts, listener: socket.socket) -> int:
     await server.serve(sockets=[listener])
     failed.cancel()
     # The server has waited for the requests in flight.
-    await worker.stop(drain_s=_FLUSH_S)
+    await worker.stop(drain_s=FLUSH_S)
     return 0 if worker.failure is None else 1
 
 

@@ -28,7 +28,7 @@ from model.snapshot import write_snapshot
 from model.swap import take_rows
 from serving.api import build_api
 from serving.config import ServingConfig
-from serving.daemon import ServingParts, ServingWorker
+from serving.worker import ServingParts, ServingWorker
 from stream.clock import ManualClock
 from stream.events import EventRules
 from stream.freshness import AgeHistogram

@@ -9,7 +9,8 @@ from pathlib import Path
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
 from serving.config import ServingConfig
-from serving.daemon import ServingParts, run_worker
+from serving.daemon import run_worker
+from serving.worker import ServingParts
 from stream.clock import WallClock
 from stream.events import EventRules
 from stream.kafka import KafkaConfig, KafkaLog
