@@ -123,7 +123,9 @@ class TrainerDaemon:
         reader, writer = self._parts.log.reader(), self._parts.log.writer()
         try:
             for start in (self._parts.log.create_topics, reader.start, writer.start):
-                if not await start_when_available(start, what="trainer", stopping=stopping):
+                if not await start_when_available(
+                    start, what="trainer", stopping=stopping, on_failure=self._note_problem
+                ):
                     return
             await reader.assign(await self._starts(reader))
             self._blocked_by = None
@@ -135,6 +137,9 @@ class TrainerDaemon:
             await writer.stop()
             self._compute.shutdown(wait=True)
             self._files.shutdown(wait=True)
+
+    def _note_problem(self, problem: str) -> None:
+        self._blocked_by = problem
 
     async def _starts(self, reader: LogReader) -> dict[PartitionId, Start]:
         topic = self._parts.log.topics.history_updates

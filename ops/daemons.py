@@ -8,7 +8,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from stream.kafka import KafkaConfig, KafkaLog
 
 logger = logging.getLogger(__name__)
 
+_STORE_RETRY_FIRST_S: Final = 0.2
 _STORE_RETRY_MAX_S: Final = 5.0
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -39,25 +41,21 @@ def ingest(settings: Settings) -> int:
 
     config = settings.get(HeadraceConfig)
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="ingest", mode=config.mode)
-    store = _open_store(settings)
-    if store is None:
-        return 0
-    parts = StreamParts(
-        kafka=settings.get(KafkaConfig),
-        rules=settings.get(EventRules),
-        ingest=settings.get(IngestConfig),
-        store=store,
-        clock=WallClock(),
-        mode=config.mode,
-    )
-    service = IngestService(parts)
-    probes = _probes(service.ready, service.status, signals)
-    try:
-        with ProbeServer(probes, host=config.probe_host, port=config.ingest_port):
-            return run_worker(build_app(parts, service), service, log_level=config.log_level)
-    finally:
-        store.close()
-        signals.shutdown()
+    report = _Report()
+    with report.served(config.probe_host, config.ingest_port, signals), _open_store(settings, report) as store:
+        if store is None:
+            return 0
+        parts = StreamParts(
+            kafka=settings.get(KafkaConfig),
+            rules=settings.get(EventRules),
+            ingest=settings.get(IngestConfig),
+            store=store,
+            clock=WallClock(),
+            mode=config.mode,
+        )
+        service = IngestService(parts)
+        report.of(service.ready, service.status)
+        return run_worker(build_app(parts, service), service, log_level=config.log_level)
 
 
 def train(settings: Settings) -> int:
@@ -69,32 +67,28 @@ def train(settings: Settings) -> int:
     config = settings.get(HeadraceConfig)
     _keep_large_buffers()
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
-    store = _open_store(settings)
-    if store is None:
-        return 0
-    daemon = TrainerDaemon(
-        TrainerParts(
-            config=settings.get(TrainerConfig),
-            model_config=settings.get(ModelConfig),
-            loss_config=settings.get(LossConfig),
-            optimizer_config=settings.get(OptimizerConfig),
-            model_name=config.model,
-            log=KafkaLog(settings.get(KafkaConfig)),
-            store=store,
-            hot_config=settings.get(HotHistoriesConfig),
-            snapshot_root=config.data_dir / "snapshots",
-            checkpoint_root=config.data_dir / "checkpoints" / config.model,
-            clock=WallClock(),
-            mode=config.mode,
+    report = _Report()
+    with report.served(config.probe_host, config.trainer_port, signals), _open_store(settings, report) as store:
+        if store is None:
+            return 0
+        daemon = TrainerDaemon(
+            TrainerParts(
+                config=settings.get(TrainerConfig),
+                model_config=settings.get(ModelConfig),
+                loss_config=settings.get(LossConfig),
+                optimizer_config=settings.get(OptimizerConfig),
+                model_name=config.model,
+                log=KafkaLog(settings.get(KafkaConfig)),
+                store=store,
+                hot_config=settings.get(HotHistoriesConfig),
+                snapshot_root=config.data_dir / "snapshots",
+                checkpoint_root=config.data_dir / "checkpoints" / config.model,
+                clock=WallClock(),
+                mode=config.mode,
+            )
         )
-    )
-    probes = _probes(daemon.ready, daemon.status, signals)
-    try:
-        with ProbeServer(probes, host=config.probe_host, port=config.trainer_port):
-            asyncio.run(_until_told_to_stop(daemon.run))
-    finally:
-        store.close()
-        signals.shutdown()
+        report.of(daemon.ready, daemon.status)
+        asyncio.run(_until_told_to_stop(daemon.run))
     return 0
 
 
@@ -151,33 +145,59 @@ async def _until_told_to_stop(run: Callable[[asyncio.Event], Any]) -> None:
     await run(stopping)
 
 
-def _open_store(settings: Settings) -> FeatureStore | None:
+class _Report:
+    """What the probes answer: at first what the start waits for, then what the daemon says of itself."""
+
+    def __init__(self) -> None:
+        self.waiting_for = "starting"
+        self._ready: Callable[[], tuple[bool, str]] = lambda: (False, self.waiting_for)
+        self._status: Callable[[], Mapping[str, Any]] = dict
+
+    def of(self, ready: Callable[[], tuple[bool, str]], status: Callable[[], Mapping[str, Any]]) -> None:
+        """From now on the daemon answers."""
+        self._ready, self._status = ready, status
+
+    def _readiness(self) -> Readiness:
+        return Readiness(*self._ready())
+
+    def _current_status(self) -> Mapping[str, Any]:
+        return self._status()
+
+    @contextmanager
+    def served(self, host: str, port: int, signals: telemetry.Telemetry) -> Iterator[None]:
+        """Answer the probes for as long as the block runs, and end telemetry with it."""
+        probes = Probes(
+            is_alive=lambda: True,
+            readiness=self._readiness,
+            metrics=signals.metrics_text,
+            status=self._current_status,
+        )
+        try:
+            with ProbeServer(probes, host=host, port=port):
+                yield
+        finally:
+            signals.shutdown()
+
+
+@contextmanager
+def _open_store(settings: Settings, report: _Report) -> Iterator[FeatureStore | None]:
     """The feature store, once it answers; None if told to stop while waiting. Raises SchemaRevisionError."""
     stopping = threading.Event()
     before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (signal.SIGTERM, signal.SIGINT)}
-    store, delay_s = FeatureStore(settings.get(FeatureStoreConfig)), 0.2
+    store, delay_s = FeatureStore(settings.get(FeatureStoreConfig)), _STORE_RETRY_FIRST_S
     try:
         while not stopping.is_set():
             try:
                 store.require_current_schema()
             except StoreUnavailableError as error:
+                report.waiting_for = str(error)
                 logger.warning("%s; trying again in %.1f s", error, delay_s)
                 stopping.wait(delay_s)
                 delay_s = min(2 * delay_s, _STORE_RETRY_MAX_S)
             else:
-                return store
-        return None
-    finally:
+                break
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _probes(
-    ready: Callable[[], tuple[bool, str]], status: Callable[[], Mapping[str, Any]], signals: telemetry.Telemetry
-) -> Probes:
-    return Probes(
-        is_alive=lambda: True,
-        readiness=lambda: Readiness(*ready()),
-        metrics=signals.metrics_text,
-        status=status,
-    )
+        yield None if stopping.is_set() else store
+    finally:
+        store.close()

@@ -71,15 +71,20 @@ class IngestService(Service):
         self.worker = IngestWorker(parts.ingest, parts.kafka, self._log.topics, self.committer)
         self._stopping = asyncio.Event()
         self._finished = asyncio.Event()
+        self._finished.set()
         self.fatal: LogResetError | None = None
 
     async def on_start(self) -> None:
         """Have the topics and a writer before anything else starts."""
-        await start_when_available(self._log.create_topics, what="ingest", stopping=self._stopping)
-        await start_when_available(self.writer.start, what="ingest", stopping=self._stopping)
+        for start in (self._log.create_topics, self.writer.start):
+            await start_when_available(start, what="ingest", stopping=self._stopping, on_failure=self._note_problem)
+
+    def _note_problem(self, problem: str) -> None:
+        self.worker.blocked_by = problem
 
     @Service.task
     async def _ingest(self) -> None:
+        self._finished.clear()
         try:
             delay_s = RETRY_FIRST_S
             while not self._stopping.is_set():

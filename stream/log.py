@@ -121,16 +121,24 @@ RETRY_FIRST_S: Final = 0.2
 RETRY_MAX_S: Final = 5.0
 
 
-async def start_when_available(start: Callable[[], Awaitable[None]], *, what: str, stopping: asyncio.Event) -> bool:
+async def start_when_available(
+    start: Callable[[], Awaitable[None]],
+    *,
+    what: str,
+    stopping: asyncio.Event,
+    on_failure: Callable[[str], None] = lambda _problem: None,
+) -> bool:
     """Call `start` (async, raises LogUnavailableError) until it succeeds, with exponential back-off.
 
-    Says once per attempt what is missing and when it tries again. Returns False if `stopping` was set meanwhile.
+    Says once per attempt what is missing and when it tries again; `on_failure` hears what is missing. Returns False
+    if `stopping` was set meanwhile.
     """
     delay_s = RETRY_FIRST_S
     while not stopping.is_set():
         try:
             await start()
         except LogUnavailableError as error:
+            on_failure(str(error))
             logger.warning("%s: %s; trying again in %.1f s", what, error, delay_s)
             try:
                 await asyncio.wait_for(stopping.wait(), delay_s)

@@ -1,0 +1,93 @@
+"""Ingest and trainer as processes: what they say while something is away, and that they stop when told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from feature_store.schema import migrate
+from ops.local_broker import free_port
+
+
+class Daemon:
+    """One daemon process with its own settings."""
+
+    def __init__(self, name: str, root: Path, **settings: str) -> None:
+        self.port = free_port()
+        environment = os.environ | {
+            "HEADRACE_HEADRACE__DATA_DIR": str(root),
+            "HEADRACE_HEADRACE__INGEST_PORT": str(self.port),
+            "HEADRACE_HEADRACE__TRAINER_PORT": str(self.port),
+            **settings,
+        }
+        self.log = root / f"{name}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ops", name], env=environment, stdout=log, stderr=log
+            )
+
+    def not_ready_because(self, *words: str) -> None:
+        """Wait until /readyz is 503 with these words."""
+        deadline, text = time.monotonic() + 30, ""
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=5)
+            except httpx.TransportError:
+                continue
+            text = answer.text
+            if answer.status_code == 503 and all(word in text for word in words):
+                return
+            time.sleep(0.05)
+        pytest.fail(f"/readyz says {text!r}; log: {self.log.read_text()}")
+
+    def stops_when_told_to(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(10) == 0, self.log.read_text()
+
+
+@pytest.fixture
+def daemons() -> Iterator[list[Daemon]]:
+    started: list[Daemon] = []
+    yield started
+    for daemon in started:
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+def test_without_a_broker_they_wait_and_say_so(tmp_path: Path, daemons: list[Daemon]) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    migrate(url)
+    away = {"HEADRACE_LOG__BOOTSTRAP_SERVERS": "127.0.0.1:9", "HEADRACE_STORE__URL": url}
+    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train")]
+    for daemon in daemons:
+        daemon.not_ready_because("the broker at 127.0.0.1:9 does not answer")
+        daemon.stops_when_told_to()
+        assert "trying again in" in daemon.log.read_text()
+        assert "Traceback" not in daemon.log.read_text()
+
+
+def test_without_a_database_they_wait_and_say_so(tmp_path: Path, daemons: list[Daemon]) -> None:
+    away = {"HEADRACE_STORE__URL": "postgresql://nobody@127.0.0.1:9/nothing"}
+    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train")]
+    for daemon in daemons:
+        daemon.not_ready_because("127.0.0.1:9", "check store.url")
+        daemon.stops_when_told_to()
+        assert "trying again in" in daemon.log.read_text()
+        assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path, daemons: list[Daemon]) -> None:
+    daemons.append(Daemon("train", tmp_path, HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/new.db"))
+    assert daemons[0].process.wait(30) == 2
+    assert "run `headrace migrate`" in daemons[0].log.read_text()
+    assert "Traceback" not in daemons[0].log.read_text()
