@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from stream.log import (
     start_when_available,
 )
 from stream.messages import HistoryUpdate, SnapshotPointer, encode_message
-from stream.tracing import current_traceparent, links_to
+from stream.tracing import MAX_LINKS, current_traceparent, links_to
 
 logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("headrace.online_trainer")
@@ -97,6 +98,7 @@ class TrainerDaemon:
         self._waiting_since_s: float | None = None
         self._last_checkpoint_s = parts.clock.monotonic_s()
         self._checkpointed_step = self._learner.ledger.num_steps
+        self._unpublished_steps: deque[trace.Link] = deque(maxlen=MAX_LINKS)
         self._background: set[asyncio.Task[None]] = set()
         self._writing_snapshot = False
         self._writing_checkpoint = False
@@ -196,6 +198,8 @@ class TrainerDaemon:
         with _tracer.start_as_current_span("headrace.trainer.step", links=links_to(batch.headers)) as span:
             await self._until_store_answers(batch, stopping)
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
+        if span.get_span_context().is_valid:
+            self._unpublished_steps.append(trace.Link(span.get_span_context()))
         fail_point("trainer.trained")
         self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
         self._learned.add(len(batch.interactions))
@@ -221,9 +225,12 @@ class TrainerDaemon:
                 return
 
     async def _publish(self, writer: LogWriter) -> None:
-        with _tracer.start_as_current_span("headrace.snapshot.publish"):
+        links = list(self._unpublished_steps)
+        self._unpublished_steps.clear()
+        with _tracer.start_as_current_span("headrace.snapshot.publish", links=links):
+            traceparent = current_traceparent()  # here: the active span does not follow into another thread
             captured = await self._in_compute_thread(
-                lambda: self._publisher.capture(self._learner, traceparent=current_traceparent())
+                lambda: self._publisher.capture(self._learner, traceparent=traceparent)
             )
         if captured is None:
             return

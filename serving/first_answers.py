@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from opentelemetry import trace
+
 from feature_store.errors import FeatureStoreError, StoreUnavailableError
 from feature_store.store import FeatureStore
 from model.manifest import Manifest
 from stream.freshness import F4_ANSWERED, AgeHistogram, FreshnessRecorder
+from stream.tracing import link_to
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,10 @@ class FirstAnswers:
         manifests = []
         while self._waiting and self._waiting[0].version <= version:
             manifests.append(self._waiting.popleft())
+        # The end of each event's path: the answer links to what published the weights it was computed with.
+        for manifest in manifests:
+            for link in link_to(manifest.traceparent):
+                trace.get_current_span().add_link(link.context)
         self._answered_up_to = version
         self._answered.append(_Answered(tuple(manifests), at_ms))
         self._new.set()
