@@ -14,7 +14,6 @@ import pytest
 from feature_store.config import FeatureStoreConfig
 from feature_store.errors import StoreUnavailableError
 from feature_store.ids import stable_id
-from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from stream.clock import ManualClock
 from stream.errors import LogUnavailableError
@@ -23,17 +22,17 @@ from stream.ingest import Committer
 from stream.log import Record
 from stream.memory_log import MemoryLog, MemoryWriter
 from stream.messages import HistoryUpdate
+from tests.feature_store.databases import migrated_database
 
 NOW_MS = 1_700_000_000_000
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[FeatureStore]:
-    url = f"sqlite:///{tmp_path}/store.db"
-    migrate(url)
-    store = FeatureStore(FeatureStoreConfig(url=url))
-    yield store
-    store.close()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FeatureStore]:
+    with migrated_database(request.param, tmp_path) as url:
+        store = FeatureStore(FeatureStoreConfig(url=url))
+        yield store
+        store.close()
 
 
 @pytest.fixture
