@@ -51,6 +51,7 @@ def ingest(settings: Settings) -> int:
             ingest=settings.get(IngestConfig),
             store=store,
             clock=WallClock(),
+            data_dir=config.data_dir / "faust",
             mode=config.mode,
         )
         service = IngestService(parts)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faust
@@ -47,6 +48,8 @@ class StreamParts:
     ingest: IngestConfig
     store: FeatureStore
     clock: Clock
+    data_dir: Path
+    """Folder that Faust makes for its tables, although we have none."""
     mode: str = "live"
 
 
@@ -142,6 +145,7 @@ def build_app(parts: StreamParts, service: IngestService) -> faust.App:
         broker=[f"kafka://{server}" for server in parts.kafka.bootstrap_servers.split(",")],
         broker_credentials=_credentials(parts.kafka),
         store="memory://",
+        datadir=str(parts.data_dir),
         autodiscover=False,
         web_enabled=False,
         # The same liveness as the hot path's group; the local broker also holds a join for half a session timeout.

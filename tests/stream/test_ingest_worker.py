@@ -186,7 +186,7 @@ async def test_a_log_that_ends_before_the_stored_position_is_refused(site: Site)
     assert set(site.store.read(np.arange(17), max_len=50).item_id.tolist()) <= {1, 3, 5, 7, 9}
 
 
-async def test_the_faust_app_keeps_items_and_forgets_users(site: Site) -> None:
+async def test_the_faust_app_keeps_items_and_forgets_users(site: Site, tmp_path: Path) -> None:
     await site.send(34)
     writer = site.log.writer()
     await writer.start()
@@ -199,7 +199,14 @@ async def test_the_faust_app_keeps_items_and_forgets_users(site: Site) -> None:
         await writer.send(topics.items, None, key=b"3"),
     ]
     await acknowledged(sends)
-    parts = StreamParts(kafka=site.log.config, rules=EventRules(), ingest=INGEST, store=site.store, clock=WallClock())
+    parts = StreamParts(
+        kafka=site.log.config,
+        rules=EventRules(),
+        ingest=INGEST,
+        store=site.store,
+        clock=WallClock(),
+        data_dir=tmp_path / "faust",
+    )
     service = IngestService(parts)
     app = build_app(parts, service)
     await service.start()
