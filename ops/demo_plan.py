@@ -202,8 +202,6 @@ def prepare(options: DemoOptions) -> Plan:
         variable_of(table, key): str(value) for table, keys in changed.items() for key, value in keys.items()
     }
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # Faust makes a folder for tables, which we have none of, where it is started.
-    environment["APP_DATADIR"] = str(options.run_dir.resolve() / "faust")
     return Plan(
         options=options,
         ports=ports,
