@@ -216,7 +216,7 @@ def demo(
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything up until Ctrl-C.")] = False,
 ) -> None:
     """The whole loop on a real stream: broker, ingest, trainer, two inference workers, a live view, a summary."""
-    from ops import demo as whole_loop
+    from ops.demo import run as whole_loop
 
     raise typer.Exit(whole_loop.run(keep_running=keep_running, minutes=minutes, data_dir=data_dir, json_out=json_out))
 

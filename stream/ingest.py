@@ -50,6 +50,9 @@ class IngestConfig:
     """Consumer group that shares the partitions of `interactions` between workers; also the Faust app's id."""
     max_batch_records: int = 5_000
     """Records of one poll, shared by the partitions; larger batches are faster, smaller ones fresher under load."""
+    batch_wait_ms: int = 20
+    """Time between two polls (ms) while the stream is slower than full batches: each commit costs a SQL transaction, so
+    waiting a little saves most of the work and adds this much to the age of an event at most."""
     poll_timeout_ms: int = 200
     """How long one poll waits for records (ms)."""
     max_poll_interval_ms: int = 300_000
@@ -64,6 +67,8 @@ class IngestConfig:
             raise ValueError(f"ingest.max_batch_records = {self.max_batch_records}: must lie in 1..100000")
         if not self.group_id:
             raise ValueError("ingest.group_id is empty: workers share partitions through a named group")
+        if self.batch_wait_ms < 0:
+            raise ValueError(f"ingest.batch_wait_ms = {self.batch_wait_ms}: must not be negative")
 
 
 @dataclass(slots=True)
@@ -291,14 +296,16 @@ class IngestWorker(ConsumerRebalanceListener):
         try:
             await self._consumer.start()
             while not stopping.is_set():
-                await self._poll_once(stopping)
+                if not await self._poll_once(stopping):
+                    await asyncio.sleep(self._config.batch_wait_ms / 1000)
         except (KafkaError, OSError) as error:
             raise LogUnavailableError(f"the broker at {self._kafka.bootstrap_servers} failed: {error}") from error
         finally:
             self.blocked_by = "stopped"
             await self._consumer.stop()
 
-    async def _poll_once(self, stopping: asyncio.Event) -> None:
+    async def _poll_once(self, stopping: asyncio.Event) -> bool:
+        """Commit what one poll brings; whether it brought as much as it may, so that more is probably waiting."""
         # Step 1: a bounded batch per partition.
         fetched = await fetch_fairly(
             self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
@@ -307,6 +314,8 @@ class IngestWorker(ConsumerRebalanceListener):
         for topic_partition, records in fetched.items():
             async with self._committing:
                 await self._commit_with_retries(topic_partition, records, stopping)
+        share = self._config.max_batch_records // max(1, len(self._next))
+        return any(len(records) >= share for records in fetched.values())
 
     async def _commit_with_retries(
         self, topic_partition: TopicPartition, records: list[Record], stopping: asyncio.Event

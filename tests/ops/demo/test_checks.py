@@ -9,7 +9,7 @@ import pytest
 from backtest.replay import RecordedStream, ReplayConfig
 from feature_store.ids import event_key
 from feature_store.records import StoreTotals
-from ops.demo_checks import (
+from ops.demo.checks import (
     Truth,
     check_histories,
     check_learned,
@@ -20,9 +20,9 @@ from ops.demo_checks import (
     check_titles,
     truth_of,
 )
-from ops.demo_plan import DemoOptions, choose_ports, tables
-from ops.demo_state import Sample, WorkerFigures
-from ops.demo_watch import Answered, BackgroundLoad, log_tail
+from ops.demo.plan import DemoOptions, choose_ports, tables
+from ops.demo.state import Sample, WorkerFigures
+from ops.demo.watch import Answered, BackgroundLoad, log_tail
 from ops.supervisor import ChildStatus
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from feature_store.records import FirstServed, PublishedSnapshot
-from ops.demo_state import Ages, GrowingCount, Rate, SnapshotFreshness
+from ops.demo.state import Ages, GrowingCount, Rate, SnapshotFreshness
 from stream.freshness import AgeHistogram
 
 

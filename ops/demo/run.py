@@ -26,12 +26,11 @@ from feature_store.config import FeatureStoreConfig
 from feature_store.errors import FeatureStoreError
 from feature_store.store import FeatureStore
 from online_trainer.config import TrainerConfig
-from ops import demo_words
-from ops.demo_change import ChangeReport
-from ops.demo_checks import Check, truth_of
-from ops.demo_plan import HOST, DemoError, DemoOptions, Plan, prepare, sole_use
-from ops.demo_report import summary, write_curves, write_summary
-from ops.demo_steps import (
+from ops.demo.change import ChangeReport
+from ops.demo.checks import Check, truth_of
+from ops.demo.plan import HOST, DemoError, DemoOptions, Plan, prepare, sole_use
+from ops.demo.report import summary, write_curves, write_summary
+from ops.demo.steps import (
     EVENT_ID_PREFIX,
     Running,
     change_a_user,
@@ -41,8 +40,9 @@ from ops.demo_steps import (
     until_learned,
     until_ready,
 )
-from ops.demo_view import View
-from ops.demo_watch import BackgroundLoad, Watcher
+from ops.demo.view import View
+from ops.demo.watch import BackgroundLoad, Watcher
+from ops.demo.words import print_addresses, print_change, print_checks, print_results
 from ops.errors import OpsError
 from ops.local_broker import LocalBroker, LocalBrokerConfig
 from ops.supervisor import Supervisor, SupervisorConfig
@@ -221,9 +221,9 @@ class _Demo:
     async def _finish(self, running: Running, change: ChangeReport, checks: list[Check]) -> int:
         """Report in words and files; with `keep_running`, wait for Ctrl-C."""
         options, console, watcher, plan = self._options, self._console, running.watcher, running.plan
-        demo_words.print_change(console, change, plan.titles)
-        demo_words.print_checks(console, checks)
-        demo_words.print_results(console, watcher.newest)
+        print_change(console, change, plan.titles)
+        print_checks(console, checks)
+        print_results(console, watcher.newest)
         title = f"headrace demo: {watcher.num_sent:,} events in {self._durations_s['replay']:.0f} s"
         await asyncio.to_thread(write_curves, options.curves_path, watcher.samples, title=title)
         self._durations_s["total"] = round(time.monotonic() - self._started_s, 2)
@@ -236,7 +236,7 @@ class _Demo:
             soft_wrap=True,
         )
         if options.keep_running:
-            demo_words.print_addresses(console, plan.ports, options, change.user_id)
+            print_addresses(console, plan.ports, options, change.user_id)
             self.is_kept_running = True
             await self._phase("kept_running", self._until_interrupted())
         failed = [check.name for check in checks if not check.is_ok]

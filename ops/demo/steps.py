@@ -13,11 +13,11 @@ import httpx
 
 from backtest.replay import RecordedStream, ReplayConfig, ReplayProgress, replay
 from feature_store.store import FeatureStore
-from ops import demo_checks
-from ops.demo_change import ChangeParts, ChangeReport, show_change
-from ops.demo_checks import Check, Truth
-from ops.demo_plan import HOST, SERVING_NAMES, DemoError, Plan
-from ops.demo_watch import Watcher, log_tail
+from ops.demo import checks
+from ops.demo.change import ChangeParts, ChangeReport, show_change
+from ops.demo.checks import Check, Truth
+from ops.demo.plan import HOST, SERVING_NAMES, DemoError, Plan
+from ops.demo.watch import Watcher, log_tail
 from ops.supervisor import Supervisor
 from stream.clock import WallClock
 from stream.kafka import KafkaConfig, KafkaLog
@@ -175,14 +175,14 @@ async def compare(running: Running, truth: Truth, num_titles: int) -> list[Check
     items = await asyncio.to_thread(store.items, sorted(set(map(int, recorded.item_id))))
     urls = running.plan.ports.serving_urls()
     return [
-        demo_checks.check_histories(truth, totals),
-        demo_checks.check_learned(totals, watcher.status("trainer")),
-        demo_checks.check_served(truth, watcher.newest),
-        await demo_checks.check_answers(running.client, urls, recorded.user_id, watcher.load),
-        demo_checks.check_requests(watcher.load, watcher.newest),
-        demo_checks.check_refusals(watcher.status("ingest")),
-        demo_checks.check_titles(len(items), num_titles),
-        demo_checks.check_processes(running.supervisor.status()),
+        checks.check_histories(truth, totals),
+        checks.check_learned(totals, watcher.status("trainer")),
+        checks.check_served(truth, watcher.newest),
+        await checks.check_answers(running.client, urls, recorded.user_id, watcher.load),
+        checks.check_requests(watcher.load, watcher.newest),
+        checks.check_refusals(watcher.status("ingest")),
+        checks.check_titles(len(items), num_titles),
+        checks.check_processes(running.supervisor.status()),
     ]
 
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from backtest.datasets import Title
-from ops.demo_change import CLASSIC_BEFORE, NUM_ASKED, ChangeReport, title_of
-from ops.demo_checks import Check
-from ops.demo_plan import DemoOptions, Ports
-from ops.demo_report import verdict
-from ops.demo_state import HOP_WORDS, Sample
+from ops.demo.change import CLASSIC_BEFORE, NUM_ASKED, ChangeReport, title_of
+from ops.demo.checks import Check
+from ops.demo.plan import DemoOptions, Ports
+from ops.demo.report import verdict
+from ops.demo.state import HOP_WORDS, Sample
 
 _TITLE_WIDTH = 46
 

@@ -7,7 +7,7 @@ import pytest
 
 from feature_store.config import FeatureStoreConfig
 from ops.config import HeadraceConfig
-from ops.demo_plan import HOST, DemoError, DemoOptions, choose_ports, prepare, sole_use
+from ops.demo.plan import HOST, DemoError, DemoOptions, choose_ports, prepare, sole_use
 from ops.settings import FILE_VARIABLE, load
 from serving.config import ServingConfig
 from stream.kafka import KafkaConfig

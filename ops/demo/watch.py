@@ -17,8 +17,8 @@ import msgspec
 
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
-from ops.demo_plan import HOST, DemoError, Plan
-from ops.demo_state import Ages, Arm, GrowingCount, Rate, Sample, SnapshotFreshness, WorkerFigures
+from ops.demo.plan import HOST, DemoError, Plan
+from ops.demo.state import Ages, Arm, GrowingCount, Rate, Sample, SnapshotFreshness, WorkerFigures
 from ops.local_broker import LocalBroker
 from ops.supervisor import ChildStatus, Supervisor
 from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED

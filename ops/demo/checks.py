@@ -14,8 +14,8 @@ import numpy as np
 from backtest.replay import RecordedStream
 from feature_store.ids import event_keys
 from feature_store.records import StoreTotals
-from ops.demo_state import Sample
-from ops.demo_watch import Answered, BackgroundLoad, recommend
+from ops.demo.state import Sample
+from ops.demo.watch import Answered, BackgroundLoad, recommend
 from ops.supervisor import ChildStatus
 
 _MODULUS: Final = 1 << 64

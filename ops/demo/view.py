@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ops.demo_state import HOP_WORDS, Arm, Sample, WorkerFigures
+from ops.demo.state import HOP_WORDS, Arm, Sample, WorkerFigures
 
 LINE_EVERY_S: Final = 5.0
 _SPARK: Final = "▁▂▃▄▅▆▇█"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from backtest.datasets import Title
-from ops.demo_change import ListDiff, Seen, choose_films, choose_user, diff, first_s, new_events, num_classics
+from ops.demo.change import ListDiff, Seen, choose_films, choose_user, diff, first_s, new_events, num_classics
 
 
 def test_the_difference_of_two_lists_keeps_their_orders() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ops.demo_report import freshness_dict, relative, verdict, write_curves, write_summary
-from ops.demo_state import Ages, Arm, Sample, WorkerFigures
-from ops.demo_view import View, frame, plain_line, sparkline
+from ops.demo.report import freshness_dict, relative, verdict, write_curves, write_summary
+from ops.demo.state import Ages, Arm, Sample, WorkerFigures
+from ops.demo.view import View, frame, plain_line, sparkline
 from stream.freshness import HOPS
 
 
