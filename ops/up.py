@@ -11,9 +11,10 @@ from feature_store import schema
 from feature_store.config import FeatureStoreConfig
 from ops.config import HeadraceConfig
 from ops.errors import SettingsError
-from ops.settings import FILE_VARIABLE, Settings
+from ops.settings import FILE_VARIABLE, Settings, variable_of
 from ops.supervisor import Child
 from serving.config import ServingConfig
+from stream.clock import WallClock
 from stream.kafka import KafkaConfig
 
 
@@ -39,6 +40,10 @@ def children(settings: Settings, options: UpOptions) -> list[Child]:
     environment = {}
     if options.config_path is not None:
         environment[FILE_VARIABLE] = str(options.config_path.resolve())
+    if options.has_local_broker:
+        # Its log is in memory: what it brings after a start is another log, and stored positions mean nothing there.
+        name = settings.get(KafkaConfig).log_id
+        environment[variable_of("log", "log_id")] = f"{name}-{WallClock().now_ms()}"
 
     def child(name: str, *arguments: str) -> Child:
         # -u: a crash must not take the last log lines with it.

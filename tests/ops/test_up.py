@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def test_the_local_broker_is_the_first_to_start_and_so_the_last_to_stop(tmp_path
     started = children(settings, UpOptions(has_local_broker=True))
     assert started[0].command[-5:] == ("broker", "--host", "127.0.0.1", "--port", "9192")
     assert [child.name for child in started] == ["broker", "ingest", "trainer", "serving-8080"]
+
+
+def test_every_start_of_the_local_broker_is_another_log(tmp_path: Path) -> None:
+    settings = _settings(tmp_path, HEADRACE_LOG__LOG_ID="trial")
+    first, again = (children(settings, UpOptions(has_local_broker=True)) for _ in range(2))
+    names = [child.environment["HEADRACE_LOG__LOG_ID"] for child in first]
+    assert len(set(names)) == 1
+    assert names[0].startswith("trial-")
+    time.sleep(0.002)
+    later = children(settings, UpOptions(has_local_broker=True))
+    assert later[0].environment["HEADRACE_LOG__LOG_ID"] > again[0].environment["HEADRACE_LOG__LOG_ID"]
 
 
 def test_the_children_read_the_same_settings_file(tmp_path: Path) -> None:
