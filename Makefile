@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 ARGS ?=
-BENCH ?= benchmarks/bench_*.py
 
 BIN := .venv/bin
 # The stamp's name carries a checksum of what decides the environment's content: a change installs again, a `touch` does not.
@@ -10,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check fix bench gpu docs clean
+.PHONY: help setup demo test test-long check fix gpu docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +40,6 @@ check: $(STAMP) ## lint, format, types, import directions, spelling, schema
 fix: $(STAMP) ## mend what lint and format can mend by themselves
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(STAMP) ## the benchmarks; BENCH=benchmarks/bench_x.py for one of them
-	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 gpu: ## kernel and model tests on a CUDA machine, with that machine's own Python (PYTHON=…)
 	$(PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/kernels tests/model $(ARGS)

@@ -178,7 +178,9 @@ class TrainerDaemon:
             update = HistoryUpdate.decode(record.value)
             if update.forgotten:
                 await self._in_compute_thread(lambda users=update.forgotten: self._learner.forget(users))  # type: ignore[misc]
-            self._batcher.add(update, record.offset, record.headers)
+            # Offsets of another log mean nothing here, and what it brought has been learned under its own name.
+            if update.log_id == self._parts.log.log_id:
+                self._batcher.add(update, record.offset, record.headers)
         if self._batcher.num_pending and self._waiting_since_s is None:
             self._waiting_since_s = self._parts.clock.monotonic_s()
 

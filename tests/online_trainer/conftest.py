@@ -59,19 +59,21 @@ class RecordedStream:
         return batcher
 
 
-def record_stream(store: FeatureStore, interactions: Interactions, *, poll: int = 50) -> RecordedStream:
+def record_stream(
+    store: FeatureStore, interactions: Interactions, *, poll: int = 50, log_id: str = "main"
+) -> RecordedStream:
     """Append interactions in polls of `poll`, as ingest does."""
     updates = []
     for first in range(0, len(interactions), poll):
         batch = interactions.take(slice(first, first + poll))
         with store.transaction() as transaction:
-            transaction.lock_position("main", "interactions", 0)
+            transaction.lock_position(log_id, "interactions", 0)
             result = transaction.append(batch)
-            transaction.set_position("main", "interactions", 0, first + len(batch))
+            transaction.set_position(log_id, "interactions", 0, first + len(batch))
         offsets = np.flatnonzero(result.accepted) + first
         updates.append(
             HistoryUpdate(
-                log_id="main",
+                log_id=log_id,
                 partition=0,
                 first_offset=first,
                 last_offset=first + len(batch) - 1,

@@ -110,6 +110,16 @@ async def test_updates_sent_again_are_not_learned_again(site: Site) -> None:
     assert status["fingerprint"] == str(site.store.totals().fingerprint)
 
 
+async def test_after_a_change_of_log_nothing_of_the_old_one_is_learned_again(site: Site) -> None:
+    updates = record_stream(site.store, walks(200)).updates
+    site.send(updates)
+    await learn(site.daemon(), 200)
+    site.log.log_id = "the log after"
+    site.send(record_stream(site.store, walks(50, seed=1), log_id="the log after").updates)
+    status = await learn(site.daemon(), 250)
+    assert status["fingerprint"] == str(site.store.totals().fingerprint)
+
+
 async def test_the_chain_of_snapshots_leads_to_the_trainers_weights(site: Site) -> None:
     stream = record_stream(site.store, walks(300))
     daemon = site.daemon(publish_interval_ms=0, anchor_every=4, keep_anchors=100)

@@ -52,7 +52,7 @@ def _sentence(ran: subprocess.CompletedProcess[str]) -> str:
 def test_make_alone_explains_itself(clone: Path) -> None:
     ran = _make(clone)
     assert ran.returncode == 0
-    for target in ("setup", "demo", "test", "test-long", "check", "fix", "bench", "gpu", "docs", "clean"):
+    for target in ("setup", "demo", "test", "test-long", "check", "fix", "gpu", "docs", "clean"):
         assert f"  make {target} " in ran.stdout
 
 
