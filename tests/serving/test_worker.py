@@ -56,7 +56,10 @@ async def test_a_worker_stops_although_its_model_hangs(town: Town) -> None:
         )
     )
     await asyncio.sleep(0.05)
+    stopping_s = time.monotonic()
     await worker.stop()
+    assert time.monotonic() - stopping_s < 5
+    assert worker.reasons_not_ready()[0] == "stopping"
     await blocking
     asked.cancel()
 
