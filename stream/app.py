@@ -328,6 +328,7 @@ def run_worker(app: faust.App, service: IngestService, *, log_level: str) -> int
         override_logging=False,
         redirect_stdouts=False,
     )
+    worker.spinner = None  # its cursor codes do not belong into logs
     try:
         worker.execute_from_commandline()
     except SystemExit as finished:
