@@ -11,9 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-_SHORT_RUN = (
-    "import sys; from pathlib import Path; from ops import demo; sys.exit(demo.run(minutes=0.7, num_events=3000, {}))"
-)
+_SHORT_RUN = "import sys; from pathlib import Path; from ops.demo import run as demo; sys.exit(demo.run(minutes=0.7, num_events=3000, {}))"
 
 
 def _start(data_dir: Path, options: str = "") -> subprocess.Popen[str]:
