@@ -1,3 +1,5 @@
+"""A short demo from end to end, and Ctrl-C in the middle of one, as processes."""
+
 from __future__ import annotations
 
 import json
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
-_SHORT_RUN = "import sys; from pathlib import Path; from ops.demo import run as demo; sys.exit(demo.run(minutes=0.7, num_events=3000, {}))"
+_SHORT_RUN = (
+    "import sys; from pathlib import Path; from ops.demo import run as demo; "
+    "sys.exit(demo.run(minutes=0.7, num_events=3000, {}))"
+)
 
 
 def _start(data_dir: Path, options: str = "") -> subprocess.Popen[str]:
@@ -50,6 +53,7 @@ def test_a_short_demo_ends_with_everything_proven_and_nothing_left_running(tmp_p
     assert _left_running(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("after", ["titles", "replaying"])
 def test_ctrl_c_at_any_time_stops_everything_within_ten_seconds(tmp_path: Path, after: str) -> None:
