@@ -143,7 +143,7 @@ def build_app(parts: StreamParts, service: IngestService) -> faust.App:
     app = faust.App(
         parts.ingest.group_id + "-agents",
         broker=[f"kafka://{server}" for server in parts.kafka.bootstrap_servers.split(",")],
-        broker_credentials=_credentials(parts.kafka),
+        broker_credentials=faust_credentials(parts.kafka),
         store="memory://",
         datadir=str(parts.data_dir),
         autodiscover=False,
@@ -165,7 +165,8 @@ def build_app(parts: StreamParts, service: IngestService) -> faust.App:
     return app
 
 
-def _credentials(kafka: KafkaConfig) -> Any:
+def faust_credentials(kafka: KafkaConfig) -> Any:
+    """The same credentials that `KafkaConfig.client_options` gives to aiokafka, as Faust wants them; None for plain."""
     context = kafka.ssl_context()
     if kafka.security_protocol.startswith("SASL"):
         return faust.SASLCredentials(

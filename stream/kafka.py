@@ -6,6 +6,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -69,6 +70,12 @@ class KafkaConfig:
             raise ValueError(f"log.replication_factor = {self.replication_factor}: must be at least 1")
         if not self.log_id:
             raise ValueError("log.log_id is empty: positions belong to a named log")
+        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ValueError(f"log.{name} = {path!r}: there is no such file")
+        if self.security_protocol.startswith("SASL") and not self.sasl_username:
+            raise ValueError(f"log.security_protocol = {self.security_protocol!r} needs log.sasl_username")
 
     def client_options(self) -> dict[str, Any]:
         """Connection options in aiokafka's words, for consumers, producers and admin clients."""
