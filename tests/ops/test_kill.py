@@ -25,7 +25,6 @@ import torch
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.ids import event_key
-from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from model.snapshot import list_versions, read_manifest
@@ -35,6 +34,7 @@ from stream.events import Event, encode_event
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import acknowledged
 from stream.messages import HistoryUpdate
+from tests.feature_store.databases import migrated_database
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
 
@@ -53,10 +53,8 @@ def free_port() -> int:
 class Installation:
     """One headrace on this machine: a broker, a database, and daemons that are started, killed and started again."""
 
-    def __init__(self, root: Path, broker: LocalBroker) -> None:
+    def __init__(self, root: Path, broker: LocalBroker, url: str) -> None:
         self.root = root
-        url = f"sqlite:///{root}/store.db"
-        migrate(url)
         self.store = FeatureStore(FeatureStoreConfig(url=url))
         self.kafka = KafkaConfig(bootstrap_servers=broker.bootstrap_servers, num_partitions=1)
         self.ports = {name: free_port() for name in ("ingest", "train", "serve")}
@@ -174,10 +172,11 @@ class Installation:
 
 
 @pytest.fixture
-def installation(tmp_path: Path, fresh_broker: LocalBroker) -> Iterator[Installation]:
-    made = Installation(tmp_path, fresh_broker)
-    yield made
-    made.close()
+def installation(request: pytest.FixtureRequest, tmp_path: Path, fresh_broker: LocalBroker) -> Iterator[Installation]:
+    with migrated_database(getattr(request, "param", "sqlite"), tmp_path) as url:
+        made = Installation(tmp_path, fresh_broker, url)
+        yield made
+        made.close()
 
 
 def assert_histories_equal_the_truth(installation: Installation) -> None:
@@ -202,6 +201,7 @@ def ingest_everything(installation: Installation) -> None:
     installation.stop(process)
 
 
+@pytest.mark.parametrize("installation", ["sqlite", "postgresql"], indirect=True)
 def test_ingest_killed_at_every_step_loses_and_doubles_nothing(installation: Installation) -> None:
     for fail_point in ("ingest.appended:2", "ingest.produced:1", "ingest.produced:3", "ingest.committed:2"):
         installation.send(300)
