@@ -60,6 +60,15 @@ class FirstServed:
     at_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class SourcePlace:
+    """One place in a log: where a refused record was read."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreTotals:
     """Counts over all histories, for comparing a store with the truth."""
