@@ -47,6 +47,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show the settings in effect, or print the commented file.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+dlq_app = typer.Typer(help="Dead letters: list them, look at one, send them back.", no_args_is_help=True)
+app.add_typer(dlq_app, name="dlq")
 
 ConfigOption = Annotated[
     Path | None,
@@ -85,6 +87,71 @@ def config_template() -> None:
     from ops.settings_template import template
 
     print(template(), end="")
+
+
+ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only this reason code.")]
+
+
+@dlq_app.command("ls")
+def dlq_ls(
+    reason: ReasonOption = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many.")] = None,
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per letter.")] = False,
+) -> None:
+    """List dead letters: place, time, reason, source and first bytes."""
+    import asyncio
+
+    from ops.dlq import list_letters
+    from stream.redrive import LetterQuery
+
+    query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
+    settings = _settings(config)
+
+    async def print_lines() -> None:
+        async for line in list_letters(settings, query, as_json=as_json, say=_say):
+            print(line)
+
+    asyncio.run(print_lines())
+
+
+@dlq_app.command("show")
+def dlq_show(
+    place: Annotated[str, typer.Argument(metavar="PARTITION:OFFSET", help="As `headrace dlq ls` prints it.")],
+    config: ConfigOption = None,
+    *,
+    raw: Annotated[bool, typer.Option("--raw", help="Only the original bytes, as they are.")] = False,
+) -> None:
+    """Print one dead letter: why it was refused, its headers, and the original bytes."""
+    import asyncio
+
+    from ops.dlq import find_record, record_text
+
+    record = asyncio.run(find_record(_settings(config), place))
+    if raw:
+        sys.stdout.buffer.write(record.value or b"")
+    else:
+        print(record_text(record))
+
+
+@dlq_app.command("redrive")
+def dlq_redrive(
+    reason: ReasonOption = None,
+    limit: Annotated[int | None, typer.Option(help="Send at most so many.")] = None,
+    config: ConfigOption = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing; say what would be sent.")] = False,
+) -> None:
+    """Send dead letters back to the topics they came from, each once."""
+    import asyncio
+
+    from ops.dlq import report_sentence, send_back
+    from stream.redrive import LetterQuery
+
+    query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
+    report = asyncio.run(send_back(_settings(config), query, is_dry_run=dry_run, say=_say))
+    print(report_sentence(report, is_dry_run=dry_run))
 
 
 @app.command()
