@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -25,6 +26,9 @@ from ops.errors import OpsError
 from ops.settings import Settings, load
 from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
+
+if TYPE_CHECKING:
+    from feature_store.store import FeatureStore
 
 _REFUSALS: Final = (
     OpsError,
@@ -49,6 +53,8 @@ config_app = typer.Typer(help="Show the settings in effect, or print the comment
 app.add_typer(config_app, name="config")
 dlq_app = typer.Typer(help="Dead letters: list them, look at one, send them back.", no_args_is_help=True)
 app.add_typer(dlq_app, name="dlq")
+user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=True)
+app.add_typer(user_app, name="user")
 
 ConfigOption = Annotated[
     Path | None,
@@ -152,6 +158,27 @@ def dlq_redrive(
     query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
     report = asyncio.run(send_back(_settings(config), query, is_dry_run=dry_run, say=_say))
     print(report_sentence(report, is_dry_run=dry_run))
+
+
+@user_app.command("show")
+def user_show(
+    user_id: Annotated[str, typer.Argument(metavar="ID", help="A number, or the text that producers use.")],
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many interactions.")] = 20,
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Print a user's history in event order; exit 1 if there is none."""
+    from ops.user_history import show_user
+    from stream.events import EventRules
+
+    settings = _settings(config)
+    with _store(settings) as store:
+        shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
+    if shown is None:
+        _say(f"headrace: user {user_id!r} has no history")
+        raise typer.Exit(1)
+    print(shown.to_json() if as_json else shown.to_text())
 
 
 @app.command()
@@ -342,6 +369,20 @@ def _is_daemon() -> bool:
 
 def _settings(config: Path | None) -> Settings:
     return load(config, environment=os.environ)
+
+
+@contextmanager
+def _store(settings: Settings) -> Iterator["FeatureStore"]:
+    """The feature store, if its schema is this version's."""
+    from feature_store.config import FeatureStoreConfig
+    from feature_store.store import FeatureStore
+
+    store = FeatureStore(settings.get(FeatureStoreConfig))
+    try:
+        store.require_current_schema()
+        yield store
+    finally:
+        store.close()
 
 
 def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from datetime import UTC, datetime
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
 from ops.errors import OpsError
+from ops.readable import readable, utc_time
 from ops.settings import Settings
 from stream.clock import WallClock
 from stream.dead_letters import DeadLetter, read_dead_letter
@@ -72,7 +72,7 @@ def letter_line(letter: DeadLetter) -> str:
     reason = letter.reason if letter.field is None else f"{letter.reason} ({letter.field})"
     source = f"{letter.source_topic}/{letter.source_partition}:{letter.source_offset}"
     first = readable((letter.value or b"")[:_NUM_FIRST_BYTES])
-    return f"{letter.place:<8} {_time(letter.refused_at_ms)}  {readable(reason.encode()):<28} {source:<20} {first}"
+    return f"{letter.place:<8} {utc_time(letter.refused_at_ms)}  {readable(reason):<28} {source:<20} {first}"
 
 
 def letter_json(letter: DeadLetter) -> str:
@@ -103,13 +103,11 @@ def record_text(record: Record) -> str:
         "error": letter.error,
         "source": f"{letter.source_topic}/{letter.source_partition}:{letter.source_offset}",
         "attempts": str(letter.attempts),
-        "refused at": _time(letter.refused_at_ms),
+        "refused at": utc_time(letter.refused_at_ms),
         "key": "-" if letter.key is None else readable(letter.key),
     }
-    lines = [f"{name:<10} {readable(text.encode())}" for name, text in facts.items()]
-    lines += [
-        f"header     {readable(name.encode())}: {readable(value or b'')}" for name, value in letter.original_headers
-    ]
+    lines = [f"{name:<10} {readable(text)}" for name, text in facts.items()]
+    lines += [f"header     {readable(name)}: {readable(value or b'')}" for name, value in letter.original_headers]
     num_bytes = "none" if letter.value is None else f"{len(letter.value)}"
     return "\n".join([*lines, f"bytes      {num_bytes}", "", readable(letter.value or b"")])
 
@@ -121,16 +119,3 @@ def report_sentence(report: RedriveReport, *, is_dry_run: bool) -> str:
     sentence = f"{report.num_sent.total():,} letters {done}" + (f" ({by_reason})" if by_reason else "")
     sentence += f"; {report.num_known:,} were sent back before"
     return sentence + (f"; {report.num_foreign:,} records are left alone" if report.num_foreign else "")
-
-
-def readable(raw: bytes) -> str:
-    """Text without line ends or control characters: what a producer sent must not steer the terminal."""
-    text = raw.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _time(epoch_ms: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(epoch_ms / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
-    except (ValueError, OverflowError, OSError):
-        return f"{epoch_ms} ms"

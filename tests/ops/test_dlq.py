@@ -14,7 +14,6 @@ import pytest
 from feature_store import schema
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
-from ops.dlq import readable
 from ops.local_broker import LocalBroker, free_port
 from stream.clock import WallClock
 from stream.events import EventDecoder, EventRules
@@ -146,16 +145,3 @@ def test_without_broker_or_schema_it_is_one_sentence(headrace: Headrace, site: S
     assert_refused(headrace("dlq", "redrive", **away), "does not answer")
     empty = site.environment | {"HEADRACE_STORE__URL": f"sqlite:///{tmp_path}/empty.db"}
     assert_refused(headrace("dlq", "redrive", **empty), "headrace migrate")
-
-
-@pytest.mark.parametrize(
-    ("raw", "text"),
-    [
-        (b"\xc3\xa9", "é"),
-        (b"a\nb\x00", r"a\nb\x00"),
-        (b"\xe2\x80\xa8", r"\u2028"),
-        (b"\xed\xa0\x80", r"\xed\xa0\x80"),
-    ],
-)
-def test_what_a_producer_sent_stays_on_its_line(raw: bytes, text: str) -> None:
-    assert readable(raw) == text
