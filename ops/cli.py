@@ -28,6 +28,7 @@ from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
 
 if TYPE_CHECKING:
+    from feature_store.records import Finding
     from feature_store.store import FeatureStore
 
 _REFUSALS: Final = (
@@ -55,6 +56,8 @@ dlq_app = typer.Typer(help="Dead letters: list them, look at one, send them back
 app.add_typer(dlq_app, name="dlq")
 user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
+store_app = typer.Typer(help="How much is stored, and whether it is whole.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 
 ConfigOption = Annotated[
     Path | None,
@@ -179,6 +182,40 @@ def user_show(
         _say(f"headrace: user {user_id!r} has no history")
         raise typer.Exit(1)
     print(shown.to_json() if as_json else shown.to_text())
+
+
+@store_app.command("stats")
+def store_stats(
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Count users, interactions, chunks and bytes, and print the position in each log."""
+    import dataclasses
+
+    from ops.store_report import stats_text
+
+    with _store(_settings(config)) as store:
+        stats = store.stats()
+    print(json.dumps(dataclasses.asdict(stats), indent=2) if as_json else stats_text(stats))
+
+
+@store_app.command("verify")
+def store_verify(config: ConfigOption = None) -> None:
+    """Look at every stored history and position; print what is wrong and where, and exit 1 if anything is."""
+    from ops.store_report import verified_sentence
+
+    num_findings = 0
+
+    def print_finding(finding: "Finding") -> None:
+        nonlocal num_findings
+        num_findings += 1
+        print(finding.sentence())
+
+    with _store(_settings(config)) as store:
+        totals = store.verify(print_finding)
+    print(verified_sentence(totals, num_findings))
+    raise typer.Exit(1 if num_findings else 0)
 
 
 @app.command()
