@@ -57,6 +57,7 @@ class ChunkCorruptError(FeatureStoreError):
         )
         self.user_id = user_id
         self.chunk_no = chunk_no
+        self.problem = problem
 
 
 class IdCollisionError(FeatureStoreError):

@@ -60,6 +60,15 @@ class FirstServed:
     at_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class SourcePlace:
+    """One place in a log: where a refused record was read."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreTotals:
     """Counts over all histories, for comparing a store with the truth."""
@@ -68,3 +77,39 @@ class StoreTotals:
     num_interactions: int
     fingerprint: int
     """Σ event_key mod 2**64 over all stored interactions: equal sets give equal values, whatever the order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreStats:
+    """How much is stored."""
+
+    num_users: int
+    num_interactions: int
+    num_chunks: int
+    num_bytes: int
+    """Bytes of all chunks, without what the database adds."""
+    positions: Mapping[str, Mapping[str, Mapping[int, int]]]
+    """log_id → topic → partition → next offset to apply."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that is wrong in the store, and where; both numbers are None for what is not in a history."""
+
+    problem: str
+    user_id: int | None = None
+    chunk_no: int | None = None
+
+    def sentence(self) -> str:
+        """For a person."""
+        return self.problem if self.user_id is None else f"user {self.user_id} chunk {self.chunk_no}: {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditTotals:
+    """What a verification has looked at."""
+
+    num_users: int
+    num_chunks: int
+    num_interactions: int
+    num_positions: int

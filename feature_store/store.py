@@ -7,14 +7,14 @@ belongs in one function that runs in one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, select, text
 
-from feature_store import catalogue, publications, reading, schema
+from feature_store import audit, catalogue, publications, reading, redriven, schema
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine
 from feature_store.engine import reading as read_transaction
@@ -22,7 +22,17 @@ from feature_store.engine import writing as write_transaction
 from feature_store.errors import StoreLayoutError
 from feature_store.interactions import JaggedHistories
 from feature_store.reading import CurrentHistories, HistoryQuery
-from feature_store.records import FirstServed, IdKind, Item, PublishedSnapshot, StoreTotals
+from feature_store.records import (
+    AuditTotals,
+    Finding,
+    FirstServed,
+    IdKind,
+    Item,
+    PublishedSnapshot,
+    SourcePlace,
+    StoreStats,
+    StoreTotals,
+)
 from feature_store.tables import store_property
 from feature_store.transaction import StoreTransaction
 from feature_store.values import insert_missing
@@ -149,6 +159,16 @@ class FeatureStore:
         with read_transaction(self._engine) as connection:
             return publications.load_first_served(connection, model, since_version)
 
+    def record_redriven(self, log_id: str, places: Collection[SourcePlace], at_ms: int) -> None:
+        """Store that the records refused at these places were sent back; the first time stays."""
+        with write_transaction(self._engine) as connection:
+            redriven.record_redriven(connection, log_id, places, at_ms)
+
+    def redriven_among(self, log_id: str, places: Collection[SourcePlace]) -> set[SourcePlace]:
+        """Those of these places whose refused record was sent back."""
+        with read_transaction(self._engine) as connection:
+            return redriven.load_redriven(connection, log_id, places)
+
     def totals(self) -> StoreTotals:
         """Counts and fingerprint of all stored interactions; reads every chunk.
 
@@ -157,6 +177,20 @@ class FeatureStore:
         """
         with read_transaction(self._engine) as connection:
             return reading.totals(connection)
+
+    def stats(self) -> StoreStats:
+        """How much is stored, from the rows alone: fast, and nothing is checked."""
+        with read_transaction(self._engine) as connection:
+            return audit.stats(connection)
+
+    def verify(self, on_finding: Callable[[Finding], None]) -> AuditTotals:
+        """Look at everything stored, in one state of the database; `on_finding` hears what is wrong, and where.
+
+        Raises:
+            StoreLayoutError: the store was built with another chunk_len.
+        """
+        with read_transaction(self._engine) as connection:
+            return audit.verify(connection, self._chunk_len(connection), on_finding)
 
     def _chunk_len(self, connection: Connection) -> int:
         """The layout's chunk length, once it is known that the store was built with it."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0001"
+SCHEMA_REVISION: Final = "0002"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -48,6 +48,17 @@ log_position = Table(
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("next_offset", BigInteger, nullable=False),
     comment="Next log offset to apply, written in the transaction that stores the effect.",
+)
+
+redriven_letter = Table(
+    "redriven_letter",
+    metadata,
+    Column("log_id", String(128), primary_key=True),
+    Column("topic", String(249), primary_key=True),
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("source_offset", BigInteger, primary_key=True, autoincrement=False),
+    Column("redriven_at_ms", BigInteger, nullable=False),
+    comment="Places in the log whose refused record was sent back by `headrace dlq redrive`.",
 )
 
 id_name = Table(

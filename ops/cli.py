@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -25,6 +26,10 @@ from ops.errors import OpsError
 from ops.settings import Settings, load
 from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
+
+if TYPE_CHECKING:
+    from feature_store.records import Finding
+    from feature_store.store import FeatureStore
 
 _REFUSALS: Final = (
     OpsError,
@@ -47,6 +52,12 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show the settings in effect, or print the commented file.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+dlq_app = typer.Typer(help="Dead letters: list them, look at one, send them back.", no_args_is_help=True)
+app.add_typer(dlq_app, name="dlq")
+user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=True)
+app.add_typer(user_app, name="user")
+store_app = typer.Typer(help="How much is stored, and whether it is whole.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
 
 ConfigOption = Annotated[
     Path | None,
@@ -85,6 +96,126 @@ def config_template() -> None:
     from ops.settings_template import template
 
     print(template(), end="")
+
+
+ReasonOption = Annotated[str | None, typer.Option("--reason", help="Only this reason code.")]
+
+
+@dlq_app.command("ls")
+def dlq_ls(
+    reason: ReasonOption = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many.")] = None,
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per letter.")] = False,
+) -> None:
+    """List dead letters: place, time, reason, source and first bytes."""
+    import asyncio
+
+    from ops.dlq import list_letters
+    from stream.redrive import LetterQuery
+
+    query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
+    settings = _settings(config)
+
+    async def print_lines() -> None:
+        async for line in list_letters(settings, query, as_json=as_json, say=_say):
+            print(line)
+
+    asyncio.run(print_lines())
+
+
+@dlq_app.command("show")
+def dlq_show(
+    place: Annotated[str, typer.Argument(metavar="PARTITION:OFFSET", help="As `headrace dlq ls` prints it.")],
+    config: ConfigOption = None,
+    *,
+    raw: Annotated[bool, typer.Option("--raw", help="Only the original bytes, as they are.")] = False,
+) -> None:
+    """Print one dead letter: why it was refused, its headers, and the original bytes."""
+    import asyncio
+
+    from ops.dlq import find_record, record_text
+
+    record = asyncio.run(find_record(_settings(config), place))
+    if raw:
+        sys.stdout.buffer.write(record.value or b"")
+    else:
+        print(record_text(record))
+
+
+@dlq_app.command("redrive")
+def dlq_redrive(
+    reason: ReasonOption = None,
+    limit: Annotated[int | None, typer.Option(help="Send at most so many.")] = None,
+    config: ConfigOption = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Send nothing; say what would be sent.")] = False,
+) -> None:
+    """Send dead letters back to the topics they came from, each once."""
+    import asyncio
+
+    from ops.dlq import report_sentence, send_back
+    from stream.redrive import LetterQuery
+
+    query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
+    report = asyncio.run(send_back(_settings(config), query, is_dry_run=dry_run, say=_say))
+    print(report_sentence(report, is_dry_run=dry_run))
+
+
+@user_app.command("show")
+def user_show(
+    user_id: Annotated[str, typer.Argument(metavar="ID", help="A number, or the text that producers use.")],
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many interactions.")] = 20,
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Print a user's history in event order; exit 1 if there is none."""
+    from ops.user_history import show_user
+    from stream.events import EventRules
+
+    settings = _settings(config)
+    with _store(settings) as store:
+        shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
+    if shown is None:
+        _say(f"headrace: user {user_id!r} has no history")
+        raise typer.Exit(1)
+    print(shown.to_json() if as_json else shown.to_text())
+
+
+@store_app.command("stats")
+def store_stats(
+    config: ConfigOption = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Count users, interactions, chunks and bytes, and print the position in each log."""
+    import dataclasses
+
+    from ops.store_report import stats_text
+
+    with _store(_settings(config)) as store:
+        stats = store.stats()
+    print(json.dumps(dataclasses.asdict(stats), indent=2) if as_json else stats_text(stats))
+
+
+@store_app.command("verify")
+def store_verify(config: ConfigOption = None) -> None:
+    """Look at every stored history and position; print what is wrong and where, and exit 1 if anything is."""
+    from ops.store_report import verified_sentence
+
+    num_findings = 0
+
+    def print_finding(finding: "Finding") -> None:
+        nonlocal num_findings
+        num_findings += 1
+        print(finding.sentence())
+
+    with _store(_settings(config)) as store:
+        totals = store.verify(print_finding)
+    print(verified_sentence(totals, num_findings))
+    raise typer.Exit(1 if num_findings else 0)
 
 
 @app.command()
@@ -275,6 +406,20 @@ def _is_daemon() -> bool:
 
 def _settings(config: Path | None) -> Settings:
     return load(config, environment=os.environ)
+
+
+@contextmanager
+def _store(settings: Settings) -> Iterator["FeatureStore"]:
+    """The feature store, if its schema is this version's."""
+    from feature_store.config import FeatureStoreConfig
+    from feature_store.store import FeatureStore
+
+    store = FeatureStore(settings.get(FeatureStoreConfig))
+    try:
+        store.require_current_schema()
+        yield store
+    finally:
+        store.close()
 
 
 def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:

@@ -25,7 +25,7 @@ from feature_store.interactions import Interactions
 from feature_store.records import Item
 from feature_store.store import FeatureStore
 from stream.clock import Clock
-from stream.dead_letters import dead_letter_headers
+from stream.dead_letters import MESSAGE_REASON, dead_letter_headers
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import Committer, IngestConfig, IngestWorker
@@ -285,9 +285,7 @@ class LowRateAgents:
             self._log.topics.dead_letters,
             record.value,
             key=record.key,
-            headers=dead_letter_headers(
-                record, Refusal("malformed_message", None, str(error)), now_ms=self._clock.now_ms()
-            ),
+            headers=dead_letter_headers(record, Refusal(MESSAGE_REASON, None, str(error)), now_ms=self._clock.now_ms()),
         )
         await acknowledged([sent])
 

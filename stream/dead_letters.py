@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
-from stream.events import Refusal
+from stream.errors import MessageFormatError
+from stream.events import REASONS, Refusal
 from stream.log import Record
 from stream.tracing import Headers
 
 HEADER_PREFIX: Final = "headrace-"
 """Our headers; the original ones are kept beside them."""
 
+MESSAGE_REASON: Final = "malformed_message"
+"""Why a record of `items` or `commands` is refused."""
 
-def dead_letter_headers(record: Record, refusal: Refusal, *, now_ms: int, attempts: int = 1) -> Headers:
+ALL_REASONS: Final = (*REASONS, MESSAGE_REASON)
+
+_ATTEMPTS: Final = HEADER_PREFIX + "attempts"
+_MAX_ATTEMPTS_DIGITS: Final = 9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeadLetter:
+    """A refused record as it lies on `dead-letters`."""
+
+    partition: int
+    """Where the letter lies; the record it was made from lies at `source_…`."""
+    offset: int
+    reason: str
+    field: str | None
+    error: str
+    source_topic: str
+    source_partition: int
+    source_offset: int
+    attempts: int
+    """How often this record has been refused: 1, and one more each time it was redriven in vain."""
+    refused_at_ms: int
+    key: bytes | None
+    value: bytes | None
+    original_headers: Headers
+    """As the producer sent them, without ours."""
+
+    @property
+    def place(self) -> str:
+        """Where the letter lies, as `headrace dlq show` takes it."""
+        return f"{self.partition}:{self.offset}"
+
+    def redriven_headers(self) -> Headers:
+        """Headers with which the record goes back to its source: the producer's, and how often it was refused."""
+        return (*self.original_headers, (_ATTEMPTS, str(self.attempts).encode()))
+
+
+def dead_letter_headers(record: Record, refusal: Refusal, *, now_ms: int) -> Headers:
     """Headers of a dead letter: reason code, field, error text, source position, attempts and time (epoch ms)."""
     ours = {
         "reason": refusal.reason,
@@ -21,7 +62,53 @@ def dead_letter_headers(record: Record, refusal: Refusal, *, now_ms: int, attemp
         "source-topic": record.topic,
         "source-partition": str(record.partition),
         "source-offset": str(record.offset),
-        "attempts": str(attempts),
+        "attempts": str(_attempts_before(record.headers) + 1),
         "refused-at-ms": str(now_ms),
     }
-    return (*record.headers, *((HEADER_PREFIX + name, text.encode()) for name, text in ours.items()))
+    return (*_without_ours(record.headers), *((HEADER_PREFIX + name, text.encode()) for name, text in ours.items()))
+
+
+def read_dead_letter(record: Record) -> DeadLetter:
+    """What `dead_letter_headers` wrote; raises MessageFormatError for a record that is not a dead letter."""
+    ours = {name: value for name, value in record.headers if name.startswith(HEADER_PREFIX)}
+
+    def text(name: str) -> str:
+        return ours[HEADER_PREFIX + name].decode()
+
+    def number(name: str) -> int:
+        return int(ours[HEADER_PREFIX + name])
+
+    try:
+        return DeadLetter(
+            partition=record.partition,
+            offset=record.offset,
+            reason=text("reason"),
+            field=text("field") or None,
+            error=text("error"),
+            source_topic=text("source-topic"),
+            source_partition=number("source-partition"),
+            source_offset=number("source-offset"),
+            attempts=number("attempts"),
+            refused_at_ms=number("refused-at-ms"),
+            key=record.key,
+            value=record.value,
+            original_headers=_without_ours(record.headers),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        # AttributeError, TypeError: Kafka allows a header without a value.
+        raise MessageFormatError(
+            f"the record at {record.partition}:{record.offset} is not a dead letter of headrace: {error!r}"
+        ) from error
+
+
+def _without_ours(headers: Headers) -> Headers:
+    return tuple((name, value) for name, value in headers if not name.startswith(HEADER_PREFIX))
+
+
+def _attempts_before(headers: Headers) -> int:
+    """How often a redriven record was refused before; 0 for a new one.
+
+    Anybody can write headers, and a header must never stop a partition: what is not a small number counts as 0.
+    """
+    stated = dict(headers).get(_ATTEMPTS) or b""
+    return int(stated) if stated.isdigit() and len(stated) <= _MAX_ATTEMPTS_DIGITS else 0

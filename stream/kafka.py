@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Mapping
@@ -182,6 +183,8 @@ class KafkaReader:
     async def stop(self) -> None:
         """Disconnect."""
         if self._consumer is not None:
+            # aiokafka awaits its own cancelled task, and lets the cancellation out if that task has not run yet.
+            await asyncio.sleep(0)
             await self._consumer.stop()
             self._consumer = None
 

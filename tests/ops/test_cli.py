@@ -8,49 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import pytest
 
 from backtest.datasets import movietweetings
-from ops.cli import main
 from ops.local_broker import LocalBroker, free_port
 from ops.settings import SECTIONS
+from tests.ops.command_line import Headrace, assert_refused
 
 REPLAY = ("--user-col", "user_id", "--item-col", "item_id", "--time-col", "timestamp", "--time-unit", "s")
-
-
-@dataclass(frozen=True)
-class Ran:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Headrace(Protocol):
-    def __call__(self, *arguments: str, **environment: str) -> Ran: ...
-
-
-@pytest.fixture
-def headrace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Headrace:
-    """Runs a command in this process (a new one costs seconds), in a folder of its own and without our settings."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("HEADRACE_")]:
-        monkeypatch.delenv(name)
-
-    def run(*arguments: str, **environment: str) -> Ran:
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "argv", ["headrace", *arguments])
-            for name, value in environment.items():
-                patched.setenv(name, value)
-            with pytest.raises(SystemExit) as left:
-                main()
-        captured = capsys.readouterr()
-        return Ran(left.value.code if isinstance(left.value.code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 def _environment(**added: str) -> dict[str, str]:
@@ -58,17 +23,22 @@ def _environment(**added: str) -> dict[str, str]:
     return {**ours, "PYTHONPATH": str(Path(__file__).parents[2]), **added}
 
 
-def _assert_refused(ran: Ran, *words: str) -> None:
-    assert ran.returncode == 2, ran
-    (sentence,) = ran.stderr.strip().splitlines()
-    assert sentence.startswith("headrace: ")
-    assert not [word for word in words if word not in sentence], sentence
-
-
 def test_without_a_command_it_lists_the_commands(headrace: Headrace) -> None:
     ran = headrace("--help")
     assert ran.returncode == 0
-    for command in ("config", "migrate", "broker", "ingest", "train", "serve", "up", "replay", "demo", "version"):
+    for command in (
+        "config",
+        "migrate",
+        "broker",
+        "ingest",
+        "train",
+        "serve",
+        "up",
+        "replay",
+        "demo",
+        "version",
+        "dlq",
+    ):
         assert f"\n  {command} " in ran.stdout
 
 
@@ -97,14 +67,14 @@ def test_config_template_can_be_used_as_the_file(headrace: Headrace, tmp_path: P
 
 
 def test_a_wrong_setting_is_one_sentence(headrace: Headrace) -> None:
-    _assert_refused(headrace("config", "show", HEADRACE_LOG__LOGID="x"), "HEADRACE_LOG__LOGID", "did you mean log_id?")
-    _assert_refused(headrace("ingest", HEADRACE_LOG__NUM_PARTITIONS="0"), "log.num_partitions = 0")
-    _assert_refused(headrace("train", "--config", "nowhere.toml"), "nowhere.toml does not exist")
+    assert_refused(headrace("config", "show", HEADRACE_LOG__LOGID="x"), "HEADRACE_LOG__LOGID", "did you mean log_id?")
+    assert_refused(headrace("ingest", HEADRACE_LOG__NUM_PARTITIONS="0"), "log.num_partitions = 0")
+    assert_refused(headrace("train", "--config", "nowhere.toml"), "nowhere.toml does not exist")
 
 
 def test_migrate_builds_the_database_and_check_confirms_it(headrace: Headrace, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/data/headrace.db"
-    _assert_refused(headrace("migrate", "--check", HEADRACE_STORE__URL=url))
+    assert_refused(headrace("migrate", "--check", HEADRACE_STORE__URL=url))
     ran = headrace("migrate", HEADRACE_STORE__URL=url)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "schema revision" in ran.stdout
@@ -132,7 +102,7 @@ def test_a_taken_broker_port_is_one_sentence(headrace: Headrace) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        _assert_refused(headrace("broker", "--port", port), f"port {port}", "taken")
+        assert_refused(headrace("broker", "--port", port), f"port {port}", "taken")
 
 
 def test_the_broker_runs_until_sigterm_and_ends_with_zero() -> None:
@@ -171,18 +141,18 @@ def test_replay_ends_with_one_line_of_json(headrace: Headrace, fresh_broker: Loc
 def test_replay_without_a_broker_is_one_sentence(headrace: Headrace) -> None:
     bootstrap = f"127.0.0.1:{free_port()}"
     ran = headrace("replay", str(movietweetings().interactions), *REPLAY, "--bootstrap", bootstrap)
-    _assert_refused(ran, bootstrap, "does not answer")
+    assert_refused(ran, bootstrap, "does not answer")
 
 
 def test_replay_refuses_what_ingest_would_refuse_and_what_it_cannot_read(headrace: Headrace) -> None:
     interactions = str(movietweetings().interactions)
-    _assert_refused(headrace("replay", interactions, *REPLAY, "--action", "stare"), "--action stare", "events.actions")
-    _assert_refused(headrace("replay", interactions, *REPLAY, "--speed", "fast"), "speed = fast", "1000x")
-    _assert_refused(headrace("replay", "absent.csv", *REPLAY), "absent.csv")
+    assert_refused(headrace("replay", interactions, *REPLAY, "--action", "stare"), "--action stare", "events.actions")
+    assert_refused(headrace("replay", interactions, *REPLAY, "--speed", "fast"), "speed = fast", "1000x")
+    assert_refused(headrace("replay", "absent.csv", *REPLAY), "absent.csv")
 
 
 def test_up_refuses_ports_that_collide_and_a_broker_that_cannot_be_local(headrace: Headrace) -> None:
-    _assert_refused(headrace("up", "--port", "9100", "--replicas", "3"), "9101", "--replicas")
-    _assert_refused(
+    assert_refused(headrace("up", "--port", "9100", "--replicas", "3"), "9101", "--replicas")
+    assert_refused(
         headrace("up", "--local-broker", HEADRACE_LOG__BOOTSTRAP_SERVERS="kafka:9092"), "kafka:9092", "this machine"
     )

@@ -112,6 +112,14 @@ async def test_a_tombstone_and_an_empty_value_differ(log: EventLog, writer: LogW
     assert [(r.key, r.value) for r in await read(reader, 2)] == [(b"a", None), (b"b", b"")]
 
 
+async def test_a_reader_that_has_only_just_started_can_be_stopped(log: EventLog) -> None:
+    reader = log.reader()
+    await reader.start()
+    assert await reader.partitions(log.topics.commands) == [0]
+    await reader.stop()
+    await reader.stop()
+
+
 async def test_a_missing_broker_is_named_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     log = KafkaLog(KafkaConfig(bootstrap_servers="127.0.0.1:9", request_timeout_ms=500))
     stopping = asyncio.Event()

@@ -1,0 +1,199 @@
+"""Looking over the whole store: how much is in it, and whether every stored history is what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Row, func, or_, select
+
+from feature_store.chunk_rows import count_users
+from feature_store.chunks import decode_chunks, encode_chunks
+from feature_store.errors import ChunkCorruptError
+from feature_store.jagged import offsets_of
+from feature_store.records import AuditTotals, Finding, StoreStats
+from feature_store.tables import history_chunk, log_position
+
+_CHUNKS_PER_PART: Final = 1_000
+"""Chunks looked at together; a part holds whole users, so one with a longer history makes a larger part."""
+
+
+def stats(connection: Connection) -> StoreStats:
+    """Counts from the rows alone: no chunk is decoded."""
+    chunk = history_chunk.c
+    query = select(
+        func.count(), func.coalesce(func.sum(chunk.n), 0), func.coalesce(func.sum(func.length(chunk.payload)), 0)
+    )
+    num_chunks, num_interactions, num_bytes = connection.execute(query.select_from(history_chunk)).one()
+    positions: dict[str, dict[str, dict[int, int]]] = {}
+    for row in connection.execute(select(log_position).order_by(*log_position.primary_key)):
+        positions.setdefault(row.log_id, {}).setdefault(row.topic, {})[row.partition] = row.next_offset
+    return StoreStats(
+        num_users=count_users(connection),
+        num_interactions=int(num_interactions),
+        num_chunks=num_chunks,
+        num_bytes=int(num_bytes),
+        positions=positions,
+    )
+
+
+def verify(connection: Connection, chunk_len: int, on_finding: Callable[[Finding], None]) -> AuditTotals:
+    """Look at every chunk of every user and at every position; `on_finding` hears what is wrong, where.
+
+    Each chunk must decode (size, checksum, version) and be the canonical encoding of its content; a user's chunks must
+    be numbered from 0 and be full but the last; interactions must rise strictly by (event time, event key) through all
+    chunks; `first_ms`, `last_ms` and `n` must be the content's; arrival numbers must be 0, 1, 2, … each once, below
+    the `next_seq` of their chunk; the tail's `next_seq` must be the number of interactions.
+    """
+    num_users, num_chunks, num_interactions = 0, 0, 0
+    query = select(history_chunk).order_by(*history_chunk.primary_key).execution_options(yield_per=_CHUNKS_PER_PART)
+    with connection.execute(query) as result:
+        for rows in _whole_users(result):
+            part = _Part.of(rows)
+            for finding in part.findings(chunk_len):
+                on_finding(finding)
+            num_users += int(part.is_first.sum())
+            num_chunks += len(rows)
+            num_interactions += int(part.n.sum())
+    position = log_position.c
+    for row in connection.execute(select(log_position).where(or_(position.next_offset < 0, position.partition < 0))):
+        on_finding(
+            Finding(
+                f"position of {row.topic}/{row.partition} in log {row.log_id!r} is {row.next_offset}: it is negative"
+            )
+        )
+    return AuditTotals(
+        num_users=num_users,
+        num_chunks=num_chunks,
+        num_interactions=num_interactions,
+        num_positions=connection.execute(select(func.count()).select_from(log_position)).scalar_one(),
+    )
+
+
+def _whole_users(rows: Iterable[Row[Any]]) -> Iterator[list[Row[Any]]]:
+    part: list[Row[Any]] = []
+    for _, chunks in groupby(rows, key=attrgetter("user_id")):
+        part += chunks
+        if len(part) >= _CHUNKS_PER_PART:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """All chunks of some users, ordered by user and number: C chunks."""
+
+    user_id: NDArray[np.int64]
+    chunk_no: NDArray[np.int64]
+    n: NDArray[np.int64]
+    first_ms: NDArray[np.int64]
+    last_ms: NDArray[np.int64]
+    next_seq: NDArray[np.int64]
+    payloads: list[bytes]
+    is_first: NDArray[np.bool_]
+    """bool[C], the user's first chunk found."""
+    is_tail: NDArray[np.bool_]
+    """bool[C], the user's last chunk found."""
+
+    @staticmethod
+    def of(rows: list[Row[Any]]) -> _Part:
+        names = ("user_id", "chunk_no", "n", "first_ms", "last_ms", "next_seq")
+        columns = {name: np.array([getattr(row, name) for row in rows], np.int64) for name in names}
+        changes = columns["user_id"][1:] != columns["user_id"][:-1]
+        return _Part(
+            **columns,
+            payloads=[row.payload for row in rows],
+            is_first=np.concatenate([[True], changes]),
+            is_tail=np.concatenate([changes, [True]]),
+        )
+
+    def findings(self, chunk_len: int) -> Iterator[Finding]:
+        """What is wrong, at most once per chunk and kind."""
+        yield from self._of_rows(chunk_len)
+        problems = self._decoding_problems()
+        for chunk, problem in problems.items():
+            yield self._at(chunk, problem)
+        sound = np.array([chunk for chunk in range(len(self.n)) if chunk not in problems], np.int64)
+        yield from self._of_content(sound)
+
+    def _of_rows(self, chunk_len: int) -> Iterator[Finding]:
+        before = np.where(self.is_first, -1, np.roll(self.chunk_no, 1))
+        for chunk in np.flatnonzero(self.chunk_no != before + 1):
+            yield self._at(chunk, f"chunk {before[chunk] + 1} should come before it and is missing")
+        for chunk in np.flatnonzero(np.where(self.is_tail, (self.n < 1) | (self.n > chunk_len), self.n != chunk_len)):
+            wanted = f"1 to {chunk_len}" if self.is_tail[chunk] else f"exactly {chunk_len}, since others follow it"
+            yield self._at(chunk, f"its row says that it holds {self.n[chunk]} interactions; it must hold {wanted}")
+        for chunk in np.flatnonzero(self.user_id < 0):
+            yield self._at(chunk, "the user id is negative")
+        user = np.cumsum(self.is_first) - 1
+        num_interactions = np.bincount(user, self.n).astype(np.int64)[user]
+        for chunk in np.flatnonzero(self.is_tail & (self.next_seq != num_interactions)):
+            count = f"the user's chunks hold {num_interactions[chunk]} interactions"
+            yield self._at(chunk, f"next_seq is {self.next_seq[chunk]}, but {count}")
+        tail_seq = self.next_seq[self.is_tail][user]
+        for chunk in np.flatnonzero(self.next_seq > tail_seq):
+            yield self._at(chunk, f"next_seq is {self.next_seq[chunk]}, but the tail's is {tail_seq[chunk]}")
+
+    def _decoding_problems(self) -> dict[int, str]:
+        """Chunk → why its bytes cannot be read."""
+        try:
+            decode_chunks(self.payloads, self.n, self.user_id, self.chunk_no)
+        except ChunkCorruptError:
+            return {chunk: problem for chunk in range(len(self.n)) if (problem := self._decoding_problem(chunk))}
+        return {}
+
+    def _decoding_problem(self, chunk: int) -> str | None:
+        one = slice(chunk, chunk + 1)
+        try:
+            decode_chunks(self.payloads[one], self.n[one], self.user_id[one], self.chunk_no[one])
+        except ChunkCorruptError as error:
+            return error.problem
+        return None
+
+    def _of_content(self, sound: NDArray[np.int64]) -> Iterator[Finding]:
+        """Findings in the chunks that can be decoded."""
+        n = self.n[sound]
+        payloads = [self.payloads[chunk] for chunk in sound.tolist()]
+        columns = decode_chunks(payloads, n, self.user_id[sound], self.chunk_no[sound])
+        for chunk, found, canonical in zip(sound, payloads, encode_chunks(columns, n), strict=True):
+            if found != canonical:
+                yield self._at(chunk, "its bytes are not the canonical encoding of its content")
+        time_ms, key, seq = columns["event_time_ms"], columns["event_key"], columns["seq"].astype(np.int64)
+        starts, filled = offsets_of(n), n > 0
+        for name, stated, place in (
+            ("first_ms", self.first_ms, starts[:-1][filled]),
+            ("last_ms", self.last_ms, starts[1:][filled] - 1),
+        ):
+            chunks, content = sound[filled], time_ms[place]
+            for row in np.flatnonzero(stated[chunks] != content):
+                yield self._at(chunks[row], f"{name} is {stated[chunks[row]]}, its content says {content[row]}")
+
+        owner = np.repeat(sound, n)
+        user = (np.cumsum(self.is_first) - 1)[owner]
+        rises = (time_ms[1:] > time_ms[:-1]) | ((time_ms[1:] == time_ms[:-1]) & (key[1:] > key[:-1]))
+        is_bad = np.concatenate([[False], (user[1:] == user[:-1]) & ~rises]) if len(owner) else np.empty(0, np.bool_)
+        yield from self._once_per_chunk(
+            owner, is_bad, "an interaction is out of (event time, event key) order or there twice"
+        )
+        yield from self._once_per_chunk(owner, columns["item_id"] < 0, "an item id is negative")
+        message = "an arrival number is not below its next_seq"
+        yield from self._once_per_chunk(owner, seq >= self.next_seq[owner], message)
+        order = np.lexsort((seq, user))
+        repeats = (user[order][1:] == user[order][:-1]) & (seq[order][1:] == seq[order][:-1])
+        is_repeated = np.zeros(len(owner), np.bool_)
+        is_repeated[order[1:][repeats]] = True
+        yield from self._once_per_chunk(owner, is_repeated, "an arrival number is there twice")
+
+    def _once_per_chunk(self, owner: NDArray[np.int64], is_bad: NDArray[np.bool_], problem: str) -> Iterator[Finding]:
+        for chunk in np.unique(owner[is_bad]):
+            yield self._at(chunk, problem)
+
+    def _at(self, chunk: int | np.integer[Any], problem: str) -> Finding:
+        return Finding(problem, user_id=int(self.user_id[chunk]), chunk_no=int(self.chunk_no[chunk]))
