@@ -260,7 +260,8 @@ class ItemTable:
         self._index.fill(change.new_slots, change.new_ids, np.arange(change.first, change.end))
         self._ids[change.first : change.end] = change.new_ids
         rows = change.rows
-        weight_VD[rows], bias_V[rows], trend_V[rows] = weight_RD.numpy(), bias_R.numpy(), trend_R.numpy()
+        write_rows(self.weight, rows, weight_RD)
+        bias_V[rows], trend_V[rows] = bias_R.numpy(), trend_R.numpy()
         self.num_items = change.end
         self.clear_dirty()
 
@@ -336,6 +337,13 @@ class ItemTable:
         self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
         self._removed_ids = []
         self.num_items = n
+
+
+def write_rows(table_VD: Tensor, rows: Int64s, content_RD: Tensor) -> None:
+    """``table_VD[rows] = content_RD`` for a contiguous table, each row written as a whole."""
+    assert table_VD.dtype == content_RD.dtype and table_VD.shape[1] == content_RD.shape[1]  # noqa: PT018
+    whole_row = np.dtype((np.void, table_VD.shape[1] * table_VD.element_size()))
+    table_VD.numpy().view(whole_row)[:, 0][rows] = content_RD.contiguous().numpy().view(whole_row)[:, 0]
 
 
 def initial_embeddings(ids: Int64s, config: ModelConfig) -> Tensor:

@@ -22,7 +22,7 @@ from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.hstu import NORM_EPS
-from model.item_table import ItemTable
+from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
 from model.recommender import Catalogue, Recommender
 from model.snapshot import Snapshot
@@ -125,7 +125,7 @@ class _CatalogueBuffer:
         """Follow a delta that has been applied."""
         if change.roomier is not None:
             self._unit = change.roomier
-        self._unit.numpy()[change.rows] = change.unit_RD.numpy()
+        write_rows(self._unit, change.rows, change.unit_RD)
         self.catalogue = Catalogue(unit_VD=self._unit[: len(change.offset_V)], offset_V=change.offset_V)
 
 
