@@ -47,19 +47,35 @@ class IdIndex:
         """Add distinct ids, none of them present."""
         if len(ids) == 0:
             return
-        assert int(ids.min()) >= 0, "ids are 63-bit"
         self._reserve(len(ids))
+        self._rows[self._place(ids, self._ids)] = rows
+        self._num_used += len(ids)
+
+    def free_slots(self, ids: Int64s) -> Int64s:
+        """int64[N]: where `fill` may put distinct ids, none of them present; there must be room. Reads only."""
+        return self._place(ids, self._ids.copy()) if len(ids) else np.empty(0, np.int64)
+
+    def fill(self, slots: Int64s, ids: Int64s, rows: Int64s) -> None:
+        """Add ids at their `free_slots`, nothing having been added since."""
+        self._ids[slots] = ids
+        self._rows[slots] = rows
+        self._num_used += len(ids)
+
+    def _place(self, ids: Int64s, held: Int64s) -> Int64s:
+        """Write ids into the slots' ids `held`; returns where."""
+        assert int(ids.min()) >= 0, "ids are 63-bit"
+        placed = np.empty(len(ids), dtype=np.int64)
         pending = np.arange(len(ids))
         slots = self._home(ids)
         while len(pending):
-            free = self._ids[slots] == _EMPTY
+            free = held[slots] == _EMPTY
             # Two ids may want one slot: the last one written keeps it, the others see that on reading back.
-            self._ids[slots[free]] = ids[pending[free]]
-            won = free & (self._ids[slots] == ids[pending])
-            self._rows[slots[won]] = rows[pending[won]]
+            held[slots[free]] = ids[pending[free]]
+            won = free & (held[slots] == ids[pending])
+            placed[pending[won]] = slots[won]
             pending = pending[~won]
-            slots = (slots[~won] + 1) & (len(self._ids) - 1)
-        self._num_used += len(ids)
+            slots = (slots[~won] + 1) & (len(held) - 1)
+        return placed
 
     def remove(self, ids: Int64s) -> None:
         """Forget distinct ids; unknown ones are ignored."""
@@ -81,14 +97,19 @@ class IdIndex:
         return (mix64(ids.astype(np.uint64)) & np.uint64(len(self._ids) - 1)).astype(np.int64)
 
     def _reserve(self, num_more: int) -> None:
+        roomier = self.roomier(num_more)
+        if roomier is not None:
+            self._ids, self._rows, self._num_used = roomier._ids, roomier._rows, roomier._num_used  # noqa: SLF001
+
+    def roomier(self, num_more: int) -> IdIndex | None:
+        """A copy with slots for so many more ids, None if there are slots already."""
         if 2 * (self._num_used + num_more) <= len(self._ids):
-            return
+            return None
         kept = self._ids >= 0
         ids, rows = self._ids[kept], self._rows[kept]
         num_slots = len(self._ids)
         while num_slots < 4 * (len(ids) + num_more):
             num_slots *= 2
-        self._ids = np.full(num_slots, _EMPTY, dtype=np.int64)
-        self._rows = np.full(num_slots, -1, dtype=np.int64)
-        self._num_used = 0
-        self.put(ids, rows)
+        copy = IdIndex(num_slots=num_slots)
+        copy.put(ids, rows)
+        return copy

@@ -20,6 +20,9 @@ from model.trend import add_interactions, decay_rate_per_ms, log_popularity
 
 Int64s = NDArray[np.int64]
 
+_Columns = tuple[Int64s, Tensor, Tensor, Tensor, Tensor]
+"""ids, weight, bias, trend and dirty of a table."""
+
 _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", "weight", "bias", "trend", "dirty")
 
 
@@ -42,6 +45,26 @@ class ActiveRows:
         return rows if self.covers_all else torch.searchsorted(self.rows_R, rows)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowChange:
+    """Removals and new content of rows, looked up and with room made, by ``ItemTable.plan``.
+
+    rows: int64[R], where each row of the content goes. removed_ids, removed_rows: int64[K], distinct known items and
+    where they are. new_ids: ids of the rows from first to end - 1, new_slots: their slots in the index. columns: the
+    table's columns with more capacity, index: its index with more slots; None where there is room already.
+    """
+
+    rows: Int64s
+    removed_ids: Int64s
+    removed_rows: Int64s
+    new_ids: Int64s
+    new_slots: Int64s
+    first: int
+    end: int
+    columns: _Columns | None
+    index: IdIndex | None
+
+
 class ItemTable:
     """Rows 0 … num_items - 1, in order of admission; a row keeps its number for life.
 
@@ -60,11 +83,23 @@ class ItemTable:
         self._allocate(config.initial_capacity)
 
     def _allocate(self, capacity: int) -> None:
-        self._ids = np.full(capacity, -1, dtype=np.int64)
-        self.weight = torch.zeros(capacity, self.config.embedding_dim)
-        self.bias = torch.zeros(capacity)
-        self.trend = torch.full((capacity,), -torch.inf, dtype=torch.float64)
-        self.dirty = torch.zeros(capacity, dtype=torch.bool)
+        self._set_columns(self._empty_columns(capacity))
+
+    def _empty_columns(self, capacity: int) -> _Columns:
+        return (
+            np.full(capacity, -1, dtype=np.int64),
+            torch.zeros(capacity, self.config.embedding_dim),
+            torch.zeros(capacity),
+            torch.full((capacity,), -torch.inf, dtype=torch.float64),
+            torch.zeros(capacity, dtype=torch.bool),
+        )
+
+    def _set_columns(self, columns: _Columns) -> None:
+        self._ids, self.weight, self.bias, self.trend, self.dirty = columns
+
+    def storage(self) -> tuple[object, ...]:
+        """Everything allocated, by reference. Who holds this decides when it is freed, once it has been replaced."""
+        return self._index, self._ids, self.weight, self.bias, self.trend, self.dirty
 
     @property
     def capacity(self) -> int:
@@ -117,13 +152,19 @@ class ItemTable:
         self.num_items = end
 
     def _reserve(self, num_rows: int) -> None:
+        roomier = self._roomier_columns(num_rows)
+        if roomier is not None:
+            self._set_columns(roomier)
+
+    def _roomier_columns(self, num_rows: int) -> _Columns | None:
+        """Copies with room for so many rows, None if there is room."""
         if num_rows <= self.capacity:
-            return
-        old = (self._ids, self.weight, self.bias, self.trend, self.dirty)
-        self._allocate(min(max(num_rows, 2 * self.capacity), self.config.max_items))
+            return None
+        columns = self._empty_columns(min(max(num_rows, 2 * self.capacity), self.config.max_items))
         n = self.num_items
-        for new, kept in zip((self._ids, self.weight, self.bias, self.trend, self.dirty), old, strict=True):
+        for new, kept in zip(columns, (self._ids, self.weight, self.bias, self.trend, self.dirty), strict=True):
             new[:n] = kept[:n]  # type: ignore[index]
+        return columns
 
     def activate(self, rows: Tensor | None = None) -> ActiveRows:
         """Leaves for one training step: the distinct rows of ``rows`` (-1 is ignored), or all when None."""
@@ -153,9 +194,11 @@ class ItemTable:
     def log_popularity(self, rows: Tensor | None = None) -> Tensor:
         """float32[V], or float32[R] of ``rows``: log(decayed popularity + floor) when the newest interaction came."""
         trend = self.trend[: self.num_items] if rows is None else self.trend[rows]
-        return log_popularity(
-            trend, as_of_ms=self.trend_as_of_ms, rate_per_ms=self._rate_per_ms, floor=self.config.trend_floor
-        )
+        return self.log_popularity_of(trend, as_of_ms=self.trend_as_of_ms)
+
+    def log_popularity_of(self, trend: Tensor, *, as_of_ms: int) -> Tensor:
+        """float32, shape of trend: what ``log_popularity`` is with this trend at this time."""
+        return log_popularity(trend, as_of_ms=as_of_ms, rate_per_ms=self._rate_per_ms, floor=self.config.trend_floor)
 
     def remove(self, ids: Int64s) -> None:
         """Retire items for good; unknown ids are ignored. An id that comes back later gets a new row."""
@@ -170,15 +213,57 @@ class ItemTable:
         self.dirty[index] = False
         self._removed_ids += known.tolist()
 
-    def put(self, ids: Int64s, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
-        """Overwrite the rows of distinct ids; unknown ids get new rows, in order. Marks nothing dirty."""
-        found = self._index.find(ids)
-        unknown, first = found < 0, self.num_items
-        self._append(ids[unknown], weight_RD[torch.from_numpy(unknown)])
-        found[unknown] = np.arange(first, self.num_items)
-        rows = torch.from_numpy(found)
-        self.weight[rows], self.bias[rows], self.trend[rows] = weight_RD, bias_R, trend_R
-        self.dirty[rows] = False
+    def plan(self, removed_ids: Int64s, ids: Int64s) -> RowChange:
+        """Work out a change without making it: remove some items, then overwrite the rows of distinct `ids`.
+
+        Unknown ids are to get new rows, in order. Reads only, so it may run while another thread reads the table;
+        valid until the table changes. ItemTableFullError beyond max_items.
+        """
+        removed_ids = np.unique(removed_ids)
+        removed_rows = self._index.find(removed_ids)
+        removed_ids, removed_rows = removed_ids[removed_rows >= 0], removed_rows[removed_rows >= 0]
+        rows = self._index.find(ids)
+        # An id that comes back with the change that removes it gets a new row.
+        is_new = (rows < 0) | np.isin(ids, removed_ids)
+        new_ids, first = ids[is_new], self.num_items
+        end = first + len(new_ids)
+        if end > self.config.max_items:
+            raise ItemTableFullError(f"{len(new_ids)} new items exceed max_items ({self.config.max_items})")
+        rows[is_new] = np.arange(first, end)
+        roomier_index = self._index.roomier(len(new_ids))
+        return RowChange(
+            rows=rows,
+            removed_ids=removed_ids,
+            removed_rows=removed_rows,
+            new_ids=new_ids,
+            new_slots=(self._index if roomier_index is None else roomier_index).free_slots(new_ids),
+            first=first,
+            end=end,
+            columns=self._roomier_columns(end),
+            index=roomier_index,
+        )
+
+    def carry_out(self, change: RowChange, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
+        """Make a planned change; nothing is dirty afterwards, whatever was before."""
+        assert change.first == self.num_items, "the table has changed since this was planned"
+        if change.columns is not None:
+            self._set_columns(change.columns)
+        if change.index is not None:
+            self._index = change.index
+        # Through numpy: for this many rows waking the numerical library's threads costs more than they save.
+        weight_VD, bias_V, trend_V = self.weight.numpy(), self.bias.numpy(), self.trend.numpy()
+        if len(change.removed_ids):
+            removed = change.removed_rows
+            self._index.remove(change.removed_ids)
+            self._ids[removed] = -1
+            weight_VD[removed], bias_V[removed], trend_V[removed] = 0.0, -np.inf, -np.inf
+        self._index.fill(change.new_slots, change.new_ids, np.arange(change.first, change.end))
+        self._ids[change.first : change.end] = change.new_ids
+        rows = change.rows
+        write_rows(self.weight, rows, weight_RD)
+        bias_V[rows], trend_V[rows] = bias_R.numpy(), trend_R.numpy()
+        self.num_items = change.end
+        self.clear_dirty()
 
     def put_back(self, num_items: int, rows: Tensor, ids: Int64s, columns: tuple[Tensor, Tensor, Tensor]) -> None:
         """Undo admissions beyond ``num_items`` and restore ``rows``; columns: weight_RD, bias_R, trend_R."""
@@ -211,7 +296,7 @@ class ItemTable:
 
     def clear_dirty(self) -> None:
         """Start counting changes afresh: a snapshot has been taken."""
-        self.dirty.zero_()
+        self.dirty.numpy().fill(False)
         self._removed_ids.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -252,6 +337,13 @@ class ItemTable:
         self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
         self._removed_ids = []
         self.num_items = n
+
+
+def write_rows(table_VD: Tensor, rows: Int64s, content_RD: Tensor) -> None:
+    """``table_VD[rows] = content_RD`` for a contiguous table, each row written as a whole."""
+    assert table_VD.dtype == content_RD.dtype and table_VD.shape[1] == content_RD.shape[1]  # noqa: PT018
+    whole_row = np.dtype((np.void, table_VD.shape[1] * table_VD.element_size()))
+    table_VD.numpy().view(whole_row)[:, 0][rows] = content_RD.contiguous().numpy().view(whole_row)[:, 0]
 
 
 def initial_embeddings(ids: Int64s, config: ModelConfig) -> Tensor:

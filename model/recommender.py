@@ -116,17 +116,21 @@ class Recommender(nn.Module):
 
         StateMismatchError (and nothing replaced) unless names, shapes and dtypes are equal.
         """
+        replaced = {}
+        for name, (parameter, tensor) in self.match_dense_state(state).items():
+            replaced[name] = parameter.data
+            parameter.data = tensor
+        return replaced
+
+    def match_dense_state(self, state: dict[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """By name, each dense parameter and the tensor for it; StateMismatchError as ``load_dense_state``."""
         parameters = dict(self.named_parameters())
         have = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
         got = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
         if have != got:
             differing = sorted(name for name in have.keys() | got.keys() if have.get(name) != got.get(name))
             raise StateMismatchError(f"dense parameters differ in name, shape or dtype: {', '.join(differing)}")
-        replaced = {}
-        for name, parameter in parameters.items():
-            replaced[name] = parameter.data
-            parameter.data = state[name]
-        return replaced
+        return {name: (parameter, state[name]) for name, parameter in parameters.items()}
 
 
 def _take(weight_RD: Tensor, index_L: Tensor) -> Tensor:

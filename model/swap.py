@@ -5,14 +5,15 @@ Shapes: R rows carried, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParentError, StateMismatchError
-from model.item_table import Int64s, ItemTable
+from model.item_table import Int64s, ItemTable, RowChange
 from model.manifest import SnapshotKind
 from model.recommender import Recommender
 from model.snapshot import RowBlock, Snapshot
@@ -61,14 +62,38 @@ def take_rows(recommender: Recommender, kind: SnapshotKind) -> RowBlock:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedSnapshot:
+    """A snapshot with everything worked out that can be without changing the recommender it is for."""
+
+    recommender: Recommender
+    snapshot: Snapshot
+    dense: dict[str, tuple[nn.Parameter, Tensor]]
+    change: RowChange | None
+    """What a delta does to the item table; None for an anchor, whose table is ``undo.table`` until it is exchanged."""
+    undo: UndoDelta
+
+    def fits(self, recommender: Recommender) -> bool:
+        """Whether it was planned for this recommender as it is now; then nothing can go wrong in applying it."""
+        return recommender is self.recommender and recommender.snapshot_version == self.undo.version
+
+
 def apply_snapshot(recommender: Recommender, snapshot: Snapshot) -> UndoDelta:
     """Make the recommender's weights those of the snapshot, in place; returns the way back.
 
     Dense tensors change by pointer, rows are exchanged. Refused before anything is touched: SnapshotConfigError for
     a model of another configuration, SnapshotParentError for a delta on another version than the one loaded,
-    StateMismatchError for tensors of another shape.
+    StateMismatchError for tensors of another shape, ItemTableFullError for more items than max_items.
     """
-    manifest = snapshot.manifest
+    return carry_out(plan_snapshot(recommender, snapshot))
+
+
+def plan_snapshot(recommender: Recommender, snapshot: Snapshot) -> PlannedSnapshot:
+    """The part of ``apply_snapshot`` that only reads the recommender, with all that can be refused.
+
+    May run beside threads that read the recommender. What it returns is valid until somebody changes the weights.
+    """
+    manifest, block, items = snapshot.manifest, snapshot.rows, recommender.items
     if manifest.config_hash != recommender.config.config_hash():
         raise SnapshotConfigError(
             f"version {manifest.version} was made with configuration {manifest.config_hash[:12]}; this model has"
@@ -79,18 +104,119 @@ def apply_snapshot(recommender: Recommender, snapshot: Snapshot) -> UndoDelta:
             f"version {manifest.version} changes version {manifest.parent}, but version"
             f" {recommender.snapshot_version} is loaded: apply the chain from an anchor"
         )
-    if snapshot.rows.weight.shape[1] != recommender.config.embedding_dim:
-        raise StateMismatchError(
-            f"rows are {snapshot.rows.weight.shape[1]} wide, not {recommender.config.embedding_dim}"
+    if block.weight.shape[1] != recommender.config.embedding_dim:
+        raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {recommender.config.embedding_dim}")
+    change, table = None, None
+    if manifest.kind == "delta":
+        change = items.plan(block.removed_ids.numpy(), block.ids.numpy())
+        touched = np.concatenate([change.removed_rows, change.rows])
+        rows = torch.from_numpy(np.unique(touched[touched < items.num_items]))
+    else:
+        if len(block.ids) > recommender.config.max_items:
+            raise ItemTableFullError(f"{len(block.ids)} items exceed max_items ({recommender.config.max_items})")
+        table = ItemTable(recommender.config)
+        table.restore(block.ids.numpy(), block.weight, block.bias, block.trend)
+        table.trend_as_of_ms = block.trend_as_of_ms
+        rows = torch.empty(0, dtype=torch.int64)
+    dense = recommender.match_dense_state(snapshot.dense)
+    undo = UndoDelta(
+        version=recommender.snapshot_version,
+        applied=manifest.version,
+        dense={name: parameter.data for name, (parameter, _) in dense.items()},
+        rows=rows,
+        ids=items.ids_of(rows.numpy()).copy(),
+        weight=items.weight[rows],
+        bias=items.bias[rows],
+        trend=items.trend[rows],
+        num_items=items.num_items,
+        trend_as_of_ms=items.trend_as_of_ms,
+        table=table,
+    )
+    return PlannedSnapshot(recommender=recommender, snapshot=snapshot, dense=dense, change=change, undo=undo)
+
+
+def carry_out(planned: PlannedSnapshot) -> UndoDelta:
+    """Apply what was planned; returns the way back."""
+    recommender, block = planned.recommender, planned.snapshot.rows
+    assert planned.fits(recommender), "the recommender has changed since this was planned"
+    for parameter, tensor in planned.dense.values():
+        parameter.data = tensor
+    if planned.change is None:
+        assert planned.undo.table is not None
+        recommender.items.exchange(planned.undo.table)
+    else:
+        recommender.items.carry_out(planned.change, block.weight, block.bias, block.trend)
+        recommender.items.trend_as_of_ms = block.trend_as_of_ms
+    recommender.snapshot_version = planned.undo.applied
+    return planned.undo
+
+
+@torch.no_grad()
+def planned_offsets(planned: PlannedSnapshot) -> Tensor:
+    """float32[V]: ``Catalogue.offset_V`` as it will be once a planned delta is carried out."""
+    items, block, change = planned.recommender.items, planned.snapshot.rows, planned.change
+    assert change is not None, "an anchor's catalogue is computed from its own table"
+    bias_V, trend_V = torch.zeros(change.end), torch.full((change.end,), -torch.inf, dtype=torch.float64)
+    rows, removed = torch.from_numpy(change.rows), torch.from_numpy(change.removed_rows)
+    for column_V, old_V, new_R in ((bias_V, items.bias, block.bias), (trend_V, items.trend, block.trend)):
+        column_V[: change.first] = old_V[: change.first]
+        column_V[removed] = -torch.inf
+        column_V[rows] = new_R
+    popularity_V = items.log_popularity_of(trend_V, as_of_ms=block.trend_as_of_ms)
+    return bias_V + planned.snapshot.dense["trend_coefficient"] * popularity_V
+
+
+def merge_deltas(deltas: Sequence[Snapshot]) -> Snapshot:
+    """One delta that does what these do one after the other, but for rows of items that come and go on the way.
+
+    SnapshotParentError if one does not change the version before it, StateMismatchError if they do not carry tensors
+    of the same names, shapes and dtypes.
+    """
+    merged = deltas[0]
+    for delta in deltas[1:]:
+        manifest, before = delta.manifest, merged.manifest.version
+        if manifest.kind != "delta" or manifest.parent != before:
+            raise SnapshotParentError(
+                f"version {manifest.version} changes version {manifest.parent}, but version {before} comes before it"
+            )
+        if _form(delta) != _form(merged):
+            raise StateMismatchError(f"version {manifest.version} carries other tensors than version {before}")
+        merged = Snapshot(
+            manifest=replace(manifest, parent=merged.manifest.parent),
+            dense=delta.dense,
+            rows=_merge_rows(merged.rows, delta.rows),
         )
-    _refuse_overflow(recommender, snapshot.rows)
-    undo_rows = _put_anchor if manifest.kind == "anchor" else _put_delta
-    replaced = recommender.load_dense_state(snapshot.dense)
-    undo = undo_rows(recommender, snapshot, replaced)
-    recommender.items.trend_as_of_ms = snapshot.rows.trend_as_of_ms
-    recommender.items.clear_dirty()
-    recommender.snapshot_version = manifest.version
-    return undo
+    return merged
+
+
+def _merge_rows(first: RowBlock, then: RowBlock) -> RowBlock:
+    """New items in the order of admission: where the first block has a row for an item, its place stays."""
+    kept = torch.from_numpy(~np.isin(first.ids.numpy(), then.removed_ids.numpy()))
+    first_ids = first.ids[kept]
+    added = torch.from_numpy(~np.isin(then.ids.numpy(), first_ids.numpy()))
+    ids = torch.cat([first_ids, then.ids[added]])
+    # Where each row of `then` goes.
+    order = np.argsort(ids.numpy())
+    rows = torch.from_numpy(order[np.searchsorted(ids.numpy(), then.ids.numpy(), sorter=order)])
+
+    def column(one: Tensor, other: Tensor) -> Tensor:
+        joined = torch.cat([one[kept], other[added]])
+        joined[rows] = other
+        return joined
+
+    return RowBlock(
+        ids=ids,
+        weight=column(first.weight, then.weight),
+        bias=column(first.bias, then.bias),
+        trend=column(first.trend, then.trend),
+        removed_ids=torch.cat([first.removed_ids, then.removed_ids]),
+        trend_as_of_ms=then.trend_as_of_ms,
+    )
+
+
+def _form(delta: Snapshot) -> tuple[str, int, dict[str, tuple[torch.Size, torch.dtype]]]:
+    dense = {name: (tensor.shape, tensor.dtype) for name, tensor in delta.dense.items()}
+    return delta.manifest.config_hash, delta.rows.weight.shape[1], dense
 
 
 def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
@@ -110,59 +236,6 @@ def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
         items.put_back(undo.num_items, undo.rows, undo.ids, (undo.weight, undo.bias, undo.trend))
         items.trend_as_of_ms = undo.trend_as_of_ms
     recommender.snapshot_version = undo.version
-
-
-def _put_anchor(recommender: Recommender, snapshot: Snapshot, replaced: dict[str, Tensor]) -> UndoDelta:
-    """Exchange the whole table for a new one; the old one is the way back."""
-    block = snapshot.rows
-    table = ItemTable(recommender.config)
-    table.restore(block.ids.numpy(), block.weight, block.bias, block.trend)
-    recommender.items.exchange(table)
-    none = torch.empty(0, dtype=torch.int64)
-    return _undo(recommender, table, snapshot.manifest.version, replaced, rows=none, whole=table)
-
-
-def _put_delta(recommender: Recommender, snapshot: Snapshot, replaced: dict[str, Tensor]) -> UndoDelta:
-    """Exchange the rows carried, keeping the replaced ones."""
-    items, block = recommender.items, snapshot.rows
-    removed, ids = block.removed_ids.numpy(), block.ids.numpy()
-    known = items.lookup(np.concatenate([removed, ids]))
-    rows = torch.from_numpy(np.unique(known[known >= 0]))
-    undo = _undo(recommender, items, snapshot.manifest.version, replaced, rows=rows, whole=None)
-    items.remove(removed)
-    items.put(ids, block.weight, block.bias, block.trend)
-    return undo
-
-
-def _undo(
-    recommender: Recommender,
-    before: ItemTable,
-    applied: int,
-    replaced: dict[str, Tensor],
-    *,
-    rows: Tensor,
-    whole: ItemTable | None,
-) -> UndoDelta:
-    return UndoDelta(
-        version=recommender.snapshot_version,
-        applied=applied,
-        dense=replaced,
-        rows=rows,
-        ids=before.ids_of(rows.numpy()).copy(),
-        weight=before.weight[rows],
-        bias=before.bias[rows],
-        trend=before.trend[rows],
-        num_items=before.num_items,
-        trend_as_of_ms=before.trend_as_of_ms,
-        table=whole,
-    )
-
-
-def _refuse_overflow(recommender: Recommender, block: RowBlock) -> None:
-    items = recommender.items
-    num_new = int((items.lookup(block.ids.numpy()) < 0).sum())
-    if items.num_items + num_new > recommender.config.max_items:
-        raise ItemTableFullError(f"{num_new} new items exceed max_items ({recommender.config.max_items})")
 
 
 def _differences(recommender: Recommender, other: dict[str, int | float]) -> str:

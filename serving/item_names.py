@@ -92,7 +92,9 @@ class WithheldItems:
     @property
     def item_ids(self) -> Int64s:
         """Ids, ascending."""
-        return np.union1d(self.unavailable, self._names.unresolved)
+        unresolved = self._names.unresolved
+        # Mostly there are none: sorting would let go of the interpreter in the middle of a swap.
+        return self.unavailable if len(unresolved) == 0 else np.union1d(self.unavailable, unresolved)
 
 
 def _without_text(item_ids: Int64s, texts: Mapping[int, str]) -> Int64s:

@@ -217,7 +217,8 @@ class HotSwapper:
         newest = prepared.newest
         with _tracer.start_as_current_span("headrace.serving.swap", links=link_to(newest.traceparent)) as span:
             try:
-                pause_s = await self._model_thread.run(lambda: self._apply(prepared))
+                ready = await loop.run_in_executor(self._aside, lambda: self._weights.ready(prepared))
+                pause_s = await self._model_thread.run(lambda: self._apply(ready))
             except SnapshotRefusedError as error:
                 self._reader.refuse(newest.version, error)
                 return False

@@ -1,7 +1,8 @@
 """The weights being served: which version, how it got there, and what is derived from it once per version.
 
-Owned by the model thread. Deltas are applied in place, row by row; an anchor replaces everything, so it is built
-aside and takes the place of the old model in one assignment, which keeps the pause short in both cases.
+Owned by the model thread; `prepare_swap` and `ServedWeights.ready` run aside, beside its reading. Deltas are applied
+in place: what they need is worked out aside, so that only rows and pointers are left to be written in the pause. An
+anchor replaces everything, so it is built aside and takes the place of the old model in one assignment.
 
 Shapes: V rows of the catalogue, D embedding width, P states to score.
 """
@@ -9,7 +10,7 @@ Shapes: V rows of the catalogue, D embedding width, P states to score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,11 +22,18 @@ from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.hstu import NORM_EPS
-from model.item_table import ItemTable
+from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
 from model.recommender import Catalogue, Recommender
 from model.snapshot import Snapshot
-from model.swap import UndoDelta, apply_snapshot, undo_snapshot
+from model.swap import (
+    PlannedSnapshot,
+    apply_snapshot,
+    carry_out,
+    merge_deltas,
+    plan_snapshot,
+    planned_offsets,
+)
 from serving.errors import SnapshotRefusedError
 from serving.item_names import WithheldItems
 from serving.popularity import PopularItems
@@ -60,15 +68,26 @@ class PreparedSwap:
 
     base: _Base | None
     """A whole model, when the chain starts with an anchor."""
-    deltas: Sequence[Snapshot]
-    """Otherwise: what to apply to the model in service, each on the one before."""
+    delta: Snapshot | None
+    """Otherwise: what to apply to the model in service, merged from the chain's deltas."""
     manifests: Sequence[Manifest]
     """Of the whole chain, oldest first."""
+    change: _Change | None = None
+    """What the delta does to the model in service; None until `ServedWeights.ready` has worked it out."""
+    replaced: tuple[object, ...] = ()
+    """What the swap may replace: freed with this object, not in the pause."""
 
     @property
     def newest(self) -> Manifest:
         """The version that this swap leads to."""
         return self.manifests[-1]
+
+    def item_ids(self) -> Int64s:
+        """Distinct ids of the items whose rows it brings, -1 among them for removed ones of a whole model."""
+        if self.base is not None:
+            return self.base.recommender.items.ids()
+        assert self.delta is not None
+        return self.delta.rows.ids.numpy()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,30 +106,56 @@ class _CatalogueBuffer:
         self._unit[: len(whole.unit_VD)] = whole.unit_VD
 
     @torch.no_grad()
-    def refresh(self, recommender: Recommender, touched_rows: Tensor) -> None:
-        """Follow a change of `touched_rows` (int64, distinct) and of the trend."""
-        items = recommender.items
-        if items.num_items > len(self._unit):
-            grown = self._unit.new_zeros(2 * items.num_items, self._unit.shape[1])
-            grown[: len(self._unit)] = self._unit
-            self._unit = grown
-        self._unit[touched_rows] = functional.normalize(items.weight[touched_rows], dim=1, eps=NORM_EPS)
-        offset_V = items.bias[: items.num_items] + recommender.trend_coefficient * items.log_popularity()
-        self.catalogue = Catalogue(unit_VD=self._unit[: items.num_items], offset_V=offset_V)
+    def plan(self, planned: PlannedSnapshot) -> _Change:
+        """Work out what a delta changes, reading only."""
+        assert planned.change is not None, "an anchor has a catalogue of its own"
+        num_items, roomier = planned.change.end, None
+        if num_items > len(self._unit):
+            roomier = self._unit.new_zeros(2 * num_items, self._unit.shape[1])
+            roomier[: len(self._unit)] = self._unit
+        return _Change(
+            planned=planned,
+            rows=planned.change.rows,
+            unit_RD=functional.normalize(planned.snapshot.rows.weight, dim=1, eps=NORM_EPS),
+            offset_V=planned_offsets(planned),
+            roomier=roomier,
+        )
+
+    def carry_out(self, change: _Change) -> None:
+        """Follow a delta that has been applied."""
+        if change.roomier is not None:
+            self._unit = change.roomier
+        write_rows(self._unit, change.rows, change.unit_RD)
+        self.catalogue = Catalogue(unit_VD=self._unit[: len(change.offset_V)], offset_V=change.offset_V)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Change:
+    """A delta worked out for the model in service.
+
+    rows: int64[R], rows it writes. unit_RD: their unit vectors. offset_V: of the whole catalogue afterwards. roomier:
+    a copy of the unit vectors with more room, None if there is room.
+    """
+
+    planned: PlannedSnapshot
+    rows: Int64s
+    unit_RD: Tensor
+    offset_V: Tensor
+    roomier: Tensor | None
 
 
 def prepare_swap(config: ModelConfig, snapshots: Sequence[Snapshot]) -> PreparedSwap:
     """Do aside everything that can be done aside. Raises ModelError."""
     manifests = [snapshot.manifest for snapshot in snapshots]
     if manifests[0].kind == "delta":
-        return PreparedSwap(base=None, deltas=snapshots, manifests=manifests)
+        return PreparedSwap(base=None, delta=merge_deltas(snapshots), manifests=manifests)
     recommender = Recommender(config)
     for snapshot in snapshots:
         apply_snapshot(recommender, snapshot)
     recommender.eval()
     base = _Base(recommender=recommender, catalogue=_CatalogueBuffer(recommender))
     _warm_up(base)
-    return PreparedSwap(base=base, deltas=(), manifests=manifests)
+    return PreparedSwap(base=base, delta=None, manifests=manifests)
 
 
 @torch.inference_mode()
@@ -148,29 +193,37 @@ class ServedWeights:
         """The item table of the weights in service."""
         return self.recommender.items
 
+    def ready(self, prepared: PreparedSwap) -> PreparedSwap:
+        """The same swap, worked out for the weights in service; while nobody swaps, in any thread.
+
+        Raises SnapshotRefusedError.
+        """
+        return replace(
+            prepared,
+            change=None if prepared.delta is None else self._plan(prepared.delta),
+            replaced=(self.recommender, *self.items.storage(), self._catalogue, self._catalogue.catalogue),
+        )
+
+    def _plan(self, delta: Snapshot) -> _Change:
+        try:
+            return self._catalogue.plan(plan_snapshot(self.recommender, delta))
+        except ModelError as error:
+            raise SnapshotRefusedError(str(error)) from error
+
     def swap(self, prepared: PreparedSwap) -> None:
         """Go to the prepared version. Raises SnapshotRefusedError, and then the version before is still served."""
         if prepared.base is not None:
             self.recommender, self._catalogue = prepared.base.recommender, prepared.base.catalogue
         else:
-            self._apply(prepared.deltas)
-            ids = [delta.rows.ids.numpy() for delta in prepared.deltas]
-            changed = self.items.lookup(ids[0] if len(ids) == 1 else np.unique(np.concatenate(ids)))
-            self._catalogue.refresh(self.recommender, torch.from_numpy(changed[changed >= 0]))
+            assert prepared.delta is not None
+            change = prepared.change
+            if change is None or not change.planned.fits(self.recommender):
+                change = self._plan(prepared.delta)
+            carry_out(change.planned)
+            self._catalogue.carry_out(change)
         self.info = WeightsInfo.of(prepared.newest)
         self._popular = None
         self.update_mask()
-
-    def _apply(self, deltas: Sequence[Snapshot]) -> None:
-        applied: list[UndoDelta] = []
-        for delta in deltas:
-            try:
-                applied.append(apply_snapshot(self.recommender, delta))
-            except ModelError as error:
-                # All or nothing: the deltas before this one were not announced as a version of their own.
-                for undo in reversed(applied):
-                    undo_snapshot(self.recommender, undo)
-                raise SnapshotRefusedError(str(error)) from error
 
     def score(self, u_PD: Tensor) -> Tensor:
         """float32[P, V]: every item's score for each state."""
@@ -189,5 +242,6 @@ class ServedWeights:
             self.mask_V = None
             return
         rows = self.items.lookup(withheld)
-        self.mask_V = torch.zeros(self.items.num_items)
-        self.mask_V[torch.from_numpy(rows[rows >= 0])] = -torch.inf
+        mask_V = np.zeros(self.items.num_items, np.float32)
+        mask_V[rows[rows >= 0]] = -np.inf
+        self.mask_V = torch.from_numpy(mask_V)

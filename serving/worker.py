@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from prometheus_client import generate_latest
 
 from feature_store.config import HotHistoriesConfig
@@ -150,10 +149,7 @@ class ServingWorker:
 
     def _before_swap(self, prepared: PreparedSwap) -> None:
         """New items can be named from their first answer on."""
-        if prepared.base is not None:
-            self._names.resolve(prepared.base.recommender.items.ids())
-        else:
-            self._names.resolve(np.unique(np.concatenate([delta.rows.ids.numpy() for delta in prepared.deltas])))
+        self._names.resolve(prepared.item_ids())
 
     def _after_swap(self, done: SwapDone) -> None:
         self._first_answers.expect(done.passed)

@@ -30,3 +30,20 @@ def test_ids_that_share_a_slot_are_all_found() -> None:
     ids = np.array([2**62, 2**62 + 1, 0, 2**63 - 1])
     index.put(ids, np.arange(4))
     assert index.find(ids).tolist() == [0, 1, 2, 3]
+
+
+def test_slots_found_beforehand_are_those_that_put_would_take() -> None:
+    rng = np.random.default_rng(3)
+    ahead, direct = IdIndex(num_slots=64), IdIndex(num_slots=64)
+    ids = rng.choice(1 << 62, 30, replace=False)
+    for some in (ids[:20], ids[20:20], ids[20:]):
+        rows = np.arange(len(some))
+        slots = ahead.free_slots(some)
+        assert (ahead.find(some) == -1).all(), "looking for slots changes nothing"
+        ahead.fill(slots, some, rows)
+        direct.put(some, rows)
+    assert ahead.find(ids).tolist() == direct.find(ids).tolist()
+    assert ahead.roomier(2) is None
+    roomier = ahead.roomier(3)
+    assert roomier is not None
+    assert roomier.find(ids).tolist() == ahead.find(ids).tolist()

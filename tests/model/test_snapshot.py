@@ -25,6 +25,7 @@ from model.errors import (
     SnapshotNotReadyError,
     SnapshotParentError,
     SnapshotTruncatedError,
+    StateMismatchError,
 )
 from model.manifest import Lineage, Manifest, SnapshotKind
 from model.recommender import Recommender
@@ -39,7 +40,7 @@ from model.snapshot import (
     snapshot_path,
     write_snapshot,
 )
-from model.swap import apply_snapshot, take_rows, undo_snapshot
+from model.swap import apply_snapshot, carry_out, merge_deltas, plan_snapshot, take_rows, undo_snapshot
 from tests.model.study import Study
 
 Answer = Callable[[Recommender], torch.Tensor]
@@ -188,6 +189,60 @@ def test_undo_restores_the_exact_outputs_of_every_earlier_version(
     for version in (1, 2, 3, 4):
         apply_snapshot(recommender, load_snapshot(root, "hstu", version))
     assert recommender.items.lookup(np.arange(40) * 1_000_003).tolist() == lookups.tolist()
+
+
+def live_rows(recommender: Recommender) -> dict[str, torch.Tensor]:
+    """Everything about the live items, in the table's order; removed ones leave no trace."""
+    block = take_rows(recommender, "anchor")
+    return block.tensors() | recommender.dense_state()
+
+
+def test_merged_deltas_do_what_they_do_one_after_the_other(tmp_path: Path, small_config: ModelConfig) -> None:
+    rng = np.random.default_rng(7)
+    study = Study(small_config)
+    study.learn(2)
+    publish(tmp_path, study.recommender, 1, "anchor")
+    items = study.recommender.items
+    for version in range(2, 12):
+        # Items go, come back in the same delta or a later one, and new ones go at once.
+        items.remove(rng.choice(items.ids(), 4))
+        rows = items.admit(rng.choice(40, 6, replace=False) * 1_000_003)
+        items.observe(rows, np.full(len(rows), 1_700_000_000_000 + version))
+        items.weight[torch.from_numpy(rows)] += version
+        publish(tmp_path, study.recommender, version, "delta")
+    for first, last in ((2, 3), (2, 11), (5, 9), (11, 11)):
+        stepwise, at_once = loaded(tmp_path, small_config, last), loaded(tmp_path, small_config, first - 1)
+        before = everything(at_once)
+        merged = merge_deltas([load_snapshot(tmp_path, "hstu", version) for version in range(first, last + 1)])
+        undo = apply_snapshot(at_once, merged)
+        assert at_once.snapshot_version == last
+        assert_same(live_rows(at_once), live_rows(stepwise))
+        undo_snapshot(at_once, undo)
+        assert at_once.snapshot_version == first - 1
+        assert_same(everything(at_once), before)
+
+
+def test_deltas_that_do_not_follow_each_other_are_not_merged(root: Path) -> None:
+    second, third = (load_snapshot(root, "hstu", version) for version in (2, 3))
+    with pytest.raises(SnapshotParentError, match="version 2 changes version 1, but version 3 comes before it"):
+        merge_deltas([third, second])
+    third.dense["log_scale"] = torch.zeros(2)
+    with pytest.raises(StateMismatchError, match="version 3 carries other tensors"):
+        merge_deltas([second, third])
+
+
+def test_planning_changes_nothing_and_a_plan_fits_only_what_it_was_made_for(
+    root: Path, small_config: ModelConfig
+) -> None:
+    recommender, other = loaded(root, small_config, 1), loaded(root, small_config, 1)
+    before = everything(recommender)
+    plan = plan_snapshot(recommender, load_snapshot(root, "hstu", 2))
+    assert_same(everything(recommender), before)
+    assert plan.fits(recommender)
+    assert not plan.fits(other)
+    carry_out(plan)
+    assert not plan.fits(recommender)
+    assert_same(everything(recommender), everything(loaded(root, small_config, 2)))
 
 
 def test_undoing_out_of_order_is_refused(root: Path, small_config: ModelConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from model.config import ModelConfig
 from model.snapshot import chain, load_snapshot, move_pointer
+from serving.errors import SnapshotRefusedError
 from serving.instruments import ServingInstruments
 from serving.item_names import ItemNames, WithheldItems
 from serving.swap import SnapshotReader
@@ -324,6 +325,53 @@ def test_a_chain_is_applied_as_a_whole_or_not_at_all(town_publisher: Publisher) 
     torch.testing.assert_close(
         weights.score(torch.eye(16)), publisher.recommender.scores(torch.eye(16)), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("how", ["worked out aside", "not worked out", "worked out for another version"])
+def test_a_delta_is_served_exactly_however_it_was_prepared(town_publisher: Publisher, how: str) -> None:
+    publisher = town_publisher
+    publisher.learn(range(10))
+    publisher.publish("anchor")
+    weights = ServedWeights(MODEL, WithheldItems(ItemNames(lambda _ids: {})))
+    weights.swap(prepare_swap(MODEL, [load_snapshot(publisher.root, NAME, 1)]))
+    for version in range(2, 8):
+        # The table, the index and the unit vectors outgrow what was allocated.
+        publisher.learn([1, 2, *range(500 * version, 500 * version + 300)])
+        if version % 2:
+            publisher.recommender.items.remove(np.array([version, 500 * (version - 1)]))
+        publisher.publish()
+        prepared = prepare_swap(MODEL, [load_snapshot(publisher.root, NAME, version)])
+        if how != "not worked out":
+            prepared = weights.ready(prepared)
+        if how == "worked out for another version":
+            # Back to the anchor and forward again: the same version, but in another model.
+            chain_again = [load_snapshot(publisher.root, NAME, v) for v in range(1, version)]
+            weights.swap(weights.ready(prepare_swap(MODEL, chain_again)))
+        weights.swap(prepared)
+        fresh = ServedWeights(MODEL, weights.withheld)
+        fresh.swap(prepare_swap(MODEL, [load_snapshot(publisher.root, NAME, v) for v in range(1, version + 1)]))
+        assert weights.info == fresh.info
+        states = torch.eye(16)
+        torch.testing.assert_close(weights.score(states), fresh.score(states), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            weights.score(torch.zeros(1, 16)), publisher.recommender.scores(torch.zeros(1, 16)), rtol=0, atol=0
+        )
+        for name, tensor in fresh.items.state_dict().items():
+            torch.testing.assert_close(weights.items.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_a_delta_that_does_not_fit_the_weights_in_service_is_refused_aside(town_publisher: Publisher) -> None:
+    publisher = town_publisher
+    publisher.learn(range(10))
+    publisher.publish("anchor")
+    for _ in range(2):
+        publisher.learn([1])
+        publisher.publish()
+    first, _, third = (load_snapshot(publisher.root, NAME, version) for version in (1, 2, 3))
+    weights = ServedWeights(MODEL, WithheldItems(ItemNames(lambda _ids: {})))
+    weights.swap(prepare_swap(MODEL, [first]))
+    with pytest.raises(SnapshotRefusedError, match="version 3 changes version 2, but version 1 is loaded"):
+        weights.ready(prepare_swap(MODEL, [third]))
 
 
 def test_a_reader_for_another_model_configuration_names_the_setting(town_publisher: Publisher) -> None:
