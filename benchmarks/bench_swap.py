@@ -143,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the pause of a hot swap")
     parser.add_argument("--items", type=int, default=16_000, help="rows of the catalogue")
     parser.add_argument("--swaps", type=int, default=100, help="swaps per case and arm")
-    parser.add_argument("--busy-swaps", type=int, default=30, help="swaps per case and arm beside a busy thread")
+    parser.add_argument("--busy-swaps", type=int, default=10, help="swaps per case and arm beside a busy thread")
     args = parser.parse_args()
     torch.set_num_threads(1)  # what serving.num_threads is by default
     measured = []
