@@ -198,7 +198,8 @@ class TrainerDaemon:
         if batch is None:
             return
         with _tracer.start_as_current_span("headrace.trainer.step", links=links_to(batch.headers)) as span:
-            await self._until_store_answers(batch, stopping)
+            if not await self._until_store_answers(batch, stopping):
+                return
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
@@ -209,8 +210,11 @@ class TrainerDaemon:
         self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
         self._publisher.learned(event_time_ms, batch.append_ms, self._learner.ledger.num_interactions)
 
-    async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> None:
-        """Run the step; histories are read before anything changes, so a step can be tried again."""
+    async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> bool:
+        """Run the step; histories are read before anything changes, so a step can be tried again.
+
+        False when told to stop first: the batch is not in the account, so the next start reads it again.
+        """
         delay_s = RETRY_FIRST_S
         while True:
             try:
@@ -218,13 +222,13 @@ class TrainerDaemon:
             except StoreUnavailableError as error:
                 self._blocked_by = str(error)
                 if stopping.is_set():
-                    raise
+                    return False
                 logger.warning("%s; trying again in %.1f s", error, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
             else:
                 self._blocked_by = None
-                return
+                return True
 
     async def _publish(self, writer: LogWriter) -> None:
         links = list(self._unpublished_steps)

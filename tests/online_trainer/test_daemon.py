@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from feature_store.config import FeatureStoreConfig
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from model.config import LossConfig, OptimizerConfig
@@ -231,3 +232,16 @@ async def test_readiness_says_what_it_waits_for(site: Site) -> None:
     async with running(daemon):
         await until(lambda: daemon.ready()[0])
     assert daemon.ready() == (False, "stopped")
+
+
+async def test_told_to_stop_while_the_store_is_away_it_stops_and_the_batch_is_read_again(site: Site) -> None:
+    # The first updates are missing, so that histories must be read from a store that is not there.
+    updates = record_stream(site.store, walks(200)).updates
+    site.send(updates[2:])
+    missing = FeatureStore(FeatureStoreConfig(url=f"sqlite:///{site.root}/missing/store.db"))
+    away = Site(site.log, missing, site.root).daemon()
+    async with running(away):
+        await until(lambda: "missing" in away.ready()[1])
+    missing.close()
+    assert away.status()["interactions"] == 0
+    assert (await learn(site.daemon(), 100))["repeated"] == 0
