@@ -365,14 +365,11 @@ def verify(
     from feature_store.store import FeatureStore
     from ops.config import HeadraceConfig
     from ops.verify import take_account
-    from stream.kafka import KafkaConfig, KafkaLog
 
     settings = _settings(config)
-    own, log = settings.get(HeadraceConfig), KafkaLog(settings.get(KafkaConfig))
+    own = settings.get(HeadraceConfig)
     store = FeatureStore(settings.get(FeatureStoreConfig))
-    account = take_account(
-        store, own.data_dir / "snapshots", own.model, log_id=log.log_id, topic=log.topics.interactions
-    )
+    account = take_account(store, own.data_dir / "snapshots", own.model)
     store.close()
     print(json.dumps(dataclasses.asdict(account)) if as_json else account.sentence())
     raise typer.Exit(0 if account.is_equal else 1)

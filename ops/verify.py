@@ -20,7 +20,6 @@ class Account:
     """What is stored, and what the newest snapshot has learned from."""
 
     stored: StoreTotals
-    stored_positions: dict[int, int]
     version: int | None
     learned: Lineage
 
@@ -51,7 +50,7 @@ class Account:
         )
 
 
-def take_account(store: FeatureStore, snapshot_root: Path, model: str, *, log_id: str, topic: str) -> Account:
+def take_account(store: FeatureStore, snapshot_root: Path, model: str) -> Account:
     """Compare the store with the newest snapshot. Reads every chunk, checking its checksum.
 
     Raises ChunkCorruptError, SnapshotError or StoreUnavailableError.
@@ -60,7 +59,6 @@ def take_account(store: FeatureStore, snapshot_root: Path, model: str, *, log_id
     learned = Lineage() if pointer is None else read_manifest(snapshot_root, model, pointer.version).lineage
     return Account(
         stored=store.totals(),
-        stored_positions=store.positions(log_id, topic),
         version=None if pointer is None else pointer.version,
         learned=learned,
     )
