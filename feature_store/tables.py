@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0002"
+SCHEMA_REVISION: Final = "0003"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -47,7 +47,17 @@ log_position = Table(
     Column("topic", String(249), primary_key=True),
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("next_offset", BigInteger, nullable=False),
+    Column("watermark_ms", BigInteger, nullable=False, server_default="0"),
     comment="Next log offset to apply, written in the transaction that stores the effect.",
+)
+
+removal = Table(
+    "removal",
+    metadata,
+    Column("source", String(512), primary_key=True),
+    Column("num_interactions", BigInteger, nullable=False),
+    Column("fingerprint", BigInteger, nullable=False),
+    comment="How many accepted interactions were removed again, by which writer, and the sum of their event keys.",
 )
 
 redriven_letter = Table(
