@@ -53,6 +53,9 @@ def append(connection: Connection, interactions: Interactions, chunk_len: int) -
     if connection.dialect.name == "postgresql":
         # Shared by appends, exclusive against forget_users: no append can write back a history it read before that.
         connection.execute(text("LOCK TABLE history_chunk IN ROW EXCLUSIVE MODE"))
+    if len(interactions) == 0:
+        none = np.empty(0, np.bool_)
+        return AppendResult(accepted=none, seq=np.empty(0, np.uint32), late=none)
     # Step 1: read the end of each history, as far back as the new interactions reach.
     ids, group = np.unique(interactions.user_id, return_inverse=True)
     first_new_ms = np.full(len(ids), np.iinfo(np.int64).max)

@@ -27,4 +27,11 @@ def event_key(event_id: str) -> int:
 
 def event_keys(event_ids: Iterable[str]) -> NDArray[np.uint64]:
     """`event_key` of every id, as u64[N]."""
-    return np.fromiter(map(event_key, event_ids), dtype=np.uint64)
+    # Copying a prepared hash takes half the time of making one.
+    prepared = blake2b(digest_size=_HASH_BYTES, person=b"headrace-event")
+    digests = []
+    for event_id in event_ids:
+        digest = prepared.copy()
+        digest.update(event_id.encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)

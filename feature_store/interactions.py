@@ -152,6 +152,10 @@ class AppendResult:
     late: NDArray[np.bool_]
     """bool[N]: accepted, and older than an interaction that was stored before this append."""
 
+    def rows(self, part: slice) -> AppendResult:
+        """What became of some of the rows."""
+        return AppendResult(**{field.name: getattr(self, field.name)[part] for field in fields(self)})
+
     def accepted_from(self, interactions: Interactions) -> Interactions:
         """The accepted rows of the batch that was appended, carrying their `seq`: what an update announces."""
         columns = interactions.columns | {"seq": self.seq}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import signal
 import socket
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _STORE_RETRY_FIRST_S: Final = 0.2
 _STORE_RETRY_MAX_S: Final = 5.0
+_OBJECTS_BETWEEN_COLLECTIONS: Final = 200_000
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 """Parameters of glibc's mallopt(3)."""
@@ -55,6 +57,7 @@ def ingest(settings: Settings) -> int:
             mode=config.mode,
         )
         service = IngestService(parts)
+        _collect_rarely()
         report.of(service.ready, service.status)
         return run_worker(build_app(parts, service), service, log_level=config.log_level)
 
@@ -137,6 +140,17 @@ def _keep_large_buffers() -> None:
     if mallopt is not None:  # glibc; other C libraries have their own ways
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _collect_rarely() -> None:
+    """Let the cycle collector run once in many records, not once in 700 objects.
+
+    A poll makes a hundred thousand objects that live until its commit and are in no cycle; looking at them again and
+    again took a third of ingest's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 20, 20)
 
 
 async def _until_told_to_stop(run: Callable[[asyncio.Event], Any]) -> None:

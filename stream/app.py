@@ -25,10 +25,11 @@ from feature_store.interactions import Interactions
 from feature_store.records import Item
 from feature_store.store import FeatureStore
 from stream.clock import Clock
+from stream.commit import Committer
 from stream.dead_letters import MESSAGE_REASON, dead_letter_headers
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
-from stream.ingest import Committer, IngestConfig, IngestWorker
+from stream.ingest import IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
 from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message

@@ -1,23 +1,31 @@
-"""Decoding one poll into columns: pure, so that a batch can be decoded again after a failed commit."""
+"""Decoding one poll into columns: pure, so that a batch can be decoded again after a failed commit.
+
+All values of a batch are parsed in one call and checked column by column; only what is suspicious is looked at one by
+one, to name the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from feature_store.ids import event_key, stable_id
+from feature_store.ids import event_keys, stable_id
 from feature_store.interactions import Interactions
-from stream.events import Event, EventDecoder, Refusal
-from stream.log import Record
+from stream.events import SCHEMA_VERSION, Event, EventDecoder, Refusal
+from stream.log import Record, RecordBatch
+
+_NO_ID = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedBatch:
     """One partition's poll: accepted events as columns, refused records with their reasons."""
 
+    partition: int
     first_offset: int
     last_offset: int
     interactions: Interactions
@@ -30,6 +38,8 @@ class DecodedBatch:
     user_names: dict[int, str]
     """Texts of hashed user ids."""
     item_names: dict[int, str]
+    source: RecordBatch
+    """What was decoded, for decoding it again."""
 
     def from_offset(self, position: int) -> tuple[DecodedBatch, int]:
         """The part at or above `position`, and how many records were dropped below it."""
@@ -38,6 +48,7 @@ class DecodedBatch:
         start = int(np.searchsorted(self.offsets, position, side="left"))
         refused = [(record, refusal) for record, refusal in self.refused if record.offset >= position]
         kept = DecodedBatch(
+            partition=self.partition,
             first_offset=position,
             last_offset=self.last_offset,
             interactions=self.interactions.take(slice(start, None)),
@@ -46,69 +57,133 @@ class DecodedBatch:
             refused=refused,
             user_names=self.user_names,
             item_names=self.item_names,
+            source=self.source,
         )
         return kept, start + len(self.refused) - len(refused)
 
 
-class _Names:
-    """Integer ids of one kind; texts are hashed and remembered, and two texts never share an id."""
+@dataclass(slots=True)
+class _Ids:
+    """Integer ids of N events, of one kind."""
 
-    def __init__(self, kind: str, colliding: Collection[tuple[str, str]]) -> None:
-        self.kind = kind
-        self.texts: dict[int, str] = {}
-        self._colliding = colliding
+    ids: NDArray[np.int64]
+    """i64[N]; -1 where the text's hash belongs to another text."""
+    texts: dict[int, str] = field(default_factory=dict)
+    """The texts behind hashed ids."""
 
-    def id_of(self, raw: int | str) -> int | None:
-        """The integer id, or None when the text's hash belongs to another text."""
-        if isinstance(raw, int):
-            return raw
-        hashed = stable_id(raw)
-        if (self.kind, raw) in self._colliding or self.texts.setdefault(hashed, raw) != raw:
-            return None
+    @staticmethod
+    def of(kind: str, raw: Sequence[int | str], colliding: Collection[tuple[str, str]]) -> _Ids:
+        if {int}.issuperset(map(type, raw)):
+            return _Ids(np.array(raw, np.int64))
+        found = _Ids(np.empty(0, np.int64))
+        known: dict[int | str, int] = {}
+        for each in dict.fromkeys(raw):
+            known[each] = each if isinstance(each, int) else found._hashed(kind, each, colliding)
+        found.ids = np.array([known[each] for each in raw], np.int64)
+        return found
+
+    def _hashed(self, kind: str, text: str, colliding: Collection[tuple[str, str]]) -> int:
+        hashed = stable_id(text)
+        if (kind, text) in colliding or self.texts.setdefault(hashed, text) != text:
+            return _NO_ID
         return hashed
 
 
 def decode_batch(
-    records: list[Record], decoder: EventDecoder, now_ms: int, *, colliding: Collection[tuple[str, str]] = ()
+    source: RecordBatch, decoder: EventDecoder, now_ms: int, *, colliding: Collection[tuple[str, str]] = ()
 ) -> DecodedBatch:
-    """Decode records (at least one, ascending offsets) of one partition.
+    """Decode the records of one partition.
 
     `colliding` holds (kind, text) pairs whose hash is taken by another text in the store: they are refused.
     """
-    users, items = _Names("user", colliding), _Names("item", colliding)
-    refused: list[tuple[Record, Refusal]] = []
-    rows: list[tuple[Event, Record, int, int]] = []
-    for record in records:
-        decoded = decoder.decode(record.value, now_ms)
-        if isinstance(decoded, Refusal):
-            refused.append((record, decoded))
-            continue
-        user_id, item_id = users.id_of(decoded.user_id), items.id_of(decoded.item_id)
-        if user_id is None or item_id is None:
-            refused.append((record, _collision("user_id" if user_id is None else "item_id")))
-            continue
-        rows.append((decoded, record, user_id, item_id))
-    bits = decoder.action_bits
+    refusals: dict[int, Refusal] = {}
+    rows, events = _parse(source, decoder, now_ms, refusals)
+    times, values, is_suspect = _checked_columns(events, decoder, now_ms)
+    for place in np.flatnonzero(is_suspect).tolist():
+        refusal = decoder.refusal(events[place], now_ms)
+        if refusal is not None:
+            refusals[int(rows[place])] = refusal
+    users = _Ids.of("user", [event.user_id for event in events], colliding)
+    items = _Ids.of("item", [event.item_id for event in events], colliding)
+    for ids, name in ((users.ids, "user_id"), (items.ids, "item_id")):
+        for place in np.flatnonzero(ids == _NO_ID).tolist():
+            refusals.setdefault(int(rows[place]), _collision(name))
+    keys = event_keys(event.event_id for event in events)
+    actions = np.array([decoder.action_bits.get(event.action, 0) for event in events], np.uint32)
+    interactions = Interactions(
+        user_id=users.ids,
+        item_id=items.ids,
+        event_time_ms=times,
+        action=actions,
+        value=values,
+        event_key=keys,
+        seq=np.zeros(len(events), np.uint32),
+        arrival_ms=np.full(len(events), now_ms, np.int64),
+    )
+    if refusals:
+        is_good = ~np.isin(rows, list(refusals))
+        interactions, rows = interactions.take(is_good), rows[is_good]
+        _keep_names(users, interactions.user_id)
+        _keep_names(items, interactions.item_id)
     return DecodedBatch(
-        first_offset=records[0].offset,
-        last_offset=records[-1].offset,
-        interactions=Interactions(
-            user_id=np.array([row[2] for row in rows], np.int64),
-            item_id=np.array([row[3] for row in rows], np.int64),
-            event_time_ms=np.array([row[0].event_time_ms() for row in rows], np.int64),
-            action=np.array([bits[row[0].action] for row in rows], np.uint32),
-            value=np.array([np.nan if row[0].value is None else row[0].value for row in rows], np.float32),
-            event_key=np.array([event_key(row[0].event_id) for row in rows], np.uint64),
-            seq=np.zeros(len(rows), np.uint32),
-            arrival_ms=np.full(len(rows), now_ms, np.int64),
-        ),
-        offsets=np.array([row[1].offset for row in rows], np.int64),
-        append_ms=np.array([row[1].timestamp_ms for row in rows], np.int64),
-        refused=refused,
+        partition=source.partition,
+        first_offset=int(source.offsets[0]),
+        last_offset=int(source.offsets[-1]),
+        interactions=interactions,
+        offsets=source.offsets[rows],
+        append_ms=source.timestamps_ms[rows],
+        refused=[(source.record(row), refusals[row]) for row in sorted(refusals)],
         user_names=users.texts,
         item_names=items.texts,
+        source=source,
     )
 
 
-def _collision(field: str) -> Refusal:
-    return Refusal("id_collision", field, f"{field}: another text has the same 63-bit hash; nothing is merged")
+def _parse(
+    source: RecordBatch, decoder: EventDecoder, now_ms: int, refusals: dict[int, Refusal]
+) -> tuple[NDArray[np.int64], list[Event]]:
+    """The rows that are events, and the events; why the others are not goes into `refusals`."""
+    parsed = list(decoder.parse_many(source.values))
+    for row in [row for row, event in enumerate(parsed) if event is None]:
+        decoded = decoder.decode(source.values[row], now_ms)
+        if isinstance(decoded, Refusal):
+            refusals[row] = decoded
+        else:
+            parsed[row] = decoded
+    if not refusals:
+        return np.arange(len(parsed)), [event for event in parsed if event is not None]
+    rows = np.array([row for row in range(len(parsed)) if row not in refusals], np.int64)
+    return rows, [event for event in parsed if event is not None]
+
+
+def _checked_columns(
+    events: list[Event], decoder: EventDecoder, now_ms: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    """Event times, values, and which of the N events `EventDecoder.refusal` has to judge (all it would refuse)."""
+    raw_times = [event.event_time for event in events]
+    if {int}.issuperset(map(type, raw_times)):
+        times = np.array(raw_times, np.int64)
+    else:
+        is_naive = [isinstance(time, datetime) and time.tzinfo is None for time in raw_times]
+        times = np.array(
+            [_NO_ID if naive else event.event_time_ms() for naive, event in zip(is_naive, events, strict=True)],
+            np.int64,
+        )
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        values = np.array([event.value for event in events], np.float64).astype(np.float32)
+    actions = decoder.action_bits
+    is_suspect = (times < 0) | (times - now_ms > decoder.rules.max_future_skew_ms) | np.isinf(values)
+    is_suspect |= np.array([event.action not in actions for event in events], np.bool_)
+    is_suspect |= np.array([event.schema_version != SCHEMA_VERSION for event in events], np.bool_)
+    return times, values, is_suspect
+
+
+def _keep_names(ids: _Ids, kept: NDArray[np.int64]) -> None:
+    """Forget the texts of refused records: nothing of them is stored."""
+    if ids.texts:
+        present = set(kept.tolist())
+        ids.texts = {number: text for number, text in ids.texts.items() if number in present}
+
+
+def _collision(name: str) -> Refusal:
+    return Refusal("id_collision", name, f"{name}: another text has the same 63-bit hash; nothing is merged")

@@ -7,7 +7,7 @@ never stops the stream.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
@@ -15,9 +15,13 @@ from typing import Annotated, Any, Final
 import msgspec
 
 INT64_MAX: Final = 2**63 - 1
+FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
+_PARSE_TOGETHER_MIN: Final = 32
+"""A group with a bad record is halved until it is this small; then its records are looked at one by one."""
 MAX_ACTIONS: Final = 32
 """Actions are bits of a 32-bit mask."""
-SUPPORTED_SCHEMA_VERSIONS: Final = (1,)
+SCHEMA_VERSION: Final = 1
+SUPPORTED_SCHEMA_VERSIONS: Final = (SCHEMA_VERSION,)
 
 IntId = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
 TextId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -25,7 +29,8 @@ EventId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 EpochMs = Annotated[int, msgspec.Meta(ge=-(2**63), le=INT64_MAX)]
 
 
-class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
+# gc=False: an event holds texts and numbers, so it can be part of no cycle; the collector need not look at millions.
+class Event(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """One user event as producers write it (`schema_version` 1, JSON object).
 
     Ids are non-negative 64-bit integers or text of at most 256 characters. `event_time` is epoch milliseconds
@@ -52,7 +57,7 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class _StrictEvent(Event, kw_only=True, forbid_unknown_fields=True):
+class _StrictEvent(Event, kw_only=True, forbid_unknown_fields=True, gc=False):
     """The same schema, used to notice unknown fields."""
 
 
@@ -67,7 +72,7 @@ REASONS: Final = {
     "negative_time": "event_time lies before 1970",
     "future_time": "event_time lies further ahead than events.max_future_skew_ms",
     "naive_time": "event_time is text without a UTC offset",
-    "non_finite_value": "value is NaN or infinite",
+    "non_finite_value": "value is not a finite 32-bit floating-point number",
     "id_collision": "two different texts hash to the same 63-bit id",
 }
 """Reason code → what it means. The codes are part of the dead-letter contract: they never change meaning."""
@@ -143,9 +148,54 @@ class EventDecoder:
             except (msgspec.DecodeError, UnicodeDecodeError):
                 return _diagnose(value)
             self.num_with_unknown_fields += 1
-        return self._refusal(event, now_ms) or event
+        return self.refusal(event, now_ms) or event
 
-    def _refusal(self, event: Event, now_ms: int) -> Refusal | None:
+    def parse_many(self, values: Sequence[bytes | None]) -> Sequence[Event | None]:
+        """Parse record values in bulk, without validating them further; None where `decode` has to look.
+
+        One poison record costs the rest of its batch a second parse, not one by one.
+        """
+        events = self._parse_lines(values)
+        if events is not None:
+            return events
+        if len(values) <= _PARSE_TOGETHER_MIN:
+            return [None] * len(values)
+        middle = len(values) // 2
+        return [*self.parse_many(values[:middle]), *self.parse_many(values[middle:])]
+
+    def _parse_lines(self, raw: Sequence[bytes | None]) -> Sequence[Event] | None:
+        """All values parsed in one call as lines of JSON; None if one of them is not right."""
+        values = [value for value in raw if value is not None]
+        if len(values) < len(raw) or max(map(len, values)) > self.rules.max_event_bytes:
+            return None
+        lines = b"\n".join(values)
+        # Each line feed stands between a brace that closes and one that opens. JSON allows that nowhere inside a value
+        # (and no line feed in a text), so as many objects as values means: exactly one object in each value.
+        num_breaks = len(values) - 1
+        if lines.count(b"\n") != num_breaks or lines.count(b"}\n{") != num_breaks:
+            return None
+        if not (lines.startswith(b"{") and lines.endswith(b"}")):
+            return None
+        try:
+            events: Sequence[Event] = self._strict.decode_lines(lines)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            try:
+                events = self._lenient.decode_lines(lines)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return None
+            if len(events) == len(values):
+                self.num_with_unknown_fields += sum(not self._is_strict(value) for value in values)
+        return events if len(events) == len(values) else None
+
+    def _is_strict(self, value: bytes) -> bool:
+        try:
+            self._strict.decode(value)
+        except msgspec.DecodeError:
+            return False
+        return True
+
+    def refusal(self, event: Event, now_ms: int) -> Refusal | None:
+        """Why an event that parsed is not accepted, or None if it is."""
         if event.schema_version not in SUPPORTED_SCHEMA_VERSIONS:
             return Refusal(
                 "unsupported_schema_version",
@@ -167,8 +217,8 @@ class EventDecoder:
                 "event_time",
                 f"event_time lies {ahead_ms} ms ahead; events.max_future_skew_ms is {self.rules.max_future_skew_ms}",
             )
-        if event.value is not None and not math.isfinite(event.value):
-            return Refusal("non_finite_value", "value", f"value is {event.value}")
+        if event.value is not None and not abs(event.value) <= FLOAT32_MAX:
+            return Refusal("non_finite_value", "value", f"value is {event.value}: not a finite 32-bit number")
         return None
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
 from aiokafka.helpers import create_ssl_context
 
 from stream.errors import LogResetError, LogUnavailableError
-from stream.log import PartitionId, Record, Start
+from stream.log import PartitionId, Record, RecordBatch, Start
 from stream.messages import COMPACTED_TOPICS, Topics
 from stream.tracing import Headers
 
@@ -223,7 +224,7 @@ class KafkaReader:
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
         refuse_reset(self._consumer, self._next)
-        return [record for records in fetched.values() for record in records]
+        return [_record(raw) for records in fetched.values() for raw in records]
 
 
 class KafkaWriter:
@@ -279,7 +280,9 @@ class KafkaWriter:
         return sent
 
 
-async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Record]]:
+async def fetch_fairly(
+    consumer: Any, *, timeout_ms: int, max_records: int
+) -> dict[TopicPartition, list[ConsumerRecord]]:
     """Poll an aiokafka consumer with an equal share of `max_records` for every assigned partition.
 
     Left alone, it drains one partition before it turns to the next, so that a consumer that catches up would run
@@ -287,13 +290,26 @@ async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> d
     """
     partitions = sorted(consumer.assignment())
     share = max(1, max_records // max(1, len(partitions)))
-    fetched: dict[TopicPartition, Any] = {}
+    fetched: dict[TopicPartition, list[ConsumerRecord]] = {}
     for partition in partitions:
         if partition in consumer.assignment():  # a rebalance may take it away while we wait for another
             fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
     if not fetched:
         fetched = await consumer.getmany(timeout_ms=timeout_ms, max_records=share)
-    return {partition: [_record(raw) for raw in records] for partition, records in fetched.items()}
+    return fetched
+
+
+def batch_of(records: list[ConsumerRecord]) -> RecordBatch:
+    """What one poll brought of one partition, as columns."""
+    return RecordBatch(
+        topic=records[0].topic,
+        partition=records[0].partition,
+        offsets=np.array([raw.offset for raw in records], np.int64),
+        timestamps_ms=np.array([raw.timestamp for raw in records], np.int64),
+        keys=[raw.key for raw in records],
+        values=[raw.value for raw in records],
+        headers=[raw.headers for raw in records],
+    )
 
 
 def end_of(consumer: Any, partition: TopicPartition) -> int | None:
@@ -318,5 +334,5 @@ def refuse_reset(consumer: Any, positions: Mapping[TopicPartition, int]) -> None
             )
 
 
-def _record(raw: Any) -> Record:
+def _record(raw: ConsumerRecord) -> Record:
     return Record(raw.topic, raw.partition, raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))

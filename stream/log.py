@@ -13,7 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+import numpy as np
 from aiokafka.errors import KafkaError
+from numpy.typing import NDArray
 
 from stream.errors import LogUnavailableError
 from stream.messages import Topics
@@ -37,6 +39,49 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Headers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordBatch:
+    """N ≥ 1 records of one partition, column by column, in the order of their offsets."""
+
+    topic: str
+    partition: int
+    offsets: NDArray[np.int64]
+    """i64[N], ascending."""
+    timestamps_ms: NDArray[np.int64]
+    """i64[N], when the broker or producer stamped each record."""
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    headers: list[Headers]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def record(self, row: int) -> Record:
+        """One of the N records."""
+        return Record(
+            self.topic,
+            self.partition,
+            int(self.offsets[row]),
+            int(self.timestamps_ms[row]),
+            self.keys[row],
+            self.values[row],
+            self.headers[row],
+        )
+
+    @staticmethod
+    def of(records: Sequence[Record]) -> RecordBatch:
+        """The columns of records that exist one by one."""
+        return RecordBatch(
+            topic=records[0].topic,
+            partition=records[0].partition,
+            offsets=np.array([record.offset for record in records], np.int64),
+            timestamps_ms=np.array([record.timestamp_ms for record in records], np.int64),
+            keys=[record.key for record in records],
+            values=[record.value for record in records],
+            headers=[record.headers for record in records],
+        )
 
 
 class LogReader(Protocol):

@@ -7,7 +7,7 @@ offset lies above the last one they applied for that partition, which makes re-s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -113,6 +113,26 @@ class HistoryUpdate:
             )
         except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
             raise MessageFormatError(f"not a history update: {error}") from error
+
+    def split(self, max_rows: int) -> list[HistoryUpdate]:
+        """The same interactions as messages of at most `max_rows`; none if there is nothing to tell."""
+        if len(self.offsets) <= max_rows:
+            return [self] if len(self.offsets) or self.forgotten else []
+        parts = []
+        for start in range(0, len(self.offsets), max_rows):
+            rows, is_last = slice(start, start + max_rows), start + max_rows >= len(self.offsets)
+            parts.append(
+                replace(
+                    self,
+                    first_offset=self.first_offset if start == 0 else int(self.offsets[start - 1]) + 1,
+                    last_offset=self.last_offset if is_last else int(self.offsets[start + max_rows - 1]),
+                    offsets=self.offsets[rows],
+                    append_ms=self.append_ms[rows],
+                    interactions=self.interactions.take(rows),
+                    forgotten=self.forgotten if start == 0 else (),
+                )
+            )
+        return parts
 
     def above(self, offset: int) -> HistoryUpdate:
         """The rows whose source offset is greater than `offset`."""

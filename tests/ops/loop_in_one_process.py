@@ -26,8 +26,8 @@ from serving.api import build_api
 from serving.config import ServingConfig
 from serving.worker import ServingParts, ServingWorker
 from stream.clock import WallClock
+from stream.commit import Committer
 from stream.events import EventDecoder, EventRules
-from stream.ingest import Committer
 from stream.memory_log import MemoryLog
 
 MODEL = ModelConfig(embedding_dim=8, num_layers=1, num_heads=1, attention_dim=4, hidden_dim=4, max_len=8)

@@ -16,8 +16,8 @@ from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
 from ops.local_broker import LocalBroker, free_port
 from stream.clock import WallClock
+from stream.commit import Committer
 from stream.events import EventDecoder, EventRules
-from stream.ingest import Committer
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import acknowledged
 from tests.ops.command_line import Headrace, assert_refused
@@ -65,7 +65,8 @@ class Site:
                 decoder=EventDecoder(rules),
                 clock=WallClock(),
             )
-            await reader.assign({(topic, 0): await committer.stored_position(0)})
+            stored = await committer.stored_positions()
+            await reader.assign({(topic, 0): stored.get(0, 0)})
             while records := await reader.poll(timeout_ms=500, max_records=100):
                 await committer.commit(0, records)
             committer.close()

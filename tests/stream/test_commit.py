@@ -16,9 +16,9 @@ from feature_store.errors import StoreUnavailableError
 from feature_store.ids import stable_id
 from feature_store.store import FeatureStore
 from stream.clock import ManualClock
+from stream.commit import Committer
 from stream.errors import LogUnavailableError
 from stream.events import EventDecoder, EventRules
-from stream.ingest import Committer
 from stream.log import Record
 from stream.memory_log import MemoryLog, MemoryWriter
 from stream.messages import HistoryUpdate

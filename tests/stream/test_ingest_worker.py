@@ -19,9 +19,10 @@ from feature_store.store import FeatureStore
 from ops.local_broker import LocalBroker
 from stream.app import IngestService, StreamParts, build_app
 from stream.clock import WallClock
+from stream.commit import Committer
 from stream.errors import LogResetError
 from stream.events import EventDecoder, EventRules
-from stream.ingest import Committer, IngestConfig, IngestWorker
+from stream.ingest import IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import LogWriter, Record, acknowledged
 from stream.messages import ForgetUser, HistoryUpdate, ItemMessage, encode_message

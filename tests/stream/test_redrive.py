@@ -16,10 +16,10 @@ from feature_store.records import SourcePlace
 from feature_store.store import FeatureStore
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock, WallClock
+from stream.commit import Committer
 from stream.dead_letters import DeadLetter, read_dead_letter
 from stream.errors import LogUnavailableError
 from stream.events import EventDecoder, EventRules
-from stream.ingest import Committer
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogWriter, Record, acknowledged
 from stream.memory_log import MemoryLog
@@ -319,7 +319,8 @@ async def ingest_all(log: KafkaLog, writer: LogWriter, store: FeatureStore, rule
     )
     reader, topic = log.reader(), log.topics.interactions
     await reader.start()
-    await reader.assign({(topic, partition): await committer.stored_position(partition) for partition in (0, 1)})
+    stored = await committer.stored_positions()
+    await reader.assign({(topic, partition): stored.get(partition, 0) for partition in (0, 1)})
     while records := await reader.poll(timeout_ms=500, max_records=1_000):
         for partition in (0, 1):
             if of_partition := [record for record in records if record.partition == partition]:
