@@ -9,7 +9,7 @@ lie, and replayed events are years old).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
@@ -71,6 +71,14 @@ class AgeHistogram:
         """Each bucket's geometric middle in ms and its count, ascending."""
         return [(_middle_ms(bucket), self._counts[bucket]) for bucket in sorted(self._counts)]
 
+    def counts_up_to(self, octaves: range) -> list[tuple[int, int]]:
+        """(limit in ms, ages below it) for the limits 2^octave; exact, because bucket edges fall on them."""
+        counts = self._counts.copy()
+        return [
+            (2**octave, sum(count for bucket, count in counts.items() if bucket <= octave * _BUCKETS_PER_OCTAVE))
+            for octave in octaves
+        ]
+
     def quantile_ms(self, q: float) -> float | None:
         """The age below which a share `q` in (0, 1] of the events lies; None when empty."""
         if not 0.0 < q <= 1.0:
@@ -117,38 +125,46 @@ def _middle_ms(bucket: int) -> float:
     return 0.5 if bucket <= 0 else float(2.0 ** ((bucket - 0.5) / _BUCKETS_PER_OCTAVE))
 
 
+_LIMITS: Final = range(30)
+"""Limits of the exported histogram: 1 ms, 2 ms, … 2^29 ms (six days), and everything."""
+
+
 class FreshnessRecorder:
-    """One hop's ages: kept here for status pages, and recorded as the instrument `headrace.freshness.age`."""
+    """One hop's ages: kept here for status pages, and exported as `headrace.freshness.age.bucket`.
+
+    Exported as cumulative counts with an attribute `le`, as Prometheus keeps histograms, and read when metrics are
+    collected: a synchronous histogram takes one measurement at a time, which costs more than ingesting the event.
+    """
 
     def __init__(self, hop: str, *, mode: str) -> None:
         self.hop = hop
         self.from_event = AgeHistogram()
         self.from_append = AgeHistogram()
         self._mode = mode
-        self._instrument = metrics.get_meter("headrace.freshness").create_histogram(
-            "headrace.freshness.age", unit="ms", description="Age of an event when a hop has used it"
+        metrics.get_meter("headrace.freshness").create_observable_counter(
+            "headrace.freshness.age.bucket",
+            [self._observe],
+            unit="{event}",
+            description="Events whose age, when a hop has used them, was below `le` ms",
         )
 
     def record(self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], now_ms: int) -> None:
         """Record that these events (arrays of equal length) reached the hop at `now_ms`, wall clock."""
-        event_ages, append_ages = AgeHistogram(), AgeHistogram()
-        event_ages.add(now_ms - event_time_ms)
-        append_ages.add(now_ms - append_ms)
-        self.record_histograms(event_ages, append_ages)
+        self.from_event.add(now_ms - event_time_ms)
+        self.from_append.add(now_ms - append_ms)
 
     def record_histograms(self, from_event: AgeHistogram, from_append: AgeHistogram) -> None:
         """Record ages that come as histograms (hops F3 and F4: from manifests)."""
-        for start, ages, total in (
-            ("event", from_event, self.from_event),
-            ("append", from_append, self.from_append),
-        ):
-            total.merge(ages)
-            attributes = {"headrace.hop": self.hop, "headrace.start": start, "headrace.mode": self._mode}
-            # The API takes one measurement at a time; a bucket's events share their middle.
-            for middle_ms, count in ages.middles_ms():
-                for _ in range(count):
-                    self._instrument.record(middle_ms, attributes)
+        self.from_event.merge(from_event)
+        self.from_append.merge(from_append)
 
     def summary(self) -> dict[str, object]:
         """Quantiles from both starts, for status pages."""
         return {"event": self.from_event.summary(), "append": self.from_append.summary()}
+
+    def _observe(self, _options: object) -> Iterable[metrics.Observation]:
+        for start, ages in (("event", self.from_event), ("append", self.from_append)):
+            attributes = {"headrace.hop": self.hop, "headrace.start": start, "headrace.mode": self._mode}
+            for limit_ms, count in ages.counts_up_to(_LIMITS):
+                yield metrics.Observation(count, attributes | {"le": str(limit_ms)})
+            yield metrics.Observation(ages.count, attributes | {"le": "+Inf"})

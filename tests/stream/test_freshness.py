@@ -67,3 +67,9 @@ def test_a_recorder_measures_from_event_and_from_append() -> None:
     recorder.record(np.array([1_000, 2_000]), np.array([2_900, 2_950]), now_ms=3_000)
     assert recorder.from_event.quantile_ms(1.0) == pytest.approx(2_000, rel=0.1)
     assert recorder.from_append.quantile_ms(1.0) == pytest.approx(100, rel=0.1)
+
+
+def test_counts_below_powers_of_two_are_exact() -> None:
+    ages = [0, 1, 2, 3, 4, 1_000, 1_023, 1_024, 1_025, 2**20 - 1, 2**20]
+    counts = dict(histogram_of(ages).counts_up_to(range(22)))
+    assert counts == {limit: sum(age < limit for age in ages) for limit in counts}
