@@ -38,22 +38,49 @@ _SQLITE_OVERWRITE_VALUES: Final = (
     "expected_seq",
 )
 
-_POSTGRES_ROWS: Final = """
-    unnest(
-        %(user_id)s::bigint[], %(chunk_no)s::integer[], %(n)s::integer[], %(first_ms)s::bigint[], %(last_ms)s::bigint[],
-        %(next_seq)s::bigint[], %(payload)s::bytea[], %(expected_seq)s::bigint[]
-    ) AS new (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload, expected_seq)
+_POSTGRES_SHELF: Final = """
+    CREATE TEMPORARY TABLE IF NOT EXISTS new_chunk (
+        user_id bigint, chunk_no integer, n integer, first_ms bigint, last_ms bigint, next_seq bigint, payload bytea,
+        expected_seq bigint
+    ) ON COMMIT DELETE ROWS
 """
-_POSTGRES_INSERT: Final = f"""
+_POSTGRES_COPY: Final = """
+    COPY new_chunk (user_id, chunk_no, n, first_ms, last_ms, next_seq, expected_seq, payload)
+    FROM STDIN (FORMAT BINARY)
+"""
+# The planner knows nothing about a table that was filled a moment ago; every way but the primary key would read all.
+_POSTGRES_PLAN: Final = "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off"
+_POSTGRES_INSERT: Final = """
     INSERT INTO history_chunk (user_id, chunk_no, n, first_ms, last_ms, next_seq, payload)
-    SELECT user_id, chunk_no, n, first_ms, last_ms, next_seq, payload FROM {_POSTGRES_ROWS} ON CONFLICT DO NOTHING
-"""  # noqa: S608 - made of constants only
-_POSTGRES_OVERWRITE: Final = f"""
+    SELECT user_id, chunk_no, n, first_ms, last_ms, next_seq, payload FROM new_chunk WHERE expected_seq < 0
+    ON CONFLICT DO NOTHING
+"""
+_POSTGRES_OVERWRITE: Final = """
     UPDATE history_chunk AS chunk
     SET n = new.n, first_ms = new.first_ms, last_ms = new.last_ms, next_seq = new.next_seq, payload = new.payload
-    FROM {_POSTGRES_ROWS}
+    FROM new_chunk AS new
     WHERE chunk.user_id = new.user_id AND chunk.chunk_no = new.chunk_no AND chunk.next_seq = new.expected_seq
-"""  # noqa: S608 - made of constants only
+"""
+_COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_END: Final = b"\xff\xff"
+_COPY_ROW: Final = np.dtype(
+    [("num_fields", ">i2")]
+    + [
+        (f"{name}{part}", kind)
+        for name, value in (
+            ("user_id", ">i8"),
+            ("chunk_no", ">i4"),
+            ("n", ">i4"),
+            ("first_ms", ">i8"),
+            ("last_ms", ">i8"),
+            ("next_seq", ">i8"),
+            ("expected_seq", ">i8"),
+        )
+        for part, kind in (("_bytes", ">i4"), ("", value))
+    ]
+    + [("payload_bytes", ">i4")]
+)
+"""PostgreSQL's binary COPY format: a row up to its payload, every value after its length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +118,10 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
     Raises:
         ConcurrentAppendError: a chunk is not as it was read; the transaction must be rolled back.
     """
-    is_new = write.expected_seq < 0
-    new, old = write.values(is_new), write.values(~is_new)
     if connection.dialect.name == "postgresql":
-        num_written = _execute_columns(connection, _POSTGRES_INSERT, new)
-        num_written += _execute_columns(connection, _POSTGRES_OVERWRITE, old)
+        num_written = _write_postgres(connection, write)
     else:
-        num_written = _execute_rows(connection, _SQLITE_INSERT, [new[name] for name in _SQLITE_INSERT_VALUES])
-        num_written += _execute_rows(connection, _SQLITE_OVERWRITE, [old[name] for name in _SQLITE_OVERWRITE_VALUES])
+        num_written = _write_sqlite(connection, write)
     if num_written != len(write.payload):
         raise ConcurrentAppendError(
             f"{len(write.payload) - num_written} of {len(write.payload)} history chunks were changed by another "
@@ -106,10 +129,43 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
         )
 
 
-def _execute_columns(connection: Connection, statement: str, columns: dict[str, list[Any]]) -> int:
-    return connection.exec_driver_sql(statement, columns).rowcount if columns["user_id"] else 0
+def _write_sqlite(connection: Connection, write: ChunkWrite) -> int:
+    is_new = write.expected_seq < 0
+    new, old = write.values(is_new), write.values(~is_new)
+    num_written = _execute_rows(connection, _SQLITE_INSERT, [new[name] for name in _SQLITE_INSERT_VALUES])
+    return num_written + _execute_rows(connection, _SQLITE_OVERWRITE, [old[name] for name in _SQLITE_OVERWRITE_VALUES])
 
 
 def _execute_rows(connection: Connection, statement: str, columns: list[list[Any]]) -> int:
     rows = list(zip(*columns, strict=True))
     return connection.exec_driver_sql(statement, rows).rowcount if rows else 0
+
+
+def _write_postgres(connection: Connection, write: ChunkWrite) -> int:
+    """COPY takes rows at half the cost of parameters, which psycopg would escape byte by byte."""
+    connection.exec_driver_sql(_POSTGRES_SHELF)
+    connection.exec_driver_sql(_POSTGRES_PLAN)
+    driver_connection = connection.connection.driver_connection
+    assert driver_connection is not None
+    with driver_connection.cursor().copy(_POSTGRES_COPY) as copy:
+        copy.write(_copy_bytes(write))
+    num_written = connection.exec_driver_sql(_POSTGRES_INSERT).rowcount
+    num_written += connection.exec_driver_sql(_POSTGRES_OVERWRITE).rowcount
+    connection.exec_driver_sql("DELETE FROM new_chunk")
+    return num_written
+
+
+def _copy_bytes(write: ChunkWrite) -> bytes:
+    rows = np.zeros(len(write.payload), _COPY_ROW)
+    rows["num_fields"] = 8
+    for name in ("user_id", "chunk_no", "n", "first_ms", "last_ms", "next_seq", "expected_seq"):
+        rows[name] = getattr(write, name)
+        rows[f"{name}_bytes"] = rows[name].dtype.itemsize
+    rows["payload_bytes"] = [len(payload) for payload in write.payload]
+    heads = rows.tobytes()
+    size = _COPY_ROW.itemsize
+    parts = [_COPY_HEADER]
+    for number, payload in enumerate(write.payload):
+        parts.append(heads[number * size : (number + 1) * size])
+        parts.append(payload)
+    return b"".join([*parts, _COPY_END])
