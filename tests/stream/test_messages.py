@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,19 @@ def test_a_prefix_precedes_every_topic() -> None:
     topics = Topics.with_prefix("acme.")
     assert topics.history_updates == "acme.history-updates"
     assert topics.interactions == "acme.interactions"
+
+
+def test_a_large_update_is_split_into_messages_that_follow_one_another() -> None:
+    update = replace(update_of(7), forgotten=(4,))
+    parts = update.split(3)
+    assert [(part.first_offset, part.last_offset) for part in parts] == [(10, 14), (15, 20), (21, 24)]
+    assert [part.offsets.tolist() for part in parts] == [[10, 12, 14], [16, 18, 20], [22]]
+    assert (
+        np.concatenate([part.interactions.item_id for part in parts]).tolist() == update.interactions.item_id.tolist()
+    )
+    assert [part.forgotten for part in parts] == [(4,), (), ()]
+    assert update.split(7) == [update]
+
+
+def test_an_update_without_content_needs_no_message() -> None:
+    assert update_of(0).split(10) == []

@@ -1,0 +1,119 @@
+"""Decoding in columns gives what decoding one by one gives, whatever lies side by side in a batch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from feature_store.ids import event_key, stable_id
+from stream.batch import DecodedBatch, decode_batch
+from stream.events import Event, EventDecoder, EventRules, Refusal
+from stream.log import Record, RecordBatch
+
+NOW_MS = 1_700_000_000_000
+
+GOOD: dict[str, Any] = {"event_id": "e", "user_id": 1, "item_id": 2, "action": "view", "event_time": NOW_MS}
+
+changes = st.one_of(
+    st.fixed_dictionaries({"user_id": st.one_of(st.integers(0, 2**63 - 1), st.sampled_from(["anna", "bert"]))}),
+    st.fixed_dictionaries({"item_id": st.one_of(st.integers(-2, 5), st.sampled_from(["a", "b", ""]), st.none())}),
+    st.fixed_dictionaries({"event_time": st.one_of(st.integers(-(2**64), 2**64), st.just(NOW_MS + 10**9))}),
+    st.fixed_dictionaries({"event_time": st.sampled_from(["2023-11-14T22:13:20Z", "2023-11-14T22:13:20", "noon"])}),
+    st.fixed_dictionaries({"value": st.one_of(st.none(), st.floats(-1e40, 1e40), st.just(1e39), st.just("3"))}),
+    st.fixed_dictionaries({"action": st.sampled_from(["view", "rating", "teleport", ""])}),
+    st.fixed_dictionaries({"schema_version": st.sampled_from([1, 0, 2**70, "1"])}),
+    st.fixed_dictionaries({"surface": st.sampled_from(["home", {"x": [1]}])}),
+)
+events = st.builds(lambda change, number: GOOD | {"event_id": f"e{number}"} | change, changes, st.integers(0, 9))
+values = st.one_of(
+    st.just(GOOD).map(lambda event: json.dumps(event).encode()),
+    events.map(lambda event: json.dumps(event).encode()),
+    events.map(lambda event: json.dumps(event, indent=1).encode()),
+    events.map(lambda event: b" " + json.dumps(event).encode() + b"\r\n"),
+    st.sampled_from(
+        [
+            None,
+            b"",
+            b"{}",
+            b"[]",
+            b"{",
+            b"}",
+            b"\xff",
+            b'{"event_id":"x\n{"}',
+            b"x" * 20_000,
+            # Two that make one object, and one that makes two.
+            json.dumps(GOOD).encode()[:-1],
+            b',"value":1}',
+            json.dumps(GOOD).encode() * 2,
+            json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode(),
+        ]
+    ),
+)
+
+
+def batch_of(raw: list[bytes | None]) -> RecordBatch:
+    return RecordBatch.of(
+        [Record("interactions", 3, 7 + 2 * n, NOW_MS + n, b"k%d" % n, value, ()) for n, value in enumerate(raw)]
+    )
+
+
+@given(st.lists(values, min_size=1, max_size=90))
+@example([json.dumps(GOOD).encode()[:-1], b',"value":1}', json.dumps(GOOD).encode() * 2])
+@example([json.dumps(GOOD).encode(), b"", json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()])
+@example([json.dumps(GOOD).encode()] * 80 + [b"?"])
+def test_columns_are_what_each_record_gives_alone(raw: list[bytes | None]) -> None:
+    source, alone, together = batch_of(raw), EventDecoder(EventRules()), EventDecoder(EventRules())
+    decoded = [alone.decode(value, NOW_MS) for value in raw]
+    batch = decode_batch(source, together, NOW_MS)
+    good = [row for row, each in enumerate(decoded) if isinstance(each, Event)]
+    assert batch.offsets.tolist() == source.offsets[good].tolist()
+    assert batch.append_ms.tolist() == source.timestamps_ms[good].tolist()
+    assert [(record.offset, refusal) for record, refusal in batch.refused] == [
+        (int(source.offsets[row]), each) for row, each in enumerate(decoded) if isinstance(each, Refusal)
+    ]
+    assert rows_of(batch) == [row_of(each, together) for each in decoded if isinstance(each, Event)]
+    texts = {each.user_id for each in decoded if isinstance(each, Event)}
+    assert set(batch.user_names.values()) == {text for text in texts if isinstance(text, str)}
+    assert together.num_with_unknown_fields == alone.num_with_unknown_fields
+
+
+def rows_of(batch: DecodedBatch) -> list[tuple[Any, ...]]:
+    columns = batch.interactions
+    return [
+        (user, item, time, action, repr(value), key)
+        for user, item, time, action, value, key in zip(
+            columns.user_id.tolist(),
+            columns.item_id.tolist(),
+            columns.event_time_ms.tolist(),
+            columns.action.tolist(),
+            columns.value.tolist(),
+            columns.event_key.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def row_of(event: Event, decoder: EventDecoder) -> tuple[Any, ...]:
+    user, item = (stable_id(each) if isinstance(each, str) else each for each in (event.user_id, event.item_id))
+    value = float(np.float32("nan" if event.value is None else event.value))
+    return user, item, event.event_time_ms(), decoder.action_bits[event.action], repr(value), event_key(event.event_id)
+
+
+def test_a_hash_that_another_text_has_is_refused_and_its_name_not_kept() -> None:
+    raw = [json.dumps(GOOD | {"user_id": user}).encode() for user in ("anna", "bert", 5)]
+    batch = decode_batch(batch_of(raw), EventDecoder(EventRules()), NOW_MS, colliding={("user", "anna")})
+    assert [refusal.reason for _, refusal in batch.refused] == ["id_collision"]
+    assert batch.interactions.user_id.tolist() == [stable_id("bert"), 5]
+    assert batch.user_names == {stable_id("bert"): "bert"}
+
+
+def test_what_lies_below_a_position_is_dropped() -> None:
+    raw = [json.dumps(GOOD | {"event_id": str(n)}).encode() if n != 1 else b"?" for n in range(5)]
+    batch = decode_batch(batch_of(raw), EventDecoder(EventRules()), NOW_MS)
+    assert batch.from_offset(7) == (batch, 0)
+    kept, num_dropped = batch.from_offset(11)
+    assert (num_dropped, kept.first_offset, kept.offsets.tolist(), kept.refused) == (2, 11, [11, 13, 15], [])
