@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ values = st.one_of(
 )
 
 
-def batch_of(raw: list[bytes | None]) -> RecordBatch:
+def batch_of(raw: Sequence[bytes | None]) -> RecordBatch:
     return RecordBatch.of(
         [Record("interactions", 3, 7 + 2 * n, NOW_MS + n, b"k%d" % n, value, ()) for n, value in enumerate(raw)]
     )
