@@ -30,8 +30,9 @@ from stream.errors import LogResetError, LogUnavailableError
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
-from stream.kafka import KafkaConfig, end_of, fetch_fairly, refuse_reset
+from stream.kafka import KafkaConfig, fetch_fairly, refuse_reset
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged
+from stream.log_ends import LogEnds
 from stream.messages import HistoryUpdate, Topics
 from stream.tracing import current_headers, links_to
 
@@ -105,6 +106,7 @@ class Committer:
         self._store, self._writer, self._topics, self._log_id = store, writer, topics, log_id
         self._decoder, self._clock = decoder, clock
         self._colliding: set[tuple[str, str]] = set()
+        self._sql_since_s: list[float] = []
         # One thread: SQL never blocks the event loop, and a transaction never changes threads.
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="ingest-sql")
         meter = metrics.get_meter("headrace.stream")
@@ -152,6 +154,7 @@ class Committer:
         # Step 7: tell the consumer group, for tools that show lag. Advisory: SQL has the truth.
         if advise is not None:
             await advise(position)
+        fail_point("ingest.advised")
         # Step 8: record freshness, now that the events can be read.
         if update is not None:
             self.freshness.record(update.interactions.event_time_ms, update.append_ms, self._clock.now_ms())
@@ -164,6 +167,7 @@ class Committer:
             position = await self._in_sql_thread(
                 lambda: transaction.lock_position(self._log_id, self._topics.interactions, partition)
             )
+            fail_point("ingest.locked")
             batch, num_skipped = batch.from_offset(position)
             if batch.last_offset < position:
                 self.counts.num_skipped += num_skipped
@@ -179,6 +183,7 @@ class Committer:
             await self._in_sql_thread(
                 lambda: transaction.set_position(self._log_id, self._topics.interactions, partition, position)
             )
+            fail_point("ingest.positioned")
         self._count(batch, update, num_skipped=num_skipped, num_late=num_late)
         return (update if len(update.offsets) else None), position
 
@@ -240,8 +245,17 @@ class Committer:
         for reason, count in refused.items():
             self._events.add(count, {"outcome": "refused", "reason": reason})
 
+    def waits_for_sql_s(self) -> float:
+        """How long the oldest call to the database has been under way (seconds); 0 without one."""
+        return self._clock.monotonic_s() - min(self._sql_since_s) if self._sql_since_s else 0.0
+
     async def _in_sql_thread(self, call: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+        since_s = self._clock.monotonic_s()
+        self._sql_since_s.append(since_s)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+        finally:
+            self._sql_since_s.remove(since_s)
 
 
 class _Transaction:
@@ -272,6 +286,7 @@ class IngestWorker(ConsumerRebalanceListener):
         self._consumer: Any = None
         self._next: dict[int, int] = {}
         self._committing = asyncio.Lock()
+        self._ends = LogEnds(kafka)
         self.blocked_by: str | None = "starting"
         metrics.get_meter("headrace.stream").create_observable_gauge(
             "headrace.ingest.lag", [self._observe_lag], unit="{record}", description="Records behind the log's end"
@@ -293,6 +308,7 @@ class IngestWorker(ConsumerRebalanceListener):
             **self._kafka.client_options(),
         )
         self._consumer.subscribe([self._topics.interactions], listener=self)
+        watching = asyncio.create_task(self._ends.watch(self._consumer))
         try:
             await self._consumer.start()
             while not stopping.is_set():
@@ -302,6 +318,7 @@ class IngestWorker(ConsumerRebalanceListener):
             raise LogUnavailableError(f"the broker at {self._kafka.bootstrap_servers} failed: {error}") from error
         finally:
             self.blocked_by = "stopped"
+            watching.cancel()
             await self._consumer.stop()
 
     async def _poll_once(self, stopping: asyncio.Event) -> bool:
@@ -385,11 +402,18 @@ class IngestWorker(ConsumerRebalanceListener):
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
 
     def lag(self) -> dict[int, int]:
-        """Records behind the end of the log per partition, as far as the last fetch saw."""
+        """Records behind the end of the log per partition, as of about a second ago."""
         if self._consumer is None:
             return {}
-        ends = {p: end_of(self._consumer, TopicPartition(self._topics.interactions, p)) for p in self._next}
+        ends = {p: self._ends.end(self._consumer, TopicPartition(self._topics.interactions, p)) for p in self._next}
         return {p: max(0, (ends[p] or position) - position) for p, position in self._next.items()}
+
+    def problem(self) -> str | None:
+        """Why nothing is applied now; None while the work goes on, or there is none to do."""
+        waits_s = self._committer.waits_for_sql_s()
+        if waits_s > self._config.drain_timeout_ms / 1000:
+            return f"the feature store has not answered for {waits_s:.0f} s"
+        return self.blocked_by or self._ends.problem
 
     def positions(self) -> dict[int, int]:
         """Next offset to apply, per partition this worker owns."""
