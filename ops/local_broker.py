@@ -30,6 +30,9 @@ class LocalBrokerConfig:
     port: int = 9092
     """TCP port; 0 takes any free one, which keeps parallel test runs apart."""
 
+    advertised_port: int | None = None
+    """The port clients are told to connect to, where it is not `port`: something between them forwards connections."""
+
     log_path: Path | None = None
     """Where the broker's own output goes; without it, a temporary file that goes away with the broker."""
 
@@ -138,7 +141,7 @@ class LocalBroker:
         log_path = self._log_path()
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                _command(binary, self._config.host, self._port),
+                _command(binary, self._config.host, self._port, advertised_port=self._config.advertised_port),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -191,16 +194,16 @@ def become_broker(config: LocalBrokerConfig) -> Never:
     port = config.port or free_port(config.host)
     require_free_port(config.host, port)
     sys.stdout.flush()
-    os.execve(binary, _command(binary, config.host, port), _environment())  # noqa: S606 - no shell is wanted
+    command = _command(binary, config.host, port, advertised_port=config.advertised_port)
+    os.execve(binary, command, _environment())  # noqa: S606 - no shell is wanted
 
 
-def _command(binary: Path, host: str, port: int) -> list[str]:
-    url = f"tcp://{host}:{port}"
+def _command(binary: Path, host: str, port: int, *, advertised_port: int | None) -> list[str]:
     return [
         str(binary),
         "broker",
-        f"--listener-url={url}",
-        f"--advertised-listener-url={url}",
+        f"--listener-url=tcp://{host}:{port}",
+        f"--advertised-listener-url=tcp://{host}:{advertised_port or port}",
         "--storage-engine=memory://tansu/",
     ]
 

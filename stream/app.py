@@ -117,8 +117,8 @@ class IngestService(Service):
 
     def ready(self) -> tuple[bool, str]:
         """Whether this worker applies events, and if not, why."""
-        blocked_by = self.worker.blocked_by
-        return blocked_by is None, blocked_by or "applying events"
+        problem = self.worker.problem()
+        return problem is None, problem or "applying events"
 
     def status(self) -> dict[str, object]:
         """Counts, positions, lag and freshness, JSON-ready."""

@@ -91,6 +91,7 @@ class Committer:
         self._store, self._writer, self._topics, self._log_id = store, writer, topics, log_id
         self._decoder, self._clock = decoder, clock
         self._colliding: set[tuple[str, str]] = set()
+        self._sql_since_s: list[float] = []
         # One thread: SQL never blocks the event loop, and a transaction never changes threads.
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="ingest-sql")
         meter = metrics.get_meter("headrace.stream")
@@ -153,6 +154,7 @@ class Committer:
         # Step 7: tell the consumer group, for tools that show lag. Advisory: SQL has the truth.
         if advise is not None:
             await advise(positions)
+        fail_point("ingest.advised")
         # Step 8: record freshness, now that the events can be read.
         for each in applied:
             self._count(each)
@@ -168,6 +170,7 @@ class Committer:
             fail_point("ingest.produced")
             # Step 6: the positions move in the same transaction as the effect.
             await self._in_sql_thread(lambda: self._set_positions(transaction, applied))
+            fail_point("ingest.positioned")
         return applied
 
     def _lock_and_append(self, transaction: StoreTransaction, batches: Sequence[DecodedBatch]) -> list[_Applied]:
@@ -179,6 +182,7 @@ class Committer:
             rest, num_skipped = batch.from_offset(position)
             fresh.append(rest)
             skipped.append((position, num_skipped))
+        fail_point("ingest.locked")
         # Step 4: append to the histories; duplicates are no-ops, late events go where they belong.
         for batch in fresh:
             if batch.user_names:
@@ -254,8 +258,17 @@ class Committer:
         if num_accepted:
             self.freshness.record(update.interactions.event_time_ms, update.append_ms, self._clock.now_ms())
 
+    def waits_for_sql_s(self) -> float:
+        """How long the oldest call to the database has been under way (seconds); 0 without one."""
+        return self._clock.monotonic_s() - min(self._sql_since_s) if self._sql_since_s else 0.0
+
     async def _in_sql_thread(self, call: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+        since_s = self._clock.monotonic_s()
+        self._sql_since_s.append(since_s)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+        finally:
+            self._sql_since_s.remove(since_s)
 
 
 class _Transaction:

@@ -11,9 +11,12 @@ import signal
 from typing import Final
 
 FAIL_POINTS: Final = (
+    "ingest.locked",
     "ingest.appended",
     "ingest.produced",
+    "ingest.positioned",
     "ingest.committed",
+    "ingest.advised",
     "trainer.trained",
     "trainer.checkpoint_written",
     "trainer.snapshot_written",

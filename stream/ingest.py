@@ -20,8 +20,9 @@ from feature_store.errors import ConcurrentAppendError, StoreUnavailableError
 from stream.batch import DecodedBatch
 from stream.commit import Committer
 from stream.errors import LogResetError, LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaReader, batch_of, end_of, fetch_fairly, refuse_reset
+from stream.kafka import KafkaConfig, KafkaReader, batch_of, fetch_fairly, refuse_reset
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S
+from stream.log_ends import LogEnds
 from stream.messages import Topics
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class IngestWorker(ConsumerRebalanceListener):
         self._generation = 0
         """Counts changes of what we own: a poll made before a change is not committed after it."""
         self._committing = asyncio.Lock()
+        self._ends = LogEnds(kafka)
         self.is_paused = False
         self.blocked_by: str | None = "starting"
         meter = metrics.get_meter("headrace.stream")
@@ -115,6 +117,7 @@ class IngestWorker(ConsumerRebalanceListener):
         )
         self._consumer.subscribe([self._topics.interactions], listener=self)
         committing: asyncio.Task[None] | None = None
+        watching = asyncio.create_task(self._ends.watch(self._consumer))
         try:
             await self._consumer.start()
             while not stopping.is_set():
@@ -133,6 +136,7 @@ class IngestWorker(ConsumerRebalanceListener):
             raise LogUnavailableError(f"the broker at {self._kafka.bootstrap_servers} failed: {error}") from error
         finally:
             self.blocked_by = "stopped"
+            watching.cancel()
             self._disown()
             if committing is not None:
                 # Whatever ended us, the transaction under way must not outlive its thread.
@@ -268,11 +272,18 @@ class IngestWorker(ConsumerRebalanceListener):
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
 
     def lag(self) -> dict[int, int]:
-        """Records behind the end of the log per partition, as far as the last fetch saw."""
+        """Records behind the end of the log per partition, as of about a second ago."""
         if self._consumer is None:
             return {}
-        ends = {p: end_of(self._consumer, self._topic_partition(p)) for p in self._next}
+        ends = {p: self._ends.end(self._consumer, self._topic_partition(p)) for p in self._next}
         return {p: max(0, (ends[p] or position) - position) for p, position in self._next.items()}
+
+    def problem(self) -> str | None:
+        """Why nothing is applied now; None while the work goes on, or there is none to do."""
+        waits_s = self._committer.waits_for_sql_s()
+        if waits_s > self._config.drain_timeout_ms / 1000:
+            return f"the feature store has not answered for {waits_s:.0f} s"
+        return self.blocked_by or self._ends.problem
 
     def positions(self) -> dict[int, int]:
         """Next offset to apply, per partition this worker owns."""
