@@ -18,6 +18,7 @@ import faust
 import numpy as np
 from faust.types import EventT
 from mode import Service
+from opentelemetry import metrics
 
 from feature_store.errors import IdCollisionError, StoreUnavailableError
 from feature_store.ids import stable_id
@@ -76,6 +77,12 @@ class IngestService(Service):
         self._finished = asyncio.Event()
         self._finished.set()
         self.fatal: LogResetError | None = None
+        metrics.get_meter("headrace.stream").create_observable_counter(
+            "headrace.ingest.events.newer_schema",
+            [lambda _options: [metrics.Observation(self.decoder.num_of_newer_schema)]],
+            unit="{event}",
+            description="Accepted events whose schema_version is newer than this program",
+        )
 
     async def on_start(self) -> None:
         """Have the topics and a writer before anything else starts."""
@@ -129,6 +136,7 @@ class IngestService(Service):
             "skipped": counts.num_skipped,
             "refused": dict(counts.num_refused),
             "with_unknown_fields": self.decoder.num_with_unknown_fields,
+            "of_newer_schema": self.decoder.num_of_newer_schema,
             "batches": counts.num_batches,
             "watermark_ms": counts.watermark_ms,
             "positions": self.worker.positions(),
