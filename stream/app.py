@@ -26,7 +26,7 @@ from feature_store.interactions import Interactions
 from feature_store.records import Item
 from feature_store.store import FeatureStore
 from stream.clock import Clock
-from stream.dead_letters import MESSAGE_REASON, dead_letter_headers
+from stream.dead_letters import MESSAGE_REASON, DeadLetterWriter
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import Committer, IngestConfig, IngestWorker
@@ -190,7 +190,8 @@ class LowRateAgents:
     """What happens to records of `items` and `commands`."""
 
     def __init__(self, store: FeatureStore, writer: LogWriter, log: KafkaLog, clock: Clock) -> None:
-        self._store, self._writer, self._log, self._clock = store, writer, log, clock
+        self._store, self._writer, self._log = store, writer, log
+        self._dead_letters = DeadLetterWriter(writer, log.topics.dead_letters, clock)
 
     async def items(self, stream: Any) -> AsyncIterator[None]:
         """Keep item metadata current; a record without value retires the item."""
@@ -289,13 +290,7 @@ class LowRateAgents:
             message.value,
             tuple(headers.items() if isinstance(headers, Mapping) else headers),
         )
-        sent = await self._writer.send(
-            self._log.topics.dead_letters,
-            record.value,
-            key=record.key,
-            headers=dead_letter_headers(record, Refusal(MESSAGE_REASON, None, str(error)), now_ms=self._clock.now_ms()),
-        )
-        await acknowledged([sent])
+        await self._dead_letters.write([(record, Refusal(MESSAGE_REASON, None, str(error)))])
 
 
 def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, Item | None]:

@@ -25,7 +25,7 @@ from feature_store.store import FeatureStore
 from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
 from stream.clock import Clock
-from stream.dead_letters import dead_letter_headers
+from stream.dead_letters import DeadLetterWriter
 from stream.errors import LogResetError, LogUnavailableError
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
@@ -104,6 +104,7 @@ class Committer:
         self.freshness = FreshnessRecorder(F1_STORED, mode=mode)
         self._store, self._writer, self._topics, self._log_id = store, writer, topics, log_id
         self._decoder, self._clock = decoder, clock
+        self._dead_letters = DeadLetterWriter(writer, topics.dead_letters, clock)
         self._colliding: set[tuple[str, str]] = set()
         # One thread: SQL never blocks the event loop, and a transaction never changes threads.
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="ingest-sql")
@@ -203,15 +204,7 @@ class Committer:
         return update, int(result.late.sum())
 
     async def _produce(self, partition: int, update: HistoryUpdate, batch: DecodedBatch) -> None:
-        sends = [
-            await self._writer.send(
-                self._topics.dead_letters,
-                record.value,
-                key=record.key,
-                headers=dead_letter_headers(record, refusal, now_ms=self._clock.now_ms()),
-            )
-            for record, refusal in batch.refused
-        ]
+        sends = await self._dead_letters.send(batch.refused)
         if len(update.offsets):
             sends.append(
                 await self._writer.send(
@@ -223,6 +216,7 @@ class Committer:
                 )
             )
         await acknowledged(sends)
+        self._dead_letters.count(batch.refused)
 
     def _count(self, batch: DecodedBatch, update: HistoryUpdate, *, num_skipped: int, num_late: int) -> None:
         counts, num_accepted = self.counts, len(update.offsets)
