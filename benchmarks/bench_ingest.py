@@ -2,10 +2,11 @@
 
     python benchmarks/bench_ingest.py [--events 1000000] [--arms sqlite-normal sqlite-full postgresql faust]
 
-Real processes: the local broker and the database server run on one core, `headrace ingest` on the other. The log is full
-before ingest starts, and the clock runs from the moment it is given its partitions until its last position is durable.
-Afterwards the histories are compared with what was sent (count and sum of event keys). The arm *faust* is the yardstick:
-an agent as Faust's own guide writes it, which takes events in lots and keeps each user's history as a JSON row in SQLite.
+Real processes: the local broker and the database server run on one core, `headrace ingest` on the other. The log is
+full before ingest starts, and the clock runs from the moment it is given its partitions until its last position is
+durable. Afterwards the histories are compared with what was sent (count and sum of event keys). The arm *faust* is the
+yardstick: an agent as Faust's own guide writes it, which takes events in lots and keeps each user's history as a JSON
+row in SQLite.
 
 Prints a table; the last line is one JSON object.
 """
@@ -305,7 +306,7 @@ def faust_worker(path: str, bootstrap_servers: str) -> None:
                 stored = connection.execute("SELECT interactions FROM history WHERE user_id = ?", (user,)).fetchone()
                 history = (json.loads(stored[0]) if stored else []) + rows
                 connection.execute(
-                    "INSERT INTO history VALUES (?, ?) ON CONFLICT (user_id) DO UPDATE SET interactions = excluded.interactions",
+                    "INSERT OR REPLACE INTO history VALUES (?, ?)",
                     (user, json.dumps(history)),
                 )
             connection.execute("INSERT INTO progress VALUES (?, ?)", (time.time(), len(interactions)))

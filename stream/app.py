@@ -18,6 +18,7 @@ import faust
 import numpy as np
 from faust.types import EventT
 from mode import Service
+from opentelemetry import metrics
 
 from feature_store.errors import IdCollisionError, StoreUnavailableError
 from feature_store.ids import stable_id
@@ -26,7 +27,7 @@ from feature_store.records import Item
 from feature_store.store import FeatureStore
 from stream.clock import Clock
 from stream.commit import Committer
-from stream.dead_letters import MESSAGE_REASON, dead_letter_headers
+from stream.dead_letters import MESSAGE_REASON, DeadLetterWriter
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import IngestConfig, IngestWorker
@@ -77,6 +78,12 @@ class IngestService(Service):
         self._finished = asyncio.Event()
         self._finished.set()
         self.fatal: LogResetError | None = None
+        metrics.get_meter("headrace.stream").create_observable_counter(
+            "headrace.ingest.events.newer_schema",
+            [lambda _options: [metrics.Observation(self.decoder.num_of_newer_schema)]],
+            unit="{event}",
+            description="Accepted events whose schema_version is newer than this program",
+        )
 
     async def on_start(self) -> None:
         """Have the topics and a writer before anything else starts."""
@@ -130,6 +137,7 @@ class IngestService(Service):
             "skipped": counts.num_skipped,
             "refused": dict(counts.num_refused),
             "with_unknown_fields": self.decoder.num_with_unknown_fields,
+            "of_newer_schema": self.decoder.num_of_newer_schema,
             "batches": counts.num_batches,
             "watermark_ms": counts.watermark_ms,
             "positions": self.worker.positions(),
@@ -183,7 +191,8 @@ class LowRateAgents:
     """What happens to records of `items` and `commands`."""
 
     def __init__(self, store: FeatureStore, writer: LogWriter, log: KafkaLog, clock: Clock) -> None:
-        self._store, self._writer, self._log, self._clock = store, writer, log, clock
+        self._store, self._writer, self._log = store, writer, log
+        self._dead_letters = DeadLetterWriter(writer, log.topics.dead_letters, clock)
 
     async def items(self, stream: Any) -> AsyncIterator[None]:
         """Keep item metadata current; a record without value retires the item."""
@@ -282,13 +291,7 @@ class LowRateAgents:
             message.value,
             tuple(headers.items() if isinstance(headers, Mapping) else headers),
         )
-        sent = await self._writer.send(
-            self._log.topics.dead_letters,
-            record.value,
-            key=record.key,
-            headers=dead_letter_headers(record, Refusal(MESSAGE_REASON, None, str(error)), now_ms=self._clock.now_ms()),
-        )
-        await acknowledged([sent])
+        await self._dead_letters.write([(record, Refusal(MESSAGE_REASON, None, str(error)))])
 
 
 def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, Item | None]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from feature_store.ids import event_keys, stable_id
 from feature_store.interactions import Interactions
-from stream.events import SCHEMA_VERSION, Event, EventDecoder, Refusal
+from stream.events import NEWEST_SCHEMA_VERSION, Event, EventDecoder, Refusal
 from stream.log import Record, RecordBatch
 
 _NO_ID = -1
@@ -97,10 +97,10 @@ def decode_batch(
     `colliding` holds (kind, text) pairs whose hash is taken by another text in the store: they are refused.
     """
     refusals: dict[int, Refusal] = {}
-    rows, events = _parse(source, decoder, now_ms, refusals)
+    rows, events = _parse(source, decoder, refusals)
     times, values, is_suspect = _checked_columns(events, decoder, now_ms)
     for place in np.flatnonzero(is_suspect).tolist():
-        refusal = decoder.refusal(events[place], now_ms)
+        refusal = decoder.judge(events[place], now_ms)
         if refusal is not None:
             refusals[int(rows[place])] = refusal
     users = _Ids.of("user", [event.user_id for event in events], colliding)
@@ -140,16 +140,16 @@ def decode_batch(
 
 
 def _parse(
-    source: RecordBatch, decoder: EventDecoder, now_ms: int, refusals: dict[int, Refusal]
+    source: RecordBatch, decoder: EventDecoder, refusals: dict[int, Refusal]
 ) -> tuple[NDArray[np.int64], list[Event]]:
     """The rows that are events, and the events; why the others are not goes into `refusals`."""
     parsed = list(decoder.parse_many(source.values))
     for row in [row for row, event in enumerate(parsed) if event is None]:
-        decoded = decoder.decode(source.values[row], now_ms)
-        if isinstance(decoded, Refusal):
-            refusals[row] = decoded
+        alone = decoder.parse(source.values[row])
+        if isinstance(alone, Refusal):
+            refusals[row] = alone
         else:
-            parsed[row] = decoded
+            parsed[row] = alone
     if not refusals:
         return np.arange(len(parsed)), [event for event in parsed if event is not None]
     rows = np.array([row for row in range(len(parsed)) if row not in refusals], np.int64)
@@ -159,7 +159,7 @@ def _parse(
 def _checked_columns(
     events: list[Event], decoder: EventDecoder, now_ms: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
-    """Event times, values, and which of the N events `EventDecoder.refusal` has to judge (all it would refuse)."""
+    """Event times, values, and which of the N events `EventDecoder.judge` has to judge (all it would refuse)."""
     raw_times = [event.event_time for event in events]
     if {int}.issuperset(map(type, raw_times)):
         times = np.array(raw_times, np.int64)
@@ -174,7 +174,7 @@ def _checked_columns(
     actions = decoder.action_bits
     is_suspect = (times < 0) | (times - now_ms > decoder.rules.max_future_skew_ms) | np.isinf(values)
     is_suspect |= np.array([event.action not in actions for event in events], np.bool_)
-    is_suspect |= np.array([event.schema_version != SCHEMA_VERSION for event in events], np.bool_)
+    is_suspect |= np.array([event.schema_version != NEWEST_SCHEMA_VERSION for event in events], np.bool_)
     return times, values, is_suspect
 
 

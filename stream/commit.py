@@ -25,7 +25,7 @@ from feature_store.store import FeatureStore
 from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
 from stream.clock import Clock
-from stream.dead_letters import dead_letter_headers
+from stream.dead_letters import DeadLetterWriter
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
@@ -90,6 +90,7 @@ class Committer:
         self.freshness = FreshnessRecorder(F1_STORED, mode=mode)
         self._store, self._writer, self._topics, self._log_id = store, writer, topics, log_id
         self._decoder, self._clock = decoder, clock
+        self._dead_letters = DeadLetterWriter(writer, topics.dead_letters, clock)
         self._colliding: set[tuple[str, str]] = set()
         self._sql_since_s: list[float] = []
         # One thread: SQL never blocks the event loop, and a transaction never changes threads.
@@ -221,11 +222,8 @@ class Committer:
             transaction.set_position(self._log_id, self._topics.interactions, each.batch.partition, each.position)
 
     async def _produce(self, applied: Sequence[_Applied]) -> None:
-        sends = []
-        for record, refusal in chain.from_iterable(each.batch.refused for each in applied):
-            headers = dead_letter_headers(record, refusal, now_ms=self._clock.now_ms())
-            topic = self._topics.dead_letters
-            sends.append(await self._writer.send(topic, record.value, key=record.key, headers=headers))
+        refused = [each for part in applied for each in part.batch.refused]
+        sends = await self._dead_letters.send(refused)
         trace_headers = current_headers()
         sends += [
             await self._writer.send(
@@ -238,6 +236,7 @@ class Committer:
             for update in chain.from_iterable(each.update.split(UPDATE_ROWS_MAX) for each in applied)
         ]
         await acknowledged(sends)
+        self._dead_letters.count(refused)
 
     def _count(self, applied: _Applied) -> None:
         counts, update, batch = self.counts, applied.update, applied.batch

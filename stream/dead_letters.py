@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from opentelemetry import metrics
+
+from stream.clock import Clock
 from stream.errors import MessageFormatError
 from stream.events import REASONS, Refusal
-from stream.log import Record
+from stream.log import LogWriter, Record, acknowledged
 from stream.tracing import Headers
 
 HEADER_PREFIX: Final = "headrace-"
@@ -51,6 +55,39 @@ class DeadLetter:
     def redriven_headers(self) -> Headers:
         """Headers with which the record goes back to its source: the producer's, and how often it was refused."""
         return (*self.original_headers, (_ATTEMPTS, str(self.attempts).encode()))
+
+
+class DeadLetterWriter:
+    """Everything that refuses records writes them through one of these, so that the rate of dead letters is one number.
+
+    A letter is counted when the log has it: one that is sent again after a crash is a second letter, and counts.
+    """
+
+    def __init__(self, writer: LogWriter, topic: str, clock: Clock) -> None:
+        self._writer, self._topic, self._clock = writer, topic, clock
+        self._letters = metrics.get_meter("headrace.stream").create_counter(
+            "headrace.dead_letters", unit="{letter}", description="Records refused, by reason and source topic"
+        )
+
+    async def write(self, refused: Sequence[tuple[Record, Refusal]]) -> None:
+        """Write letters and wait until the log has them; raises LogUnavailableError."""
+        await acknowledged(await self.send(refused))
+        self.count(refused)
+
+    async def send(self, refused: Sequence[tuple[Record, Refusal]]) -> list[Awaitable[object]]:
+        """Queue letters beside other records; `count` them once all are acknowledged. Raises LogUnavailableError."""
+        now_ms = self._clock.now_ms()
+        return [
+            await self._writer.send(
+                self._topic, record.value, key=record.key, headers=dead_letter_headers(record, refusal, now_ms=now_ms)
+            )
+            for record, refusal in refused
+        ]
+
+    def count(self, refused: Sequence[tuple[Record, Refusal]]) -> None:
+        """The log has these letters."""
+        for record, refusal in refused:
+            self._letters.add(1, {"reason": refusal.reason, "source_topic": record.topic})
 
 
 def dead_letter_headers(record: Record, refusal: Refusal, *, now_ms: int) -> Headers:

@@ -3,6 +3,9 @@
 Validation is pure. A record either becomes an `Event` or a `Refusal` with a reason code; nothing is dropped
 silently and nothing raises for bad input. Unknown fields are ignored and counted, so that adding a field
 never stops the stream.
+
+A schema version only ever adds fields with defaults. So an event of any version from 1 on is accepted if the fields
+known here are valid: producers may be newer than this program, and nothing has to be restarted for them.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ _PARSE_TOGETHER_MIN: Final = 32
 """A group with a bad record is halved until it is this small; then its records are looked at one by one."""
 MAX_ACTIONS: Final = 32
 """Actions are bits of a 32-bit mask."""
-SCHEMA_VERSION: Final = 1
-SUPPORTED_SCHEMA_VERSIONS: Final = (SCHEMA_VERSION,)
+NEWEST_SCHEMA_VERSION: Final = 1
+"""The version whose fields `Event` lists; events of later ones are accepted and counted."""
 
 IntId = Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
 TextId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -31,7 +34,7 @@ EpochMs = Annotated[int, msgspec.Meta(ge=-(2**63), le=INT64_MAX)]
 
 # gc=False: an event holds texts and numbers, so it can be part of no cycle; the collector need not look at millions.
 class Event(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
-    """One user event as producers write it (`schema_version` 1, JSON object).
+    """One user event as producers write it (JSON object): the fields of `NEWEST_SCHEMA_VERSION`.
 
     Ids are non-negative 64-bit integers or text of at most 256 characters. `event_time` is epoch milliseconds
     or RFC 3339 with an offset. `value` is a rating, a watch time in seconds or the like.
@@ -67,7 +70,7 @@ REASONS: Final = {
     "malformed_json": "the value is not a JSON object",
     "missing_field": "a required field is absent",
     "wrong_type": "a field has another type or is out of its range",
-    "unsupported_schema_version": "schema_version is not one this headrace reads",
+    "unsupported_schema_version": "schema_version is below 1",
     "unknown_action": "the action is not declared in events.actions",
     "negative_time": "event_time lies before 1970",
     "future_time": "event_time lies further ahead than events.max_future_skew_ms",
@@ -120,7 +123,7 @@ def encode_event(event: Event) -> bytes:
 
 
 class EventDecoder:
-    """Turns record values into events, counting unknown fields.
+    """Turns record values into events, counting those with unknown fields and those of a newer schema.
 
     The strict decoder is the fast path; a record it refuses is decoded again leniently (unknown fields are
     fine), and only a record that fails twice is examined field by field to name the reason.
@@ -129,29 +132,35 @@ class EventDecoder:
     def __init__(self, rules: EventRules) -> None:
         self.rules = rules
         self.num_with_unknown_fields = 0
+        self.num_of_newer_schema = 0
         self.action_bits = {action: 1 << bit for bit, action in enumerate(rules.actions)}
         self._strict = msgspec.json.Decoder(_StrictEvent)
         self._lenient = msgspec.json.Decoder(Event)
 
     def decode(self, value: bytes | None, now_ms: int) -> Event | Refusal:
-        """Decode and validate one record value; `now_ms` is processing time, for the future check."""
+        """Parse and judge one record value; `now_ms` is processing time, for the future check."""
+        parsed = self.parse(value)
+        return parsed if isinstance(parsed, Refusal) else self.judge(parsed, now_ms) or parsed
+
+    def parse(self, value: bytes | None) -> Event | Refusal:
+        """Parse one record value; what it says is not judged yet."""
         if value is None or len(value) == 0:
             return Refusal("empty", None, "the record has no value")
         if len(value) > self.rules.max_event_bytes:
             limit = self.rules.max_event_bytes
             return Refusal("oversize", None, f"{len(value)} bytes; the limit events.max_event_bytes is {limit}")
         try:
-            event: Event = self._strict.decode(value)
+            return self._strict.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError):
             try:
                 event = self._lenient.decode(value)
             except (msgspec.DecodeError, UnicodeDecodeError):
                 return _diagnose(value)
-            self.num_with_unknown_fields += 1
-        return self.refusal(event, now_ms) or event
+        self.num_with_unknown_fields += 1
+        return event
 
     def parse_many(self, values: Sequence[bytes | None]) -> Sequence[Event | None]:
-        """Parse record values in bulk, without validating them further; None where `decode` has to look.
+        """Parse record values in bulk; None where `parse` has to look.
 
         One poison record costs the rest of its batch a second parse, not one by one.
         """
@@ -194,14 +203,17 @@ class EventDecoder:
             return False
         return True
 
-    def refusal(self, event: Event, now_ms: int) -> Refusal | None:
-        """Why an event that parsed is not accepted, or None if it is."""
-        if event.schema_version not in SUPPORTED_SCHEMA_VERSIONS:
-            return Refusal(
-                "unsupported_schema_version",
-                "schema_version",
-                f"schema_version {event.schema_version}; this headrace reads {SUPPORTED_SCHEMA_VERSIONS}",
-            )
+    def judge(self, event: Event, now_ms: int) -> Refusal | None:
+        """Why an event that parsed is not accepted, or None; counts those accepted of a newer schema."""
+        if refusal := self._refusal(event, now_ms):
+            return refusal
+        self.num_of_newer_schema += event.schema_version > NEWEST_SCHEMA_VERSION
+        return None
+
+    def _refusal(self, event: Event, now_ms: int) -> Refusal | None:
+        if event.schema_version < 1:
+            error = f"schema_version {event.schema_version}; versions count from 1"
+            return Refusal("unsupported_schema_version", "schema_version", error)
         if event.action not in self.action_bits:
             declared = ", ".join(self.rules.actions)
             return Refusal("unknown_action", "action", f"action {event.action!r} is not one of: {declared}")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.events import REASONS, Event, EventDecoder, EventRules, Refusal, encode_event
+from stream.events import NEWEST_SCHEMA_VERSION, REASONS, Event, EventDecoder, EventRules, Refusal, encode_event
 
 NOW_MS = 1_700_000_000_000
 
@@ -23,10 +23,12 @@ def good(**changes: Any) -> dict[str, Any]:
         "action": "rating",
         "event_time": NOW_MS - 5,
     }
-    return {name: value for name, value in (fields | changes).items() if value is not ...}
+    return fields | changes
 
 
 def decode(value: Any, **rules: Any) -> Event | Refusal:
+    if isinstance(value, dict):
+        value = {name: given for name, given in value.items() if given is not ...}
     raw = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
     return EventDecoder(EventRules(**rules)).decode(raw, NOW_MS)
 
@@ -84,7 +86,8 @@ def test_rfc_3339_times_keep_their_milliseconds(text: str, expected_ms: int) -> 
         (good(event_time="1969-12-31T23:59:59Z"), "negative_time", "event_time"),
         (good(event_time=NOW_MS + 300_001), "future_time", "event_time"),
         (good(action="teleport"), "unknown_action", "action"),
-        (good(schema_version=99), "unsupported_schema_version", "schema_version"),
+        (good(schema_version=0), "unsupported_schema_version", "schema_version"),
+        (good(schema_version=-3), "unsupported_schema_version", "schema_version"),
         (good(context={"filler": "x" * 20_000}), "oversize", None),
     ],
 )
@@ -94,6 +97,51 @@ def test_a_bad_record_is_refused_with_its_reason(value: Any, reason: str, field:
     assert (refusal.reason, refusal.field) == (reason, field)
     assert refusal.reason in REASONS
     assert refusal.error
+
+
+NO_JSON_VALUE_OF: dict[str, tuple[Any, ...]] = {
+    "event_id": (5, 1.5, True, None, [], {}),
+    "user_id": (1.5, True, None, [], {}),
+    "item_id": (1.5, True, None, [], {}),
+    "action": (5, 1.5, True, None, [], {}),
+    "event_time": (1.5, True, None, [], {}),
+    "value": ("8", True, [], {}),
+    "request_id": (5, 1.5, True, [], {}),
+    "context": ("a=1", 5, 1.5, True, [], {"a": []}),
+    "schema_version": ("2", 1.5, True, None, [], {}),
+}
+"""Field → values of the types it must not have."""
+
+
+def test_a_wrong_type_is_tried_for_every_field() -> None:
+    assert set(NO_JSON_VALUE_OF) == {field.name for field in msgspec.structs.fields(Event)}
+
+
+@pytest.mark.parametrize("version", [..., 1, 2])
+@pytest.mark.parametrize("field", NO_JSON_VALUE_OF)
+def test_a_retyped_field_is_refused_under_its_name_whatever_the_version(field: str, version: Any) -> None:
+    for value in NO_JSON_VALUE_OF[field]:
+        refusal = decode(good(schema_version=version) | {field: value})
+        assert isinstance(refusal, Refusal), value
+        assert (refusal.reason, refusal.field) == ("wrong_type", field), value
+
+
+@pytest.mark.parametrize("version", [..., 1, 2])
+@pytest.mark.parametrize("field", [field.name for field in msgspec.structs.fields(Event) if field.required])
+def test_a_missing_field_is_refused_under_its_name_whatever_the_version(field: str, version: Any) -> None:
+    refusal = decode(good(schema_version=version) | {"added_later": 1} | {field: ...})
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.field) == ("missing_field", field)
+
+
+def test_events_of_a_newer_schema_are_accepted_and_counted() -> None:
+    decoder = EventDecoder(EventRules())
+    for version in (1, NEWEST_SCHEMA_VERSION, NEWEST_SCHEMA_VERSION + 1, 10**30):
+        raw = json.dumps(good(schema_version=version, added_later={"deep": [1]})).encode()
+        assert isinstance(decoder.decode(raw, NOW_MS), Event)
+    refused = json.dumps(good(schema_version=2, action="teleport")).encode()
+    assert isinstance(decoder.decode(refused, NOW_MS), Refusal)
+    assert decoder.num_of_newer_schema == 2
 
 
 def test_an_event_at_the_edge_of_the_future_is_accepted() -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ class Site:
         await acknowledged(sends)
         await writer.stop()
         self.num_sent += num_events
+
+    async def send_event(self, **fields: Any) -> None:
+        event = {"event_id": f"e{self.num_sent}", "user_id": 3, "item_id": self.num_sent, "action": "view"}
+        raw = json.dumps(event | {"event_time": NOW_MS + self.num_sent} | fields).encode()
+        writer = self.log.writer()
+        await writer.start()
+        await acknowledged([await writer.send(self.log.topics.interactions, raw, partition=0)])
+        await writer.stop()
+        self.num_sent += 1
 
     async def read_all(self, topic: str) -> list[Record]:
         reader = self.log.reader()
@@ -185,6 +195,23 @@ async def test_a_log_that_ends_before_the_stored_position_is_refused(site: Site)
     # The other partition may have been applied; of this one, nothing.
     assert site.store.positions(site.log.log_id, site.log.topics.interactions)[0] == 1_000
     assert set(site.store.read(np.arange(17), max_len=50).item_id.tolist()) <= {1, 3, 5, 7, 9}
+
+
+async def test_a_running_worker_takes_events_of_a_newer_schema_and_refuses_retyped_fields_by_name(site: Site) -> None:
+    async with site.worker() as (_, _):
+        counts = site.committers[0].counts
+        await site.send_event()
+        await until(lambda: counts.num_accepted == 1)
+        await site.send_event(schema_version=2, dwell_ms=1_200)
+        await until(lambda: counts.num_accepted == 2)
+        await site.send_event(schema_version=2, dwell_ms=1_200, value={"stars": 5})
+        await until(lambda: counts.num_refused == {"wrong_type": 1})
+        await site.send_event(schema_version=1)
+        await until(lambda: counts.num_accepted == 3)
+    assert site.store.read(np.array([3]), max_len=10).item_id.tolist() == [0, 1, 3]
+    (letter,) = await site.read_all(site.log.topics.dead_letters)
+    headers = dict(letter.headers)
+    assert (headers["headrace-reason"], headers["headrace-field"]) == (b"wrong_type", b"value")
 
 
 async def test_the_faust_app_keeps_items_and_forgets_users(site: Site, tmp_path: Path) -> None:
