@@ -21,6 +21,7 @@ from aiokafka.errors import KafkaError
 from opentelemetry import metrics, trace
 
 from feature_store.errors import ConcurrentAppendError, IdCollisionError, StoreUnavailableError
+from feature_store.interactions import AppendResult
 from feature_store.store import FeatureStore
 from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
@@ -61,6 +62,9 @@ class IngestConfig:
     """A worker that is silent for this long (ms) is dead: the delay before another takes over."""
     drain_timeout_ms: int = 5_000
     """Time to finish the batch in hand when partitions are revoked or the worker stops (ms)."""
+    prune_interval_ms: int = 600_000
+    """Pause between two sweeps over all users that remove what store.max_history and store.max_age_ms let expire (ms),
+    by the worker that has partition 0; 0: only `headrace store prune` sweeps."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_records <= 100_000:
@@ -69,6 +73,8 @@ class IngestConfig:
             raise ValueError("ingest.group_id is empty: workers share partitions through a named group")
         if self.batch_wait_ms < 0:
             raise ValueError(f"ingest.batch_wait_ms = {self.batch_wait_ms}: must not be negative")
+        if self.prune_interval_ms < 0:
+            raise ValueError(f"ingest.prune_interval_ms = {self.prune_interval_ms}: must not be negative")
 
 
 @dataclass(slots=True)
@@ -77,6 +83,8 @@ class IngestCounts:
 
     num_accepted: int = 0
     num_duplicate: int = 0
+    num_expired: int = 0
+    """Older than what retention keeps: not accepted."""
     num_late: int = 0
     num_skipped: int = 0
     """Records below the stored position: applied before, dropped unseen."""
@@ -161,15 +169,18 @@ class Committer:
     async def _apply(self, partition: int, batch: DecodedBatch) -> tuple[HistoryUpdate | None, int]:
         async with _Transaction(self._store.transaction(), self._in_sql_thread) as transaction:
             # Step 3: lock the partition's position (another worker on it waits here) and drop what lies below.
-            position = await self._in_sql_thread(
+            locked = await self._in_sql_thread(
                 lambda: transaction.lock_position(self._log_id, self._topics.interactions, partition)
             )
+            position = locked.next_offset
             batch, num_skipped = batch.from_offset(position)
             if batch.last_offset < position:
                 self.counts.num_skipped += num_skipped
                 return None, position
             # Step 4: append to the histories; duplicates are no-ops, late events go where they belong.
-            update, num_late = await self._in_sql_thread(lambda: self._append(transaction, partition, batch))
+            update, result = await self._in_sql_thread(
+                lambda: self._append(transaction, partition, batch, locked.watermark_ms)
+            )
             fail_point("ingest.appended")
             # Step 5: dead letters and updates are in the log before the position moves past their source.
             await self._produce(partition, update, batch)
@@ -177,12 +188,16 @@ class Committer:
             # Step 6: the position moves in the same transaction as the effect.
             position = batch.last_offset + 1
             await self._in_sql_thread(
-                lambda: transaction.set_position(self._log_id, self._topics.interactions, partition, position)
+                lambda: transaction.set_position(
+                    self._log_id, self._topics.interactions, partition, position, watermark_ms=update.watermark_ms
+                )
             )
-        self._count(batch, update, num_skipped=num_skipped, num_late=num_late)
+        self._count(update, result, batch, num_skipped=num_skipped)
         return (update if len(update.offsets) else None), position
 
-    def _append(self, transaction: StoreTransaction, partition: int, batch: DecodedBatch) -> tuple[HistoryUpdate, int]:
+    def _append(
+        self, transaction: StoreTransaction, partition: int, batch: DecodedBatch, watermark_ms: int
+    ) -> tuple[HistoryUpdate, AppendResult]:
         if batch.user_names:
             transaction.register_names("user", batch.user_names)
         if batch.item_names:
@@ -195,12 +210,12 @@ class Committer:
             partition=partition,
             first_offset=batch.first_offset,
             last_offset=batch.last_offset,
-            watermark_ms=max(self.counts.watermark_ms, newest_ms),
+            watermark_ms=max(watermark_ms, newest_ms),
             offsets=batch.offsets[accepted],
             append_ms=batch.append_ms[accepted],
             interactions=result.accepted_from(batch.interactions),
         )
-        return update, int(result.late.sum())
+        return update, result
 
     async def _produce(self, partition: int, update: HistoryUpdate, batch: DecodedBatch) -> None:
         sends = [
@@ -224,19 +239,21 @@ class Committer:
             )
         await acknowledged(sends)
 
-    def _count(self, batch: DecodedBatch, update: HistoryUpdate, *, num_skipped: int, num_late: int) -> None:
-        counts, num_accepted = self.counts, len(update.offsets)
-        num_duplicate = len(batch.offsets) - num_accepted
+    def _count(self, update: HistoryUpdate, result: AppendResult, batch: DecodedBatch, *, num_skipped: int) -> None:
+        counts, num_accepted, num_expired = self.counts, len(update.offsets), int(result.expired.sum())
+        num_duplicate = len(batch.offsets) - num_accepted - num_expired
         refused = Counter(refusal.reason for _, refusal in batch.refused)
         counts.num_accepted += num_accepted
         counts.num_duplicate += num_duplicate
-        counts.num_late += num_late
+        counts.num_expired += num_expired
+        counts.num_late += int(result.late.sum())
         counts.num_skipped += num_skipped
         counts.num_refused.update(refused)
         counts.num_batches += 1
         counts.watermark_ms = max(counts.watermark_ms, update.watermark_ms)
         self._events.add(num_accepted, {"outcome": "accepted"})
         self._events.add(num_duplicate, {"outcome": "duplicate"})
+        self._events.add(num_expired, {"outcome": "expired"})
         for reason, count in refused.items():
             self._events.add(count, {"outcome": "refused", "reason": reason})
 
