@@ -2,7 +2,8 @@
 
 With retention, what it would not keep is refused: it has expired. That must hold also for what was stored and removed,
 so that nothing is accepted twice: an event is expired if it is before the horizon, if `max_history` newer ones are
-there, or if it is from before the last interaction that was removed.
+stored, or if it is from before the last interaction that was removed. Newer events of the same batch count for nothing:
+whether an event is learned from does not depend on how many were polled with it.
 """
 
 from __future__ import annotations
@@ -96,12 +97,10 @@ def _append_recent(
     # Step 2: decide order and duplicates; number the accepted in order of arrival.
     stored_places = Places.of(np.repeat(chunks.pos, chunks.length), stored)
     new_places = Places.of(group, interactions.columns)
-    merged = merge(stored_places, new_places, len(ids))
-    kept = np.flatnonzero(~_are_expired(users, stored_places, new_places, merged, retention.max_history))
+    kept = np.flatnonzero(~_are_expired(users, stored_places, new_places, retention.max_history))
     if len(kept) < len(interactions):
-        # They would only have been at the old end: the others' order does not change without them.
         interactions, group = interactions.take(kept), group[kept]
-        merged = merge(stored_places, new_places.take(kept), len(ids))
+    merged = merge(stored_places, new_places.take(kept), len(ids))
     seq = _assign_seq(group, merged.accepted, users.next_seq)
     # Step 3: write the chunks from the first changed interaction on.
     new = interactions.columns | {"seq": seq}
@@ -118,17 +117,20 @@ def _append_recent(
     return result if len(kept) == len(new_places) else result.spread(kept, len(new_places))
 
 
-def _are_expired(users: _Users, stored: Places, new: Places, merged: Merge, max_history: int) -> NDArray[np.bool_]:
-    """bool[N]: the new rows that were removed once, or that max_history (0: any number of) newer ones leave behind."""
-    is_expired = new.event_time_ms <= users.floor_ms[new.group]
-    if is_expired.any() and len(stored):
+def _are_expired(users: _Users, stored: Places, new: Places, max_history: int) -> NDArray[np.bool_]:
+    """bool[N]: new rows that were removed once, or that max_history (0: any number of) stored ones leave behind."""
+    is_expired: NDArray[np.bool_] = new.event_time_ms <= users.floor_ms[new.group]
+    if len(stored) == 0:
+        return is_expired
+    offsets = offsets_of(np.bincount(stored.group, minlength=len(users.ids)))
+    num_stored = np.diff(offsets)
+    if is_expired.any():
         # Of the floor's millisecond, only what is before the first interaction that is left.
-        num_stored = np.bincount(stored.group, minlength=len(users.ids))
-        first = stored.take(np.minimum(offsets_of(num_stored)[new.group], len(stored) - 1))
+        first = stored.take(np.minimum(offsets[new.group], len(stored) - 1))
         is_expired &= (num_stored[new.group] == 0) | new.is_before(first)
-    is_full = np.diff(merged.offsets) > max_history
+    is_full = num_stored >= max_history
     if max_history and is_full.any():
-        oldest_kept = stored.then(new).take(merged.source[np.maximum(merged.offsets[1:] - max_history, 0)])
+        oldest_kept = stored.take(np.maximum(offsets[1:] - max_history, 0))
         is_expired |= is_full[new.group] & new.is_before(oldest_kept.take(new.group))
     return is_expired
 

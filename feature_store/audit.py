@@ -74,7 +74,7 @@ def verify(connection: Connection, chunk_len: int, on_finding: Callable[[Finding
             num_chunks += len(rows)
             num_interactions += int(part.n.sum())
             num_gone += int(part.num_gone()[part.has_emptied()].sum())
-    if num_gone > num_expired:
+    if num_gone > num_expired > 0:
         on_finding(
             Finding(f"{num_gone} interactions are gone from histories, but retention has removed only {num_expired}")
         )
@@ -187,7 +187,9 @@ class _Part:
                     chunk, f"it is empty, {num_gone[user]} of the user's interactions are gone, not 1 to {most}"
                 )
             if self.first_ms[chunk] != self.last_ms[chunk]:
-                yield self._at(chunk, f"it is empty, but first_ms is {self.first_ms[chunk]} and last_ms another")
+                yield self._at(
+                    chunk, f"it is empty, but first_ms is {self.first_ms[chunk]}, last_ms {self.last_ms[chunk]}"
+                )
             if not self.is_tail[chunk] and self.first_ms[chunk + 1] < self.last_ms[chunk]:
                 yield self._at(chunk + 1, "it begins before the last interaction that was removed")
 

@@ -112,7 +112,7 @@ class RetainedTruth:
             elif not result.expired[number]:
                 assert row.place in self.accepted, f"{row} is called a duplicate"
         for number, row in enumerate(rows):
-            # By the watermark before the batch: what the batch itself makes too old may still be accepted.
+            # By what was there before the batch: what the batch itself leaves behind may still be accepted.
             if result.expired[number]:
                 assert row.place not in {one.place for one in self.retained(row.user_id, before_ms)}
                 assert row.place not in set(self.accepted) - known
