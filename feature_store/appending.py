@@ -1,4 +1,10 @@
-"""Appending interactions to the stored histories: deduplicated, in order, rewriting only the chunks that change."""
+"""Appending interactions to the stored histories: deduplicated, in order, rewriting only the chunks that change.
+
+With retention, what it would not keep is refused: it has expired. That must hold also for what was stored and removed,
+so that nothing is accepted twice: an event is expired if it is before the horizon, if `max_history` newer ones are
+stored, or if it is from before the last interaction that was removed. Newer events of the same batch count for nothing:
+whether an event is learned from does not depend on how many were polled with it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,11 @@ from feature_store.chunks import encode_chunks
 from feature_store.interactions import COLUMN_DTYPES, AppendResult, Columns, Interactions
 from feature_store.jagged import concat_ranges, offsets_of, rank_in_group
 from feature_store.merging import Merge, Places, merge
+from feature_store.publications import load_watermark
+from feature_store.removing import GrownUsers, remove_after_growth
+from feature_store.retention import Retention
+
+_NO_FLOOR = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +33,13 @@ class _Users:
 
     ids: NDArray[np.int64]
     first_chunk: NDArray[np.int64]
-    """i64[U], row of the user's first loaded chunk."""
+    """i64[U], row of the user's first loaded chunk that has not been emptied."""
     num_chunks: NDArray[np.int64]
-    """i64[U], loaded chunks."""
+    """i64[U], loaded chunks from that one on."""
     base_chunk_no: NDArray[np.int64]
-    """i64[U], number of the first loaded chunk; 0 for a new user."""
+    """i64[U], number of that chunk, or of the one to be written first; 0 for a new user."""
+    floor_ms: NDArray[np.int64]
+    """i64[U], time of the last interaction removed, if the emptied chunk that says so was loaded."""
     next_seq: NDArray[np.int64]
     """i64[U], arrivals accepted so far."""
 
@@ -36,44 +49,109 @@ class _Users:
         offsets = offsets_of(num_chunks)
         base_chunk_no = np.zeros(len(ids), np.int64)
         next_seq = np.zeros(len(ids), np.int64)
+        floor_ms = np.full(len(ids), _NO_FLOOR)
         is_known = num_chunks > 0
-        base_chunk_no[is_known] = chunks.chunk_no[offsets[:-1][is_known]]
+        first = offsets[:-1][is_known]
+        base_chunk_no[is_known] = chunks.chunk_no[first]
         next_seq[is_known] = chunks.next_seq[offsets[1:][is_known] - 1]
+        is_emptied = np.zeros(len(ids), np.bool_)
+        is_emptied[is_known] = chunks.length[first] == 0
+        floor_ms[is_emptied] = chunks.first_ms[offsets[:-1][is_emptied]]
         return _Users(
             ids=ids,
-            first_chunk=offsets[:-1],
-            num_chunks=num_chunks,
-            base_chunk_no=base_chunk_no,
+            first_chunk=offsets[:-1] + is_emptied,
+            num_chunks=num_chunks - is_emptied,
+            base_chunk_no=base_chunk_no + is_emptied,
+            floor_ms=floor_ms,
             next_seq=next_seq,
         )
 
 
-def append(connection: Connection, interactions: Interactions, chunk_len: int) -> AppendResult:
-    """Append a batch inside the caller's transaction; see `StoreTransaction.append`."""
+def append(connection: Connection, interactions: Interactions, retention: Retention, source: str) -> AppendResult:
+    """Append a batch inside the caller's transaction; see `StoreTransaction.append`.
+
+    `source`: who removes what this append pushes out, for the account.
+    """
     if connection.dialect.name == "postgresql":
         # Shared by appends, exclusive against forget_users: no append can write back a history it read before that.
         connection.execute(text("LOCK TABLE history_chunk IN ROW EXCLUSIVE MODE"))
+    horizon_ms = retention.horizon_ms(load_watermark(connection)) if retention.max_age_ms else None
+    if horizon_ms is not None and interactions.event_time_ms.min(initial=horizon_ms) < horizon_ms:
+        recent = np.flatnonzero(interactions.event_time_ms >= horizon_ms)
+        result = _append_recent(connection, interactions.take(recent), retention, source)
+        return result.spread(recent, len(interactions))
+    return _append_recent(connection, interactions, retention, source)
+
+
+def _append_recent(
+    connection: Connection, interactions: Interactions, retention: Retention, source: str
+) -> AppendResult:
+    """Append rows that are not before the horizon."""
     if len(interactions) == 0:
         none = np.empty(0, np.bool_)
-        return AppendResult(accepted=none, seq=np.empty(0, np.uint32), late=none)
+        return AppendResult(accepted=none, seq=np.empty(0, np.uint32), late=none, expired=none)
     # Step 1: read the end of each history, as far back as the new interactions reach.
     ids, group = np.unique(interactions.user_id, return_inverse=True)
     first_new_ms = np.full(len(ids), np.iinfo(np.int64).max)
     np.minimum.at(first_new_ms, group, interactions.event_time_ms)
-    chunks = _load_ends(connection, ids, first_new_ms, chunk_len)
+    chunks = _load_ends(connection, ids, first_new_ms, retention.chunk_len)
     stored = chunks.interactions()
     users = _Users.of(ids, chunks)
     # Step 2: decide order and duplicates; number the accepted in order of arrival.
     stored_places = Places.of(np.repeat(chunks.pos, chunks.length), stored)
-    merged = merge(stored_places, Places.of(group, interactions.columns), len(ids))
+    new_places = Places.of(group, interactions.columns)
+    kept = np.flatnonzero(~_are_expired(users, stored_places, new_places, retention.max_history))
+    if len(kept) < len(interactions):
+        interactions, group = interactions.take(kept), group[kept]
+    merged = merge(stored_places, new_places.take(kept), len(ids))
     seq = _assign_seq(group, merged.accepted, users.next_seq)
     # Step 3: write the chunks from the first changed interaction on.
     new = interactions.columns | {"seq": seq}
     columns = {name: np.concatenate([stored[name], new[name]]) for name in COLUMN_DTYPES}
     num_accepted = np.bincount(group[merged.accepted], minlength=len(ids))
     users = replace(users, next_seq=users.next_seq + num_accepted)
-    write_chunks(connection, _changed_chunks(users, chunks, columns, merged, chunk_len))
-    return AppendResult(accepted=merged.accepted, seq=seq, late=merged.late)
+    write_chunks(connection, _changed_chunks(users, chunks, columns, merged, retention.chunk_len))
+    # Step 4: remove what these histories have left behind.
+    if retention.is_on:
+        _remove_left_behind(connection, users, merged, retention, source)
+    result = AppendResult(
+        accepted=merged.accepted, seq=seq, late=merged.late, expired=np.zeros(len(merged.accepted), np.bool_)
+    )
+    return result if len(kept) == len(new_places) else result.spread(kept, len(new_places))
+
+
+def _are_expired(users: _Users, stored: Places, new: Places, max_history: int) -> NDArray[np.bool_]:
+    """bool[N]: new rows that were removed once, or that max_history (0: any number of) stored ones leave behind."""
+    is_expired: NDArray[np.bool_] = new.event_time_ms <= users.floor_ms[new.group]
+    if len(stored) == 0:
+        return is_expired
+    offsets = offsets_of(np.bincount(stored.group, minlength=len(users.ids)))
+    num_stored = np.diff(offsets)
+    if is_expired.any():
+        # Of the floor's millisecond, only what is before the first interaction that is left.
+        first = stored.take(np.minimum(offsets[new.group], len(stored) - 1))
+        is_expired &= (num_stored[new.group] == 0) | new.is_before(first)
+    is_full = num_stored >= max_history
+    if max_history and is_full.any():
+        oldest_kept = stored.take(np.maximum(offsets[1:] - max_history, 0))
+        is_expired |= is_full[new.group] & new.is_before(oldest_kept.take(new.group))
+    return is_expired
+
+
+def _remove_left_behind(
+    connection: Connection, users: _Users, merged: Merge, retention: Retention, source: str
+) -> None:
+    """Remove old chunks of the users whose tail has moved into a new chunk: once per chunk_len interactions."""
+    lengths = np.diff(merged.offsets)
+    num_chunks = -(-lengths // retention.chunk_len)
+    grown = np.flatnonzero(num_chunks > users.num_chunks)
+    if len(grown):
+        grown_users = GrownUsers(
+            user_id=users.ids[grown],
+            tail_no=users.base_chunk_no[grown] + num_chunks[grown] - 1,
+            ends=users.base_chunk_no[grown] * retention.chunk_len + lengths[grown],
+        )
+        remove_after_growth(connection, grown_users, retention, source)
 
 
 def _load_ends(
@@ -82,7 +160,8 @@ def _load_ends(
     """The tail chunk of every user, and all chunks back to the one that the earliest new interaction falls in."""
     chunks = newest_chunks(connection, user_ids, 1)
     # At the tail's very first millisecond the place may still be in the chunk before it: only the keys could tell.
-    reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0)
+    # An emptied tail is never merged with: before its end everything was removed.
+    reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0) & (chunks.length > 0)
     if reaches_back.any():
         asked = chunks.pos[reaches_back]
         deep = chunks_ending_since(connection, user_ids[asked], first_new_ms[asked])

@@ -105,6 +105,16 @@ class HistoryArena:
             end = self._first_row_at(start, end, before_ms)
         return np.maximum(start, end - max_len), end
 
+    def first_retained(self, slots: NDArray[np.int64], max_history: int, horizon_ms: int | None) -> NDArray[np.int64]:
+        """i64[B], first row of each user's block that is at or after the horizon and among the newest max_history
+        (0: of any number); the block's end if none is.
+        """
+        start = self.start[slots]
+        end = start + self.length[slots]
+        if max_history:
+            start = np.maximum(start, end - max_history)
+        return start if horizon_ms is None else self._first_row_at(start, end, np.full(len(slots), horizon_ms))
+
     def fits_after(self, slots: NDArray[np.int64], new: Places) -> NDArray[np.bool_]:
         """bool[U], whether each user's new rows (ordered, grouped by user 0 … U-1) can go at the end of its block."""
         counts = np.bincount(new.group, minlength=len(slots))

@@ -16,14 +16,17 @@ from feature_store.chunk_rows import count_users
 from feature_store.chunks import decode_chunks, encode_chunks
 from feature_store.errors import ChunkCorruptError
 from feature_store.jagged import offsets_of
+from feature_store.publications import load_watermark
 from feature_store.records import AuditTotals, Finding, StoreStats
+from feature_store.removing import FORGET_SOURCE, load_removed
+from feature_store.retention import Retention
 from feature_store.tables import history_chunk, log_position
 
 _CHUNKS_PER_PART: Final = 1_000
 """Chunks looked at together; a part holds whole users, so one with a longer history makes a larger part."""
 
 
-def stats(connection: Connection) -> StoreStats:
+def stats(connection: Connection, retention: Retention) -> StoreStats:
     """Counts from the rows alone: no chunk is decoded."""
     chunk = history_chunk.c
     query = select(
@@ -33,12 +36,16 @@ def stats(connection: Connection) -> StoreStats:
     positions: dict[str, dict[str, dict[int, int]]] = {}
     for row in connection.execute(select(log_position).order_by(*log_position.primary_key)):
         positions.setdefault(row.log_id, {}).setdefault(row.topic, {})[row.partition] = row.next_offset
+    watermark_ms = load_watermark(connection)
     return StoreStats(
         num_users=count_users(connection),
         num_interactions=int(num_interactions),
         num_chunks=num_chunks,
         num_bytes=int(num_bytes),
         positions=positions,
+        removed={source: row.num_interactions for source, row in load_removed(connection).items()},
+        watermark_ms=watermark_ms,
+        horizon_ms=retention.horizon_ms(watermark_ms),
     )
 
 
@@ -49,17 +56,30 @@ def verify(connection: Connection, chunk_len: int, on_finding: Callable[[Finding
     be numbered from 0 and be full but the last; interactions must rise strictly by (event time, event key) through all
     chunks; `first_ms`, `last_ms` and `n` must be the content's; arrival numbers must be 0, 1, 2, … each once, below
     the `next_seq` of their chunk; the tail's `next_seq` must be the number of interactions.
+
+    A user's first chunk may have been emptied by retention, and then has any number: as many of its interactions may be
+    gone as the chunks up to it held, nothing that is left may be from before its time, and the interactions gone from
+    all histories may not be more than retention says it has removed.
     """
-    num_users, num_chunks, num_interactions = 0, 0, 0
+    removed = load_removed(connection)
+    num_expired = sum(row.num_interactions for source, row in removed.items() if source != FORGET_SOURCE)
+    num_users, num_chunks, num_interactions, num_gone = 0, 0, 0, 0
     query = select(history_chunk).order_by(*history_chunk.primary_key).execution_options(yield_per=_CHUNKS_PER_PART)
     with connection.execute(query) as result:
         for rows in _whole_users(result):
             part = _Part.of(rows)
-            for finding in part.findings(chunk_len):
+            for finding in part.findings(chunk_len, may_be_emptied=num_expired > 0):
                 on_finding(finding)
             num_users += int(part.is_first.sum())
             num_chunks += len(rows)
             num_interactions += int(part.n.sum())
+            num_gone += int(part.num_gone()[part.has_emptied()].sum())
+    if num_gone > num_expired > 0:
+        on_finding(
+            Finding(f"{num_gone} interactions are gone from histories, but retention has removed only {num_expired}")
+        )
+    for source in (source for source, row in removed.items() if row.num_interactions < 0):
+        on_finding(Finding(f"the number of interactions removed by {source!r} is negative"))
     position = log_position.c
     for row in connection.execute(select(log_position).where(or_(position.next_offset < 0, position.partition < 0))):
         on_finding(
@@ -114,9 +134,20 @@ class _Part:
             is_tail=np.concatenate([changes, [True]]),
         )
 
-    def findings(self, chunk_len: int) -> Iterator[Finding]:
+    def has_emptied(self) -> NDArray[np.bool_]:
+        """bool[U], whether the user's first chunk has been emptied."""
+        has_emptied: NDArray[np.bool_] = self.n[self.is_first] == 0
+        return has_emptied
+
+    def num_gone(self) -> NDArray[np.int64]:
+        """i64[U], how many interactions arrived and are not in the user's chunks."""
+        num_interactions: NDArray[np.int64] = np.add.reduceat(self.n, np.flatnonzero(self.is_first))
+        return self.next_seq[self.is_tail] - num_interactions
+
+    def findings(self, chunk_len: int, *, may_be_emptied: bool) -> Iterator[Finding]:
         """What is wrong, at most once per chunk and kind."""
         yield from self._of_rows(chunk_len)
+        yield from self._of_emptied(chunk_len, may_be_emptied)
         problems = self._decoding_problems()
         for chunk, problem in problems.items():
             yield self._at(chunk, problem)
@@ -125,21 +156,42 @@ class _Part:
 
     def _of_rows(self, chunk_len: int) -> Iterator[Finding]:
         before = np.where(self.is_first, -1, np.roll(self.chunk_no, 1))
-        for chunk in np.flatnonzero(self.chunk_no != before + 1):
+        is_emptied = self.is_first & (self.n == 0)
+        for chunk in np.flatnonzero((self.chunk_no != before + 1) & ~is_emptied):
             yield self._at(chunk, f"chunk {before[chunk] + 1} should come before it and is missing")
-        for chunk in np.flatnonzero(np.where(self.is_tail, (self.n < 1) | (self.n > chunk_len), self.n != chunk_len)):
+        has_wrong_n = np.where(self.is_tail, (self.n < 1) | (self.n > chunk_len), self.n != chunk_len)
+        for chunk in np.flatnonzero(has_wrong_n & ~is_emptied):
             wanted = f"1 to {chunk_len}" if self.is_tail[chunk] else f"exactly {chunk_len}, since others follow it"
             yield self._at(chunk, f"its row says that it holds {self.n[chunk]} interactions; it must hold {wanted}")
         for chunk in np.flatnonzero(self.user_id < 0):
             yield self._at(chunk, "the user id is negative")
         user = np.cumsum(self.is_first) - 1
-        num_interactions = np.bincount(user, self.n).astype(np.int64)[user]
-        for chunk in np.flatnonzero(self.is_tail & (self.next_seq != num_interactions)):
-            count = f"the user's chunks hold {num_interactions[chunk]} interactions"
+        num_gone, has_emptied = self.num_gone()[user], self.has_emptied()[user]
+        for chunk in np.flatnonzero(self.is_tail & (num_gone != 0) & ~has_emptied):
+            count = f"the user's chunks hold {self.next_seq[chunk] - num_gone[chunk]} interactions"
             yield self._at(chunk, f"next_seq is {self.next_seq[chunk]}, but {count}")
         tail_seq = self.next_seq[self.is_tail][user]
         for chunk in np.flatnonzero(self.next_seq > tail_seq):
             yield self._at(chunk, f"next_seq is {self.next_seq[chunk]}, but the tail's is {tail_seq[chunk]}")
+
+    def _of_emptied(self, chunk_len: int, may_be_emptied: bool) -> Iterator[Finding]:
+        firsts = np.flatnonzero(self.is_first)
+        num_gone = self.num_gone()
+        for user in np.flatnonzero(self.has_emptied()):
+            chunk = firsts[user]
+            most = (self.chunk_no[chunk] + 1) * chunk_len
+            if not may_be_emptied:
+                yield self._at(chunk, "it is empty, but retention has removed nothing from this store")
+            elif not 1 <= num_gone[user] <= most:
+                yield self._at(
+                    chunk, f"it is empty, {num_gone[user]} of the user's interactions are gone, not 1 to {most}"
+                )
+            if self.first_ms[chunk] != self.last_ms[chunk]:
+                yield self._at(
+                    chunk, f"it is empty, but first_ms is {self.first_ms[chunk]}, last_ms {self.last_ms[chunk]}"
+                )
+            if not self.is_tail[chunk] and self.first_ms[chunk + 1] < self.last_ms[chunk]:
+                yield self._at(chunk + 1, "it begins before the last interaction that was removed")
 
     def _decoding_problems(self) -> dict[int, str]:
         """Chunk → why its bytes cannot be read."""

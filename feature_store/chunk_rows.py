@@ -47,13 +47,16 @@ class ChunkRows:
         return len(self.payloads)
 
     def refuse_gaps(self, chunk_len: int) -> None:
-        """Check that each user's chunks follow one another, all full but the last.
+        """Check that each user's chunks follow one another, all full but the last; the first may have been emptied.
 
         Raises:
             ChunkCorruptError: a chunk is missing or too short.
         """
         follows = self.pos[1:] == self.pos[:-1]
-        is_gap = follows & ((np.diff(self.chunk_no) != 1) | (self.length[:-1] != chunk_len))
+        is_full = self.length[:-1] == chunk_len
+        if not is_full.all():
+            is_full |= (self.length[:-1] == 0) & np.append(True, ~follows)[:-1]
+        is_gap = follows & ((np.diff(self.chunk_no) != 1) | ~is_full)
         if is_gap.any():
             row = int(np.argmax(is_gap))
             problem = f"it holds {self.length[row]} interactions and the next chunk found is {self.chunk_no[row + 1]}"
@@ -136,6 +139,21 @@ def chunks_ending_since(connection: Connection, user_ids: NDArray[np.int64], sin
     return _fetch(connection, {"user_id": user_ids, "since_ms": since_ms}, query)
 
 
+def history_ends(connection: Connection, user_ids: NDArray[np.int64], chunk_len: int) -> NDArray[np.int64]:
+    """i64[B], how many interactions the whole history of each asked user has by its chunk numbers; 0 if unknown."""
+    ends = np.zeros(len(user_ids), np.int64)
+    other = history_chunk.alias("other")
+    for start in range(0, len(user_ids), IDS_PER_STATEMENT):
+        wanted = values_table(connection.dialect.name, {"user_id": user_ids[start : start + IDS_PER_STATEMENT]})
+        last = select(func.max(other.c.chunk_no)).where(other.c.user_id == wanted.c.user_id).scalar_subquery()
+        columns = (wanted.c.pos, history_chunk.c.chunk_no, history_chunk.c.n)
+        is_asked = history_chunk.c.user_id == wanted.c.user_id
+        query = select(*columns).join_from(wanted, history_chunk, is_asked).where(history_chunk.c.chunk_no == last)
+        for row in connection.execute(query):
+            ends[start + row.pos] = row.chunk_no * chunk_len + row.n
+    return ends
+
+
 def all_chunks(connection: Connection) -> Generator[ChunkRows, None, None]:
     """Every stored chunk, in bounded parts."""
     query = select(literal(0), *_ROW).execution_options(yield_per=IDS_PER_STATEMENT)
@@ -146,8 +164,9 @@ def all_chunks(connection: Connection) -> Generator[ChunkRows, None, None]:
 
 
 def count_users(connection: Connection) -> int:
-    """How many users have a history."""
-    return connection.execute(select(func.count(history_chunk.c.user_id.distinct()))).scalar_one()
+    """How many users have at least one interaction stored."""
+    query = select(func.count(history_chunk.c.user_id.distinct())).where(history_chunk.c.n > 0)
+    return connection.execute(query).scalar_one()
 
 
 def _chunks_of(wanted: FromClause) -> Select[Any]:

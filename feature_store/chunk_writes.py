@@ -25,7 +25,7 @@ _SQLITE_INSERT_VALUES: Final = ("user_id", "chunk_no", "n", "first_ms", "last_ms
 
 _SQLITE_OVERWRITE: Final = """
     UPDATE history_chunk SET n = ?, first_ms = ?, last_ms = ?, next_seq = ?, payload = ?
-    WHERE user_id = ? AND chunk_no = ? AND next_seq = ?
+    WHERE user_id = ? AND chunk_no = ? AND next_seq = ? AND n > 0
 """
 _SQLITE_OVERWRITE_VALUES: Final = (
     "n",
@@ -60,6 +60,7 @@ _POSTGRES_OVERWRITE: Final = """
     SET n = new.n, first_ms = new.first_ms, last_ms = new.last_ms, next_seq = new.next_seq, payload = new.payload
     FROM new_chunk AS new
     WHERE chunk.user_id = new.user_id AND chunk.chunk_no = new.chunk_no AND chunk.next_seq = new.expected_seq
+    AND chunk.n > 0
 """
 _COPY_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_END: Final = b"\xff\xff"
@@ -113,7 +114,8 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
     """Write all chunks, or refuse if another writer changed one of them since it was read.
 
     Every append changes its user's tail chunk or adds one after it, so two writers of one user always meet in a chunk,
-    and the `next_seq` in it tells the second one that it has read something old.
+    and the `next_seq` in it tells the second one that it has read something old. A chunk that retention has emptied
+    since it was read is not written again: what was in it has been removed.
 
     Raises:
         ConcurrentAppendError: a chunk is not as it was read; the transaction must be rolled back.

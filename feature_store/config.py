@@ -12,6 +12,9 @@ from feature_store.interactions import BYTES_PER_INTERACTION
 
 MAX_CHUNK_LEN: Final = 4096
 
+MAX_AGE_MS: Final = 100 * 366 * 24 * 3_600_000
+"""A century: longer is a slip of the unit."""
+
 SLOT_BYTES: Final = 160
 """Memory per user in the hot histories besides its interactions: six numbers in arrays, and an entry in the index."""
 
@@ -26,6 +29,15 @@ class FeatureStoreConfig:
     chunk_len: int = 64
     """Interactions per stored chunk. Only the tail chunk is rewritten by an append, so small writes little and large
     reads fast; fixed for the life of a store."""
+    max_history: int = 0
+    """Newest interactions kept of each user; 0: all. At least hot.max_len, better twice that: the difference is how
+    many newer interactions of a user a trainer may be behind and still read all that it needs."""
+    max_age_ms: int = 0
+    """Interactions this much older (ms of event time) than the newest event applied are no longer part of a history; 0:
+    of any age."""
+    removal_delay_ms: int = 3_600_000
+    """How much longer (ms of event time) an interaction past max_age_ms stays in the database, seen by no reader but a
+    trainer that is behind: repeating what it did before a crash, it reads what it read then."""
     busy_timeout_ms: int = 10_000
     """How long a SQLite writer waits for another writer before it gives up (milliseconds)."""
     sqlite_synchronous: Literal["NORMAL", "FULL"] = "NORMAL"
@@ -49,6 +61,9 @@ class FeatureStoreConfig:
                 "several connections and processes: name a file, e.g. sqlite:///headrace.db"
             )
         _check_range("store.chunk_len", self.chunk_len, 1, MAX_CHUNK_LEN)
+        _check_range("store.max_history", self.max_history, 0, 1_000_000_000)
+        _check_range("store.max_age_ms", self.max_age_ms, 0, MAX_AGE_MS)
+        _check_range("store.removal_delay_ms", self.removal_delay_ms, 0, MAX_AGE_MS)
         _check_range("store.busy_timeout_ms", self.busy_timeout_ms, 0, 3_600_000)
         _check_range("store.sqlite_wal_pages", self.sqlite_wal_pages, 1, 10_000_000)
         _check_range("store.pool_size", self.pool_size, 2, 1_000)

@@ -59,6 +59,7 @@ class HotHistories:
         self._arena = HistoryArena(config.max_len, config.budget_bytes)
         self._lock = threading.RLock()
         self._forgotten: set[int] = set()
+        self._watermark_ms = 0
         self._num_hits = 0
         self._num_misses = 0
         self._num_repairs = 0
@@ -76,11 +77,17 @@ class HotHistories:
                 evictions=self._arena.num_evictions,
             )
 
-    def apply(self, interactions: Interactions) -> None:
+    def apply(self, interactions: Interactions, *, watermark_ms: int = 0) -> None:
         """Take in accepted interactions, with their `seq`, of any users in any order; known ones are dropped.
 
         Afterwards every user touched is resident (if they fit half the budget), and gathering it gives exactly the
         newest of its interactions whose seq is at most the newest applied: a function of the update log, not of timing.
+        Retention by age, too, is as of the update log's watermark, not of the store's, which may be ahead.
+
+        Args:
+            interactions: what updates announced.
+            watermark_ms: the highest event time that the update log has announced so far, as far as the caller knows
+                more of it than was applied here: the watermark in the update, or that of a checkpoint.
 
         Raises:
             HistoryBehindError: earlier interactions of a user did not appear in SQL in time; those of other users may
@@ -91,7 +98,9 @@ class HotHistories:
         interactions = interactions.take(order)
         user_ids, starts = np.unique(interactions.user_id, return_index=True)
         bounds = np.append(starts, len(interactions))
+        newest_ms = int(interactions.event_time_ms.max(initial=0))
         with self._lock:
+            self._watermark_ms = max(self._watermark_ms, watermark_ms, newest_ms)
             step = self._arena.max_users_at_once
             for low in range(0, len(user_ids), step):
                 high = min(low + step, len(user_ids))
@@ -215,7 +224,9 @@ class HotHistories:
         was_forgotten = np.array([user in self._forgotten for user in user_ids.tolist()], np.bool_)
         num_looks = 0
         while True:
-            current = self._store.read_current(user_ids, max_len=self._arena.max_kept, below_seq=below_seq)
+            current = self._store.read_current(
+                user_ids, max_len=self._arena.max_kept, below_seq=below_seq, watermark_ms=self._watermark_ms
+            )
             is_gone = current.next_seq == 0
             is_behind = (current.next_seq < below_seq) & ~(is_gone & was_forgotten)
             if not is_behind.any():
@@ -274,7 +285,11 @@ class HotHistories:
         if is_missing.any():
             missing = np.unique(user_ids[is_missing])
             self._arena.touch(slots[~is_missing])
-            current = self._store.read_current(missing, max_len=self._arena.max_kept)
+            current = self._store.read_current(
+                missing, max_len=self._arena.max_kept, watermark_ms=self._watermark_of(below_seq)
+            )
+            # Just started, SQL knows of later times than the updates seen here.
+            self._watermark_ms = max(self._watermark_ms, current.watermark_ms)
             histories = current.histories
             self._arena.put(missing, histories.offsets, histories.columns, current.next_seq)
             slots = self._arena.slots_of(user_ids)
@@ -283,6 +298,15 @@ class HotHistories:
         # A block that lacks older interactions cannot answer a query for them, nor one that knows too much for it.
         next_seq = self._arena.next_seq[slots]
         must_read = (end - start < max_len) & (self._arena.length[slots] < next_seq)
+        retention = self._store.retention
+        if retention.is_on:
+            horizon_ms = retention.horizon_ms(self._watermark_ms)
+            oldest = self._arena.first_retained(slots, retention.max_history, horizon_ms)
+            start = np.maximum(start, oldest)
+            end = np.maximum(end, start)
+            # What is missing has expired if what is older than it is here, or if all that SQL had was put here.
+            must_read = (end - start < max_len) & (self._arena.length[slots] >= self._arena.max_kept)
+            must_read &= (oldest == self._arena.start[slots]) & (self._arena.length[slots] < next_seq)
         if below_seq is not None:
             must_read |= next_seq > below_seq
         num_misses = int((is_missing | must_read).sum())
@@ -302,8 +326,13 @@ class HotHistories:
             max_len=max_len,
             before_ms=None if before_ms is None else before_ms[must_read],
             below_seq=limit[must_read],
+            watermark_ms=self._watermark_of(below_seq),
         )
         return _spliced(gathered, older, np.flatnonzero(must_read))
+
+    def _watermark_of(self, below_seq: NDArray[np.int64] | None) -> int | None:
+        """Where a reader of SQL stands: one that asks below arrival numbers at the update log, others at the store."""
+        return None if below_seq is None else self._watermark_ms
 
 
 def _is_first_of_run(group: NDArray[np.int64], seq: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:

@@ -146,11 +146,21 @@ class AppendResult:
     """What became of each row of an appended batch, in the batch's order."""
 
     accepted: NDArray[np.bool_]
-    """bool[N]: stored by this append; False is a duplicate (of a stored interaction or of an earlier row)."""
+    """bool[N]: stored by this append; False is expired, or a duplicate of a stored interaction or of an earlier row."""
     seq: NDArray[np.uint32]
-    """u32[N]: the arrival number given to an accepted row; 0 for a duplicate."""
+    """u32[N]: the arrival number given to an accepted row; 0 for the others."""
     late: NDArray[np.bool_]
     """bool[N]: accepted, and older than an interaction that was stored before this append."""
+    expired: NDArray[np.bool_]
+    """bool[N]: not accepted, because retention would not keep it, or has removed what was there: whether it was stored
+    before is not known any more."""
+
+    def spread(self, rows: NDArray[np.int64], num_rows: int) -> AppendResult:
+        """This result of the given rows of a larger batch as the whole batch's; the other rows are expired."""
+        accepted, late = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
+        seq, expired = np.zeros(num_rows, np.uint32), np.ones(num_rows, np.bool_)
+        accepted[rows], seq[rows], late[rows], expired[rows] = self.accepted, self.seq, self.late, self.expired
+        return AppendResult(accepted=accepted, seq=seq, late=late, expired=expired)
 
     def rows(self, part: slice) -> AppendResult:
         """What became of some of the rows."""

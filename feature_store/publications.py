@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, case, func, select
 
 from feature_store.errors import PositionError
-from feature_store.records import FirstServed, PublishedSnapshot
+from feature_store.records import FirstServed, LogPosition, PublishedSnapshot
 from feature_store.tables import first_served, log_position, published_snapshot
 from feature_store.values import insert_missing, upsert
 
 
-def lock_position(connection: Connection, log_id: str, topic: str, partition: int) -> int:
+def lock_position(connection: Connection, log_id: str, topic: str, partition: int) -> LogPosition:
     """Lock one partition's position until the transaction ends; see `StoreTransaction.lock_position`."""
     key = {"log_id": log_id, "topic": topic, "partition": partition}
     connection.execute(insert_missing(connection.dialect.name, log_position).values(next_offset=0, **key))
     # SQLite has no row locks and needs none: BEGIN IMMEDIATE holds the only write lock already.
-    query = select(log_position.c.next_offset).filter_by(**key).with_for_update()
-    next_offset: int = connection.execute(query).scalar_one()
-    return next_offset
+    query = select(log_position.c.next_offset, log_position.c.watermark_ms).filter_by(**key).with_for_update()
+    row = connection.execute(query).one()
+    return LogPosition(row.next_offset, row.watermark_ms)
 
 
-def set_position(connection: Connection, log_id: str, topic: str, partition: int, next_offset: int) -> None:
-    """Move one partition's position forward; see `StoreTransaction.set_position`."""
+def set_position(
+    connection: Connection, log_id: str, topic: str, partition: int, next_offset: int, watermark_ms: int
+) -> None:
+    """Move one partition's position and watermark forward; see `StoreTransaction.set_position`."""
+    stored_ms = log_position.c.watermark_ms
     statement = (
         log_position.update()
         .filter_by(log_id=log_id, topic=topic, partition=partition)
         .where(log_position.c.next_offset <= next_offset)
-        .values(next_offset=next_offset)
+        .values(next_offset=next_offset, watermark_ms=case((stored_ms < watermark_ms, watermark_ms), else_=stored_ms))
     )
     if connection.execute(statement).rowcount != 1:
         stored = load_positions(connection, log_id, topic).get(partition)
@@ -42,6 +45,15 @@ def load_positions(connection: Connection, log_id: str, topic: str) -> dict[int,
     """Next offset to apply of every partition that has one."""
     query = select(log_position.c.partition, log_position.c.next_offset).filter_by(log_id=log_id, topic=topic)
     return {row.partition: row.next_offset for row in connection.execute(query)}
+
+
+def load_watermark(connection: Connection) -> int:
+    """The highest event time that any partition of any log has brought; 0 before the first.
+
+    Every ingest worker moves its own partition's watermark, so that none waits for another.
+    """
+    watermark_ms: int = connection.execute(select(func.coalesce(func.max(log_position.c.watermark_ms), 0))).scalar_one()
+    return watermark_ms
 
 
 def record_published(connection: Connection, snapshot: PublishedSnapshot) -> None:

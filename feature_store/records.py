@@ -69,14 +69,54 @@ class SourcePlace:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class LogPosition:
+    """How far one partition of a log has been applied."""
+
+    next_offset: int
+    """The next offset to apply."""
+    watermark_ms: int
+    """The highest event time applied from it; 0 before the first."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreTotals:
     """Counts over all histories, for comparing a store with the truth."""
 
     num_users: int
+    """Users with at least one stored interaction."""
     num_interactions: int
+    """Stored, including those that retention hides from readers but has not removed yet."""
     fingerprint: int
     """Σ event_key mod 2**64 over all stored interactions: equal sets give equal values, whatever the order."""
+    num_removed: int = 0
+    """Accepted interactions that retention or forgetting a user has removed again."""
+    removed_fingerprint: int = 0
+    """Σ event_key mod 2**64 over those."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Interactions ever accepted: stored or removed since."""
+        return self.num_interactions + self.num_removed
+
+    @property
+    def accepted_fingerprint(self) -> int:
+        """Σ event_key mod 2**64 over all interactions ever accepted."""
+        return (self.fingerprint + self.removed_fingerprint) % 2**64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneSlice:
+    """What one bounded step of a sweep over all users has done."""
+
+    num_users: int
+    """Users looked at."""
+    num_chunks: int
+    """Chunks removed, with everything in them."""
+    num_interactions: int
+    """Interactions removed."""
+    next_after: int | None
+    """Where to go on: give it to the next step. None: every user has been looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +130,12 @@ class StoreStats:
     """Bytes of all chunks, without what the database adds."""
     positions: Mapping[str, Mapping[str, Mapping[int, int]]]
     """log_id → topic → partition → next offset to apply."""
+    removed: Mapping[str, int]
+    """Who removed (`LOG_ID/TOPIC/PARTITION` of the ingest worker, `prune`, `forget`) → how many interactions."""
+    watermark_ms: int
+    """The highest event time applied; 0 before the first."""
+    horizon_ms: int | None
+    """Interactions before this event time are part of no history; None: no age limit is set."""
 
 
 @dataclass(frozen=True, slots=True)

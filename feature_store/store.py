@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, select, text
 
-from feature_store import audit, catalogue, publications, reading, redriven, schema
+from feature_store import audit, catalogue, publications, reading, redriven, removing, schema
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine
 from feature_store.engine import reading as read_transaction
 from feature_store.engine import writing as write_transaction
-from feature_store.errors import StoreLayoutError
+from feature_store.errors import ConcurrentAppendError, StoreLayoutError
 from feature_store.interactions import JaggedHistories
 from feature_store.reading import CurrentHistories, HistoryQuery
 from feature_store.records import (
@@ -28,14 +29,18 @@ from feature_store.records import (
     FirstServed,
     IdKind,
     Item,
+    PruneSlice,
     PublishedSnapshot,
     SourcePlace,
     StoreStats,
     StoreTotals,
 )
+from feature_store.retention import Retention
 from feature_store.tables import store_property
 from feature_store.transaction import StoreTransaction
 from feature_store.values import insert_missing
+
+_PRUNE_ATTEMPTS: Final = 5
 
 
 class FeatureStore:
@@ -43,6 +48,7 @@ class FeatureStore:
 
     def __init__(self, config: FeatureStoreConfig) -> None:
         self.config = config
+        self.retention = Retention.of(config)
         self._engine = build_engine(config)
         self._layout_is_checked = False
 
@@ -82,7 +88,7 @@ class FeatureStore:
         if not self._layout_is_checked:
             self._fix_layout()
         with write_transaction(self._engine) as connection:
-            yield StoreTransaction(connection, self.config.chunk_len)
+            yield StoreTransaction(connection, self.retention)
 
     def read(
         self,
@@ -92,8 +98,11 @@ class FeatureStore:
         before_ms: NDArray[np.int64] | int | None = None,
         known_at_ms: int | None = None,
         below_seq: NDArray[np.integer] | int | None = None,
+        watermark_ms: int | None = None,
     ) -> JaggedHistories:
         """Histories as of a point in time, in the order asked for (a user may be asked for more than once).
+
+        Only what retention keeps is seen, as of now: an earlier time does not bring back what has expired since.
 
         Args:
             user_ids: i64[B].
@@ -101,22 +110,31 @@ class FeatureStore:
             before_ms: i64[B] or one for all: strictly before this event time.
             known_at_ms: arrived at or before this processing time.
             below_seq: integer[B] or one for all: with a smaller arrival number.
+            watermark_ms: retention by age as of an earlier watermark, for a reader that is behind the store; for
+                store.removal_delay_ms nothing that it needs has been removed.
 
         Raises:
             ChunkCorruptError: a stored chunk is damaged.
             StoreUnavailableError: the database is away.
         """
-        query = _query(user_ids, max_len, before_ms, known_at_ms, below_seq)
+        query = _query(user_ids, max_len, before_ms, below_seq, known_at_ms=known_at_ms, watermark_ms=watermark_ms)
         with read_transaction(self._engine) as connection:
-            return reading.read(connection, query, self._chunk_len(connection))
+            self._require_layout(connection)
+            return reading.read(connection, query, self.retention)
 
     def read_current(
-        self, user_ids: NDArray[np.int64], *, max_len: int, below_seq: NDArray[np.integer] | int | None = None
+        self,
+        user_ids: NDArray[np.int64],
+        *,
+        max_len: int,
+        below_seq: NDArray[np.integer] | int | None = None,
+        watermark_ms: int | None = None,
     ) -> CurrentHistories:
-        """Newest histories together with each user's next arrival number, in one state of the database."""
-        query = _query(user_ids, max_len, None, None, below_seq)
+        """Newest histories together with each user's next arrival number, in one state of the database; see `read`."""
+        query = _query(user_ids, max_len, None, below_seq, watermark_ms=watermark_ms)
         with read_transaction(self._engine) as connection:
-            return reading.read_current(connection, query, self._chunk_len(connection))
+            self._require_layout(connection)
+            return reading.read_current(connection, query, self.retention)
 
     def positions(self, log_id: str, topic: str) -> dict[int, int]:
         """Partition → next log offset to apply, for partitions that have been applied from."""
@@ -169,8 +187,35 @@ class FeatureStore:
         with read_transaction(self._engine) as connection:
             return redriven.load_redriven(connection, log_id, places)
 
+    def prune(self, *, after_user: int = -1, max_users: int = 200, max_chunks: int = 500) -> PruneSlice:
+        """Remove what has expired, of the next users only: one short transaction, so that ingest hardly waits.
+
+        Call it again with `next_after` of the result until that is None. Chunks go whole, once nothing in them is part
+        of a history any more (by age: for `store.removal_delay_ms`); histories are never rewritten.
+
+        Args:
+            after_user: look at users with higher ids.
+            max_users: at most so many of them.
+            max_chunks: remove at most about so many chunks (at least 2).
+
+        Raises:
+            ConcurrentAppendError: other writers changed these chunks again and again; nothing of the slice was removed.
+            StoreUnavailableError: the database is away.
+        """
+        for attempts_left in reversed(range(_PRUNE_ATTEMPTS)):
+            try:
+                with write_transaction(self._engine) as connection:
+                    self._require_layout(connection)
+                    return removing.prune(
+                        connection, self.retention, after_user=after_user, max_users=max_users, max_chunks=max_chunks
+                    )
+            except ConcurrentAppendError:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
     def totals(self) -> StoreTotals:
-        """Counts and fingerprint of all stored interactions; reads every chunk.
+        """Counts and fingerprints of all interactions, stored and removed; reads every chunk.
 
         Raises:
             ChunkCorruptError: a stored chunk is damaged.
@@ -181,7 +226,7 @@ class FeatureStore:
     def stats(self) -> StoreStats:
         """How much is stored, from the rows alone: fast, and nothing is checked."""
         with read_transaction(self._engine) as connection:
-            return audit.stats(connection)
+            return audit.stats(connection, self.retention)
 
     def verify(self, on_finding: Callable[[Finding], None]) -> AuditTotals:
         """Look at everything stored, in one state of the database; `on_finding` hears what is wrong, and where.
@@ -190,13 +235,12 @@ class FeatureStore:
             StoreLayoutError: the store was built with another chunk_len.
         """
         with read_transaction(self._engine) as connection:
-            return audit.verify(connection, self._chunk_len(connection), on_finding)
+            self._require_layout(connection)
+            return audit.verify(connection, self.config.chunk_len, on_finding)
 
-    def _chunk_len(self, connection: Connection) -> int:
-        """The layout's chunk length, once it is known that the store was built with it."""
+    def _require_layout(self, connection: Connection) -> None:
         if not self._layout_is_checked:
             self._check_layout(connection)
-        return self.config.chunk_len
 
     def _check_layout(self, connection: Connection) -> None:
         query = select(store_property.c.value).where(store_property.c.name == "chunk_len")
@@ -223,8 +267,10 @@ def _query(
     user_ids: NDArray[np.int64],
     max_len: int,
     before_ms: NDArray[np.int64] | int | None,
-    known_at_ms: int | None,
     below_seq: NDArray[np.integer] | int | None,
+    *,
+    known_at_ms: int | None = None,
+    watermark_ms: int | None = None,
 ) -> HistoryQuery:
     shape = np.shape(user_ids)
     return HistoryQuery(
@@ -233,6 +279,7 @@ def _query(
         before_ms=None if before_ms is None else np.broadcast_to(np.asarray(before_ms, np.int64), shape),
         known_at_ms=known_at_ms,
         below_seq=None if below_seq is None else np.broadcast_to(np.asarray(below_seq, np.int64), shape),
+        watermark_ms=watermark_ms,
     )
 
 

@@ -6,53 +6,57 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, text
 
-from feature_store import appending, catalogue, publications
+from feature_store import appending, catalogue, publications, removing
 from feature_store.interactions import AppendResult, Interactions
-from feature_store.records import IdKind, Item
-from feature_store.tables import history_chunk
-from feature_store.values import values_table
-
-_USERS_PER_STATEMENT = 4_000
+from feature_store.records import IdKind, Item, LogPosition
+from feature_store.retention import Retention
 
 
 class StoreTransaction:
     """Handed out by `FeatureStore.transaction()`; not to be used after it ends, nor by two threads at once."""
 
-    def __init__(self, connection: Connection, chunk_len: int) -> None:
+    def __init__(self, connection: Connection, retention: Retention) -> None:
         self._connection = connection
-        self._chunk_len = chunk_len
+        self._retention = retention
+        self._source = "append"
 
-    def lock_position(self, log_id: str, topic: str, partition: int) -> int:
+    def lock_position(self, log_id: str, topic: str, partition: int) -> LogPosition:
         """Lock a partition's position (made at 0 if there is none) until the transaction ends.
 
         A second writer of the same partition waits here until the first one's transaction ends, and then sees the
         position it left: that is the fence between two workers that both believe they own the partition.
 
         Returns:
-            The next log offset to apply.
+            The next log offset to apply, and the partition's event-time watermark.
         """
+        # What appends of this transaction remove is accounted to the partition: no two workers meet in one row.
+        self._source = f"{log_id}/{topic}/{partition}"
         return publications.lock_position(self._connection, log_id, topic, partition)
 
-    def set_position(self, log_id: str, topic: str, partition: int, next_offset: int) -> None:
-        """Store the next log offset to apply.
+    def set_position(self, log_id: str, topic: str, partition: int, next_offset: int, *, watermark_ms: int = 0) -> None:
+        """Store the next log offset to apply, and the highest event time applied; a lower one than stored is ignored.
+
+        The highest watermark of all partitions is the store's, which decides what is too old to be kept.
 
         Raises:
             PositionError: the position was never locked, or would move backwards.
         """
-        publications.set_position(self._connection, log_id, topic, partition, next_offset)
+        publications.set_position(self._connection, log_id, topic, partition, next_offset, watermark_ms)
 
     def append(self, interactions: Interactions) -> AppendResult:
         """Put interactions into their users' histories: in order, without duplicates, numbered by arrival.
 
-        The batch may hold any users and any event times; `seq` of the input is ignored.
+        The batch may hold any users and any event times; `seq` of the input is ignored. What retention would not keep
+        by the watermark stored so far, or has removed, is not accepted. An interaction may be accepted and be past the
+        horizon once this batch's watermark is stored: readers then do not see it, and it is removed like others.
 
         Raises:
             ConcurrentAppendError: another writer changed one of the users; retry the whole transaction.
             ChunkCorruptError: a stored chunk that the batch needs is damaged.
         """
-        return appending.append(self._connection, interactions, self._chunk_len)
+        return appending.append(self._connection, interactions, self._retention, self._source)
 
     def register_names(self, kind: IdKind, names: Mapping[int, str]) -> None:
         """Remember the strings behind hashed ids.
@@ -80,13 +84,6 @@ class StoreTransaction:
             # Waits for every append under way and holds off new ones; see appending.append.
             self._connection.execute(text("LOCK TABLE history_chunk IN SHARE ROW EXCLUSIVE MODE"))
         user_ids = np.unique(user_ids)
-        num_forgotten = 0
-        for start in range(0, len(user_ids), _USERS_PER_STATEMENT):
-            part = {"user_id": user_ids[start : start + _USERS_PER_STATEMENT]}
-            wanted = values_table(self._connection.dialect.name, part)
-            is_wanted = history_chunk.c.user_id.in_(select(wanted.c.user_id))
-            count = select(func.count(history_chunk.c.user_id.distinct())).where(is_wanted)
-            num_forgotten += self._connection.execute(count).scalar_one()
-            self._connection.execute(history_chunk.delete().where(is_wanted))
+        num_forgotten = removing.forget_histories(self._connection, user_ids)
         catalogue.forget_names(self._connection, "user", user_ids)
         return num_forgotten

@@ -68,7 +68,8 @@ class OnlineLearner:
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""
         new = batch.interactions
-        self._hot.apply(new)
+        # The ledger's watermark: after a restart it is what it was, and with it what had expired.
+        self._hot.apply(new, watermark_ms=self.ledger.watermark_ms)
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items

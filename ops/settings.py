@@ -146,7 +146,18 @@ def load(
         given = _given(section.table, kind, tables.get(section.table, {}), str(file), overrides)
         configs[section.table] = _build(section, kind, given)
         origins |= {f"{section.table}.{name}": one.origin for name, one in given.items()}
+    _refuse_contradictions(configs)
     return Settings(configs, origins)
+
+
+def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
+    """Refuse settings of different tables that cannot both be meant."""
+    store, hot = configs.get("store"), configs.get("hot")
+    if store is not None and hot is not None and 0 < store.max_history < hot.max_len:
+        raise SettingsError(
+            f"store.max_history = {store.max_history} is less than hot.max_len = {hot.max_len}: models would get less "
+            f"history than they ask for; raise store.max_history (at best to {2 * hot.max_len}), or lower hot.max_len"
+        )
 
 
 def variable_of(table: str, name: str) -> str:

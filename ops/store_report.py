@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from feature_store.records import AuditTotals, StoreStats
+from feature_store.retention import Retention
+from ops.readable import utc_time
 
 
 def stats_text(stats: StoreStats) -> str:
-    """A few lines: counts, then the next offset to apply per log and topic."""
+    """A few lines: counts, how far event time has come, then the next offset to apply per log and topic."""
     lines = [
         f"users         {stats.num_users:,}",
         f"interactions  {stats.num_interactions:,}",
         f"chunks        {stats.num_chunks:,}",
         f"bytes         {stats.num_bytes:,}",
     ]
+    if stats.removed:
+        writers = ", ".join(f"{source} {count:,}" for source, count in stats.removed.items())
+        lines.append(f"removed       {sum(stats.removed.values()):,} ({writers})")
+    if stats.watermark_ms:
+        lines.append(f"watermark     {utc_time(stats.watermark_ms)}")
+    if stats.horizon_ms is not None:
+        lines.append(f"horizon       {utc_time(stats.horizon_ms)}")
     for log_id, topics in stats.positions.items():
         for topic, partitions in topics.items():
             places = ", ".join(f"{partition}:{offset}" for partition, offset in partitions.items())
@@ -27,3 +36,10 @@ def verified_sentence(totals: AuditTotals, num_findings: int) -> str:
         f"{totals.num_positions:,} positions"
     )
     return f"{seen}: nothing is wrong" if num_findings == 0 else f"{seen}: {num_findings:,} findings"
+
+
+def pruned_sentence(retention: Retention, num_chunks: int, num_interactions: int) -> str:
+    """What a sweep has removed."""
+    if not retention.is_on:
+        return "nothing expires: store.max_history and store.max_age_ms are 0"
+    return f"removed {num_interactions:,} interactions in {num_chunks:,} chunks"

@@ -1,7 +1,8 @@
-"""`headrace verify`: whether every stored interaction is in the newest weights exactly once.
+"""`headrace verify`: whether every accepted interaction is in the newest weights exactly once.
 
-The feature store sums the event keys of all histories; a snapshot's lineage carries the same sum over what was learned.
-Once the trainer has caught up, the sums are equal exactly if the sets are.
+The feature store sums the event keys of all histories, and of what retention and forgetting have removed from them; a
+snapshot's lineage carries the same sum over what was learned. Once the trainer has caught up, the sums are equal
+exactly if the sets are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from model.snapshot import read_manifest, read_pointer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
-    """What is stored, and what the newest snapshot has learned from."""
+    """What was accepted, and what the newest snapshot has learned from."""
 
     stored: StoreTotals
     version: int | None
@@ -25,28 +26,30 @@ class Account:
 
     @property
     def is_caught_up(self) -> bool:
-        """Whether the snapshot has seen everything that the store holds."""
-        return self.learned.num_interactions >= self.stored.num_interactions
+        """Whether the snapshot has seen everything that the store has accepted."""
+        return self.learned.num_interactions >= self.stored.num_accepted
 
     @property
     def is_equal(self) -> bool:
-        """Whether the learned set is the stored set."""
+        """Whether the learned set is the accepted set."""
         return (self.learned.num_interactions, self.learned.fingerprint) == (
-            self.stored.num_interactions,
-            self.stored.fingerprint,
+            self.stored.num_accepted,
+            self.stored.accepted_fingerprint,
         )
 
     def sentence(self) -> str:
         """The finding, for a person."""
-        stored, learned = self.stored.num_interactions, self.learned.num_interactions
+        accepted, learned = f"{self.stored.num_accepted:,} stored", self.learned.num_interactions
+        if self.stored.num_removed:
+            accepted = f"{self.stored.num_accepted:,} accepted ({self.stored.num_removed:,} removed since)"
         if self.is_equal:
-            return f"version {self.version} has learned from each of the {stored:,} stored interactions exactly once"
+            return f"version {self.version} has learned from each of the {accepted} interactions exactly once"
         if not self.is_caught_up:
             newest = "no snapshot is published" if self.version is None else f"version {self.version}"
-            return f"{newest}: {learned:,} of {stored:,} stored interactions are learned; the trainer is not done"
+            return f"{newest}: {learned:,} of {accepted} interactions are learned; the trainer is not done"
         return (
-            f"version {self.version} has learned from {learned:,} interactions and {stored:,} are stored, but they are "
-            "not the same ones (a forgotten user's are still in the weights; anything else is a fault)"
+            f"version {self.version} has learned from {learned:,} interactions, which are not the {accepted} ones: "
+            "that is a fault"
         )
 
 

@@ -67,19 +67,30 @@ class GuardedStore(FeatureStore):
         before_ms: Int64s | int | None = None,
         known_at_ms: int | None = None,
         below_seq: NDArray[np.integer[Any]] | int | None = None,
+        watermark_ms: int | None = None,
     ) -> JaggedHistories:
         """See FeatureStore.read."""
         with self._guarded():
             return super().read(
-                user_ids, max_len=max_len, before_ms=before_ms, known_at_ms=known_at_ms, below_seq=below_seq
+                user_ids,
+                max_len=max_len,
+                before_ms=before_ms,
+                known_at_ms=known_at_ms,
+                below_seq=below_seq,
+                watermark_ms=watermark_ms,
             )
 
     def read_current(
-        self, user_ids: Int64s, *, max_len: int, below_seq: NDArray[np.integer[Any]] | int | None = None
+        self,
+        user_ids: Int64s,
+        *,
+        max_len: int,
+        below_seq: NDArray[np.integer[Any]] | int | None = None,
+        watermark_ms: int | None = None,
     ) -> CurrentHistories:
         """See FeatureStore.read_current."""
         with self._guarded():
-            return super().read_current(user_ids, max_len=max_len, below_seq=below_seq)
+            return super().read_current(user_ids, max_len=max_len, below_seq=below_seq, watermark_ms=watermark_ms)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -122,10 +133,13 @@ class HistoryReader:
                 return {k: v for one in user_ids for k, v in self._read_together(np.array([one])).items()}
             return {int(user_ids[0]): _missing(int(user_ids[0]), error)}
 
-    def apply(self, interactions: Interactions) -> None:
-        """Take in new interactions. If the store is needed and away, those users are read again when asked for."""
+    def apply(self, interactions: Interactions, *, watermark_ms: int) -> None:
+        """Take in new interactions. If the store is needed and away, those users are read again when asked for.
+
+        `watermark_ms`: the highest event time announced, which decides what has become too old.
+        """
         try:
-            self._hot.apply(interactions)
+            self._hot.apply(interactions, watermark_ms=watermark_ms)
         except FeatureStoreError as error:
             logger.debug("an update could not be completed from the store: %s", error)
             self._hot.forget(np.unique(interactions.user_id))

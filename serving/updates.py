@@ -205,7 +205,7 @@ class UpdateFollower:
                 targets.live_popularity.add(interactions.item_id, interactions.event_time_ms)
             if targets.replay_clock is not None:
                 targets.replay_clock.observe(update.watermark_ms)
-            targets.histories.apply(interactions)
+            targets.histories.apply(interactions, watermark_ms=update.watermark_ms)
 
     def status(self) -> dict[str, object]:
         """JSON-ready."""

@@ -34,6 +34,7 @@ from stream.ingest import IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
 from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
+from stream.pruning import Sweeper
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,10 @@ class IngestService(Service):
             mode=parts.mode,
         )
         self.worker = IngestWorker(parts.ingest, parts.kafka, self._log.topics, self.committer)
+        # One worker sweeps: whoever has the first partition.
+        self.sweeper = Sweeper(
+            parts.store, interval_ms=parts.ingest.prune_interval_ms, is_ours=lambda: 0 in self.worker.positions()
+        )
         self._stopping = asyncio.Event()
         self._finished = asyncio.Event()
         self._finished.set()
@@ -112,6 +117,10 @@ class IngestService(Service):
         finally:
             self._finished.set()
 
+    @Service.task
+    async def _sweep(self) -> None:
+        await self.sweeper.run(self._stopping)
+
     async def on_stop(self) -> None:
         """Finish the batch in hand, then close."""
         self._stopping.set()
@@ -133,6 +142,7 @@ class IngestService(Service):
         return {
             "accepted": counts.num_accepted,
             "duplicate": counts.num_duplicate,
+            "expired": counts.num_expired,
             "late": counts.num_late,
             "skipped": counts.num_skipped,
             "refused": dict(counts.num_refused),
@@ -140,6 +150,7 @@ class IngestService(Service):
             "of_newer_schema": self.decoder.num_of_newer_schema,
             "batches": counts.num_batches,
             "watermark_ms": counts.watermark_ms,
+            "pruned": self.sweeper.num_interactions,
             "positions": self.worker.positions(),
             "lag": sum(self.worker.lag().values()),
             "freshness": {"F1": self.committer.freshness.summary()},

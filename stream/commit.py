@@ -20,7 +20,7 @@ import numpy as np
 from opentelemetry import metrics, trace
 
 from feature_store.errors import IdCollisionError
-from feature_store.interactions import Interactions
+from feature_store.interactions import AppendResult, Interactions
 from feature_store.store import FeatureStore
 from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
@@ -49,6 +49,8 @@ class IngestCounts:
 
     num_accepted: int = 0
     num_duplicate: int = 0
+    num_expired: int = 0
+    """Older than what retention keeps: not accepted."""
     num_late: int = 0
     num_skipped: int = 0
     """Records below the stored position: applied before, dropped unseen."""
@@ -69,7 +71,7 @@ class _Applied:
     position: int
     """The next offset to apply."""
     num_skipped: int
-    num_late: int
+    result: AppendResult
 
 
 class Committer:
@@ -177,12 +179,12 @@ class Committer:
     def _lock_and_append(self, transaction: StoreTransaction, batches: Sequence[DecodedBatch]) -> list[_Applied]:
         # Step 3: lock the partitions' positions (another worker on one of them waits here; every worker locks in the
         # same order) and drop what lies below.
-        fresh, skipped = [], []
+        fresh, found = [], []
         for batch in batches:
-            position = transaction.lock_position(self._log_id, self._topics.interactions, batch.partition)
-            rest, num_skipped = batch.from_offset(position)
+            stored = transaction.lock_position(self._log_id, self._topics.interactions, batch.partition)
+            rest, num_skipped = batch.from_offset(stored.next_offset)
             fresh.append(rest)
-            skipped.append((position, num_skipped))
+            found.append((stored, num_skipped))
         fail_point("ingest.locked")
         # Step 4: append to the histories; duplicates are no-ops, late events go where they belong.
         for batch in fresh:
@@ -193,7 +195,7 @@ class Committer:
         result = transaction.append(Interactions.concat([batch.interactions for batch in fresh]))
         bounds = np.cumsum([0, *(len(batch.offsets) for batch in fresh)]).tolist()
         applied = []
-        for batch, (position, num_skipped), (start, end) in zip(fresh, skipped, pairwise(bounds), strict=True):
+        for batch, (stored, num_skipped), (start, end) in zip(fresh, found, pairwise(bounds), strict=True):
             part = result.rows(slice(start, end))
             newest_ms = int(batch.interactions.event_time_ms.max(initial=0))
             update = HistoryUpdate(
@@ -201,25 +203,26 @@ class Committer:
                 partition=batch.partition,
                 first_offset=batch.first_offset,
                 last_offset=batch.last_offset,
-                watermark_ms=max(self.counts.watermark_ms, newest_ms),
+                watermark_ms=max(stored.watermark_ms, newest_ms),
                 offsets=batch.offsets[part.accepted],
                 append_ms=batch.append_ms[part.accepted],
                 interactions=part.accepted_from(batch.interactions),
             )
+            position = max(stored.next_offset, batch.last_offset + 1)
             applied.append(
-                _Applied(
-                    batch=batch,
-                    update=update,
-                    position=max(position, batch.last_offset + 1),
-                    num_skipped=num_skipped,
-                    num_late=int(part.late.sum()),
-                )
+                _Applied(batch=batch, update=update, position=position, num_skipped=num_skipped, result=part)
             )
         return applied
 
     def _set_positions(self, transaction: StoreTransaction, applied: Sequence[_Applied]) -> None:
         for each in applied:
-            transaction.set_position(self._log_id, self._topics.interactions, each.batch.partition, each.position)
+            transaction.set_position(
+                self._log_id,
+                self._topics.interactions,
+                each.batch.partition,
+                each.position,
+                watermark_ms=each.update.watermark_ms,
+            )
 
     async def _produce(self, applied: Sequence[_Applied]) -> None:
         refused = [each for part in applied for each in part.batch.refused]
@@ -240,18 +243,20 @@ class Committer:
 
     def _count(self, applied: _Applied) -> None:
         counts, update, batch = self.counts, applied.update, applied.batch
-        num_accepted = len(update.offsets)
-        num_duplicate = len(batch.offsets) - num_accepted
+        num_accepted, num_expired = len(update.offsets), int(applied.result.expired.sum())
+        num_duplicate = len(batch.offsets) - num_accepted - num_expired
         refused = Counter(refusal.reason for _, refusal in batch.refused)
         counts.num_accepted += num_accepted
         counts.num_duplicate += num_duplicate
-        counts.num_late += applied.num_late
+        counts.num_expired += num_expired
+        counts.num_late += int(applied.result.late.sum())
         counts.num_skipped += applied.num_skipped
         counts.num_refused.update(refused)
         counts.num_batches += 1
         counts.watermark_ms = max(counts.watermark_ms, update.watermark_ms)
         self._events.add(num_accepted, {"outcome": "accepted"})
         self._events.add(num_duplicate, {"outcome": "duplicate"})
+        self._events.add(num_expired, {"outcome": "expired"})
         for reason, count in refused.items():
             self._events.add(count, {"outcome": "refused", "reason": reason})
         if num_accepted:

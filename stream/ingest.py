@@ -57,6 +57,9 @@ class IngestConfig:
     """A worker that is silent for this long (ms) is dead: the delay before another takes over."""
     drain_timeout_ms: int = 5_000
     """Time to finish the batch in hand when partitions are revoked or the worker stops (ms)."""
+    prune_interval_ms: int = 600_000
+    """Pause between two sweeps over all users that remove what store.max_history and store.max_age_ms let expire (ms),
+    by the worker that has partition 0; 0: only `headrace store prune` sweeps."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_records <= 100_000:
@@ -69,6 +72,8 @@ class IngestConfig:
             raise ValueError(f"ingest.pause_after_ms = {self.pause_after_ms}: must be at least 1")
         if self.batch_wait_ms < 0:
             raise ValueError(f"ingest.batch_wait_ms = {self.batch_wait_ms}: must not be negative")
+        if self.prune_interval_ms < 0:
+            raise ValueError(f"ingest.prune_interval_ms = {self.prune_interval_ms}: must not be negative")
 
 
 class IngestWorker(ConsumerRebalanceListener):

@@ -63,11 +63,11 @@ def check_histories(truth: Truth, totals: StoreTotals) -> Check:
 
 
 def check_learned(totals: StoreTotals, trainer: Mapping[str, Any]) -> Check:
-    """The trainer has learned from every stored interaction exactly once."""
+    """The trainer has learned from every accepted interaction exactly once."""
     learned, fingerprint = int(trainer["interactions"]), int(trainer["fingerprint"])
     parts = {name: int(trainer[name]) for name in ("supervised", "first", "out_of_reach", "quarantined")}
     is_ok = (
-        (learned, fingerprint) == (totals.num_interactions, totals.fingerprint)
+        (learned, fingerprint) == (totals.num_accepted, totals.accepted_fingerprint)
         and sum(parts.values()) == learned
         and parts["quarantined"] == 0
     )

@@ -52,6 +52,7 @@ def test_what_was_accepted_carries_its_seq() -> None:
         accepted=np.array([True, False, True]),
         seq=np.array([4, 0, 5], np.uint32),
         late=np.zeros(3, np.bool_),
+        expired=np.zeros(3, np.bool_),
     )
     accepted = result.accepted_from(batch(ROWS))
     assert accepted.event_time_ms.tolist() == [10, 30]

@@ -31,7 +31,7 @@ def test_a_second_writer_of_a_position_waits_and_then_sees_where_the_first_left_
         with store.transaction() as transaction:
             position = transaction.lock_position("log", "interactions", 3)
             has_position.set()
-            return position
+            return position.next_offset
 
     append(store, [Row(1, 1, 1)])
     if first_position:
@@ -40,7 +40,7 @@ def test_a_second_writer_of_a_position_waits_and_then_sees_where_the_first_left_
             transaction.set_position("log", "interactions", 3, first_position)
     with ThreadPoolExecutor(1) as pool:
         with store.transaction() as transaction:
-            assert transaction.lock_position("log", "interactions", 3) == first_position
+            assert transaction.lock_position("log", "interactions", 3).next_offset == first_position
             second = pool.submit(second_writer)
             assert has_begun.wait(WAIT_S)
             assert not has_position.wait(0.2)
