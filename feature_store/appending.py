@@ -8,7 +8,7 @@ whether an event is learned from does not depend on how many were polled with it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from feature_store.interactions import COLUMN_DTYPES, AppendResult, Columns, Int
 from feature_store.jagged import concat_ranges, offsets_of, rank_in_group
 from feature_store.merging import Merge, Places, merge
 from feature_store.publications import load_watermark
-from feature_store.removing import GrownUsers, remove_after_growth
+from feature_store.removing import GrownUsers, count_removals, remove_after_growth
 from feature_store.retention import Retention
+from feature_store.tails import TailCache
 
 _NO_FLOOR = np.iinfo(np.int64).min
 
@@ -67,26 +68,45 @@ class _Users:
         )
 
 
-def append(connection: Connection, interactions: Interactions, retention: Retention, source: str) -> AppendResult:
+@dataclass(kw_only=True, slots=True)
+class Appending:
+    """What the appends of one transaction share."""
+
+    connection: Connection
+    retention: Retention
+    tails: TailCache
+    """Where to look for tails before SQL."""
+    written: list[ChunkWrite] = field(default_factory=list)
+    """What was written so far."""
+    removals: int = 0
+    """What had been forgotten and pruned when the tails were looked up."""
+
+    def keep_tails(self) -> None:
+        """Let later transactions find what this one wrote; to be called once it is committed."""
+        for write in self.written:
+            self.tails.keep(write, self.retention.chunk_len, self.removals)
+
+
+def append(appending: Appending, interactions: Interactions, source: str) -> AppendResult:
     """Append a batch inside the caller's transaction; see `StoreTransaction.append`.
 
     `source`: who removes what this append pushes out, for the account.
     """
+    connection, retention = appending.connection, appending.retention
     if connection.dialect.name == "postgresql":
         # Shared by appends, exclusive against forget_users: no append can write back a history it read before that.
         connection.execute(text("LOCK TABLE history_chunk IN ROW EXCLUSIVE MODE"))
     horizon_ms = retention.horizon_ms(load_watermark(connection)) if retention.max_age_ms else None
     if horizon_ms is not None and interactions.event_time_ms.min(initial=horizon_ms) < horizon_ms:
         recent = np.flatnonzero(interactions.event_time_ms >= horizon_ms)
-        result = _append_recent(connection, interactions.take(recent), retention, source)
+        result = _append_recent(appending, interactions.take(recent), source)
         return result.spread(recent, len(interactions))
-    return _append_recent(connection, interactions, retention, source)
+    return _append_recent(appending, interactions, source)
 
 
-def _append_recent(
-    connection: Connection, interactions: Interactions, retention: Retention, source: str
-) -> AppendResult:
+def _append_recent(appending: Appending, interactions: Interactions, source: str) -> AppendResult:
     """Append rows that are not before the horizon."""
+    connection, retention = appending.connection, appending.retention
     if len(interactions) == 0:
         none = np.empty(0, np.bool_)
         return AppendResult(accepted=none, seq=np.empty(0, np.uint32), late=none, expired=none)
@@ -94,7 +114,7 @@ def _append_recent(
     ids, group = np.unique(interactions.user_id, return_inverse=True)
     first_new_ms = np.full(len(ids), np.iinfo(np.int64).max)
     np.minimum.at(first_new_ms, group, interactions.event_time_ms)
-    chunks = _load_ends(connection, ids, first_new_ms, retention.chunk_len)
+    chunks = _load_ends(appending, ids, first_new_ms)
     stored = chunks.interactions()
     users = _Users.of(ids, chunks)
     # Step 2: decide order and duplicates; number the accepted in order of arrival.
@@ -110,7 +130,9 @@ def _append_recent(
     columns = {name: np.concatenate([stored[name], new[name]]) for name in COLUMN_DTYPES}
     num_accepted = np.bincount(group[merged.accepted], minlength=len(ids))
     users = replace(users, next_seq=users.next_seq + num_accepted)
-    write_chunks(connection, _changed_chunks(users, chunks, columns, merged, retention.chunk_len))
+    write = _changed_chunks(users, chunks, columns, merged, retention.chunk_len)
+    write_chunks(connection, write)
+    appending.written.append(write)
     # Step 4: remove what these histories have left behind.
     if retention.is_on:
         _remove_left_behind(connection, users, merged, retention, source)
@@ -154,11 +176,10 @@ def _remove_left_behind(
         remove_after_growth(connection, grown_users, retention, source)
 
 
-def _load_ends(
-    connection: Connection, user_ids: NDArray[np.int64], first_new_ms: NDArray[np.int64], chunk_len: int
-) -> ChunkRows:
+def _load_ends(appending: Appending, user_ids: NDArray[np.int64], first_new_ms: NDArray[np.int64]) -> ChunkRows:
     """The tail chunk of every user, and all chunks back to the one that the earliest new interaction falls in."""
-    chunks = newest_chunks(connection, user_ids, 1)
+    connection = appending.connection
+    chunks = _load_tails(appending, user_ids)
     # At the tail's very first millisecond the place may still be in the chunk before it: only the keys could tell.
     # An emptied tail is never merged with: before its end everything was removed.
     reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0) & (chunks.length > 0)
@@ -166,8 +187,17 @@ def _load_ends(
         asked = chunks.pos[reaches_back]
         deep = chunks_ending_since(connection, user_ids[asked], first_new_ms[asked])
         chunks = chunks.replaced(reaches_back, deep.moved_to(asked[deep.pos]))
-    chunks.refuse_gaps(chunk_len)
+    chunks.refuse_gaps(appending.retention.chunk_len)
     return chunks
+
+
+def _load_tails(appending: Appending, user_ids: NDArray[np.int64]) -> ChunkRows:
+    if appending.written:  # an append before this one is not in the cache yet
+        return newest_chunks(appending.connection, user_ids, 1)
+    appending.removals = count_removals(appending.connection)
+    known, unknown = appending.tails.find(user_ids, appending.removals)
+    read = newest_chunks(appending.connection, user_ids[unknown], 1)
+    return known.replaced(np.zeros(len(known), np.bool_), read.moved_to(unknown[read.pos]))
 
 
 def _assign_seq(

@@ -57,6 +57,12 @@ class GrownUsers:
     """i64[U], interactions of the whole history: the number of the next one in it."""
 
 
+def count_removals(connection: Connection) -> int:
+    """Interactions forgotten and pruned since ever: what may have changed the end of a history without an append."""
+    query = select(func.coalesce(func.sum(removal.c.num_interactions), 0))
+    return int(connection.execute(query.where(removal.c.source.in_((PRUNE_SOURCE, FORGET_SOURCE)))).scalar_one())
+
+
 def remove_after_growth(connection: Connection, users: GrownUsers, retention: Retention, source: str) -> None:
     """Remove the oldest chunks of users whose histories have just grown by a chunk, a few of each.
 

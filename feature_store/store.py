@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, select, text
 
 from feature_store import audit, catalogue, publications, reading, redriven, removing, schema
+from feature_store.appending import Appending
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine
 from feature_store.engine import reading as read_transaction
@@ -37,6 +38,7 @@ from feature_store.records import (
 )
 from feature_store.retention import Retention
 from feature_store.tables import store_property
+from feature_store.tails import TailCache
 from feature_store.transaction import StoreTransaction
 from feature_store.values import insert_missing
 
@@ -50,6 +52,7 @@ class FeatureStore:
         self.config = config
         self.retention = Retention.of(config)
         self._engine = build_engine(config)
+        self._tails = TailCache(config.tail_cache_bytes)
         self._layout_is_checked = False
 
     def close(self) -> None:
@@ -87,8 +90,14 @@ class FeatureStore:
         """
         if not self._layout_is_checked:
             self._fix_layout()
-        with write_transaction(self._engine) as connection:
-            yield StoreTransaction(connection, self.retention)
+        try:
+            with write_transaction(self._engine) as connection:
+                appending = Appending(connection=connection, retention=self.retention, tails=self._tails)
+                yield StoreTransaction(connection, appending)
+        except BaseException:
+            self._tails.clear()
+            raise
+        appending.keep_tails()
 
     def read(
         self,

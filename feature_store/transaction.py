@@ -11,15 +11,14 @@ from sqlalchemy import Connection, text
 from feature_store import appending, catalogue, publications, removing
 from feature_store.interactions import AppendResult, Interactions
 from feature_store.records import IdKind, Item, LogPosition
-from feature_store.retention import Retention
 
 
 class StoreTransaction:
     """Handed out by `FeatureStore.transaction()`; not to be used after it ends, nor by two threads at once."""
 
-    def __init__(self, connection: Connection, retention: Retention) -> None:
+    def __init__(self, connection: Connection, state: appending.Appending) -> None:
         self._connection = connection
-        self._retention = retention
+        self._appending = state
         self._source = "append"
 
     def lock_position(self, log_id: str, topic: str, partition: int) -> LogPosition:
@@ -56,7 +55,7 @@ class StoreTransaction:
             ConcurrentAppendError: another writer changed one of the users; retry the whole transaction.
             ChunkCorruptError: a stored chunk that the batch needs is damaged.
         """
-        return appending.append(self._connection, interactions, self._retention, self._source)
+        return appending.append(self._appending, interactions, self._source)
 
     def register_names(self, kind: IdKind, names: Mapping[int, str]) -> None:
         """Remember the strings behind hashed ids.

@@ -210,12 +210,16 @@ class IngestWorker(ConsumerRebalanceListener):
             except KafkaError as error:
                 logger.info("the group did not take the offsets %s: %s", dict(positions), error)
 
-        generation, delay_s = self._generation, RETRY_FIRST_S
+        generation, delay_s, is_first = self._generation, RETRY_FIRST_S, True
         async with self._committing:
             while generation == self._generation:
                 try:
                     positions = await self._committer.commit_all(batches, advise=advise)
                 except _RETRYABLE as error:
+                    if isinstance(error, ConcurrentAppendError) and is_first:
+                        # Another worker has some of the same users: what it wrote is read again, that is all.
+                        is_first = False
+                        continue
                     self.blocked_by = str(error)
                     if stopping.is_set():
                         return

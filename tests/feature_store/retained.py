@@ -23,6 +23,7 @@ def empty(store: FeatureStore) -> None:
     with writing(store._engine) as connection:
         for table in ("history_chunk", "log_position", "removal"):
             connection.execute(text(f"DELETE FROM {table}"))
+    store._tails.clear()  # no API takes back what was appended
 
 
 def ingest(store: FeatureStore, rows: Sequence[Row], partition: int = 0) -> AppendResult:
