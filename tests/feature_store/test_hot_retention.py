@@ -41,7 +41,7 @@ def rows_around(random: np.random.Generator, step: int) -> list[Row]:
     return [row._replace(event_time_ms=row.event_time_ms + 3 * step) for row in rows]
 
 
-@pytest.mark.parametrize(("limits", "budget_bytes"), zip(LIMITS, 2 * [1 << 12, 1 << 20], strict=True), ids=str)
+@pytest.mark.parametrize(("limits", "budget_bytes"), list(zip(LIMITS, 2 * [1 << 12, 1 << 20], strict=True)), ids=str)
 def test_caught_up_it_gives_what_the_store_gives(
     open_store: OpenStore, limits: dict[str, Any], budget_bytes: int
 ) -> None:
