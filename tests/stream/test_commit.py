@@ -115,9 +115,10 @@ async def test_an_event_sent_twice_by_its_producer_counts_once(committer: Commit
     assert committer.counts.num_duplicate == 1
 
 
-async def test_the_watermark_is_the_partitions_and_survives_a_restart(
-    committer: Committer, store: FeatureStore, log: MemoryLog
-) -> None:
+async def test_the_watermark_is_the_partitions_and_survives_a_restart(store: FeatureStore) -> None:
+    log = MemoryLog(ManualClock(NOW_MS), num_partitions=2)
+    await log.create_topics()
+    committer = committer_of(store, log, log.writer())
     await committer.commit(0, [record(0), record(1, event_time=NOW_MS - 5)])
     restarted = committer_of(store, log, log.writer())
     await restarted.commit(0, [record(2)])
@@ -127,6 +128,7 @@ async def test_the_watermark_is_the_partitions_and_survives_a_restart(
     (other,) = log.records((log.topics.history_updates, 1))
     assert HistoryUpdate.decode(other.value).watermark_ms == NOW_MS - 400
     assert store.stats().watermark_ms == NOW_MS - 5
+    committer.close()
 
 
 async def test_what_is_too_old_is_not_accepted_nor_announced_and_counts_as_expired(
