@@ -172,6 +172,7 @@ def _remove_left_behind(
             user_id=users.ids[grown],
             tail_no=users.base_chunk_no[grown] + num_chunks[grown] - 1,
             ends=users.base_chunk_no[grown] * retention.chunk_len + lengths[grown],
+            num_begun=num_chunks[grown] - users.num_chunks[grown],
         )
         remove_after_growth(connection, grown_users, retention, source)
 

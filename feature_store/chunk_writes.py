@@ -1,6 +1,6 @@
 """Writing rows of `history_chunk`: a whole batch in two statements, refused if another writer was faster.
 
-The two statements are the hot path of ingest, so they are written out for each database: SQLite takes rows one by one,
+The statements are on the hot path of ingest, so they are written out for each database: SQLite takes rows one by one,
 PostgreSQL takes whole columns as arrays.
 """
 
@@ -84,6 +84,23 @@ _COPY_ROW: Final = np.dtype(
 """PostgreSQL's binary COPY format: a row up to its payload, every value after its length."""
 
 
+# These too are made of constants only.
+_KEY_NAMES: Final = ("user_id", "chunk_no", "n", "next_seq")
+_SQLITE_AS_READ: Final = "WHERE user_id = ? AND chunk_no = ? AND n = ? AND next_seq = ?"
+_SQLITE_EMPTY: Final = f"UPDATE history_chunk SET n = 0, first_ms = last_ms, payload = ? {_SQLITE_AS_READ}"  # noqa: S608
+_SQLITE_DELETE: Final = f"DELETE FROM history_chunk {_SQLITE_AS_READ}"  # noqa: S608
+_POSTGRES_READ: Final = """
+    unnest(%(user_id)s::bigint[], %(chunk_no)s::integer[], %(n)s::integer[], %(next_seq)s::bigint[])
+        AS old (user_id, chunk_no, n, next_seq)
+    WHERE chunk.user_id = old.user_id AND chunk.chunk_no = old.chunk_no AND chunk.n = old.n
+    AND chunk.next_seq = old.next_seq
+"""
+_POSTGRES_EMPTY: Final = f"""
+    UPDATE history_chunk AS chunk SET n = 0, first_ms = chunk.last_ms, payload = %(payload)s FROM {_POSTGRES_READ}
+"""  # noqa: S608
+_POSTGRES_DELETE: Final = f"DELETE FROM history_chunk AS chunk USING {_POSTGRES_READ}"  # noqa: S608
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkWrite:
     """W chunks to write, in order of users and chunk numbers."""
@@ -129,6 +146,42 @@ def write_chunks(connection: Connection, write: ChunkWrite) -> None:
             f"{len(write.payload) - num_written} of {len(write.payload)} history chunks were changed by another "
             "writer between our read and our write: retry the transaction"
         )
+
+
+def remove_chunks(
+    connection: Connection, columns: dict[str, NDArray[np.int64]], is_emptied: NDArray[np.bool_], emptied: bytes
+) -> None:
+    """Empty the marked chunks and delete the others, or refuse if one is not as it was read.
+
+    A late event changes `next_seq` of every chunk from its own on; another remover changes `n`, or deletes.
+
+    Args:
+        connection: in a transaction.
+        columns: i64[C] each of `user_id`, `chunk_no`, `n` and `next_seq`, as they were read.
+        is_emptied: bool[C].
+        emptied: the bytes of a chunk without interactions.
+
+    Raises:
+        ConcurrentAppendError: a chunk is not as it was read; the transaction must be rolled back.
+    """
+    old = {name: columns[name][~is_emptied].tolist() for name in _KEY_NAMES}
+    last = {name: columns[name][is_emptied].tolist() for name in _KEY_NAMES}
+    if connection.dialect.name == "postgresql":
+        num_removed = _execute_columns(connection, _POSTGRES_EMPTY, last | {"payload": emptied})
+        num_removed += _execute_columns(connection, _POSTGRES_DELETE, old)
+    else:
+        payloads = [emptied] * len(last["user_id"])
+        num_removed = _execute_rows(connection, _SQLITE_EMPTY, [payloads, *(last[name] for name in _KEY_NAMES)])
+        num_removed += _execute_rows(connection, _SQLITE_DELETE, [old[name] for name in _KEY_NAMES])
+    if num_removed != len(is_emptied):
+        raise ConcurrentAppendError(
+            f"{len(is_emptied) - num_removed} of {len(is_emptied)} expired history chunks were changed by another "
+            "writer between our read and our write: retry the transaction"
+        )
+
+
+def _execute_columns(connection: Connection, statement: str, columns: dict[str, Any]) -> int:
+    return connection.exec_driver_sql(statement, columns).rowcount if columns["user_id"] else 0
 
 
 def _write_sqlite(connection: Connection, write: ChunkWrite) -> int:

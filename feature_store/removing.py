@@ -16,10 +16,11 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import BigInteger, ColumnElement, Connection, Row, Select, cast, false, func, or_, select, tuple_
+from sqlalchemy import BigInteger, ColumnElement, Connection, Row, Select, cast, false, func, or_, select
 
+from feature_store.chunk_writes import remove_chunks
 from feature_store.chunks import decode_chunks, encode_chunks
-from feature_store.errors import ChunkCorruptError, ConcurrentAppendError
+from feature_store.errors import ChunkCorruptError
 from feature_store.interactions import COLUMN_DTYPES
 from feature_store.publications import load_watermark
 from feature_store.records import PruneSlice
@@ -31,8 +32,8 @@ PRUNE_SOURCE: Final = "prune"
 FORGET_SOURCE: Final = "forget"
 """Writers in the account; ingest workers go by their partition."""
 
-_CHUNKS_PER_GROWTH: Final = 4
-"""Chunks that a history may lose when it grows by one: it catches up with new settings without a long transaction."""
+_CHUNKS_CAUGHT_UP: Final = 3
+"""Chunks that a history may lose beyond those it grows by: it catches up with new settings in short transactions."""
 _USERS_PER_STATEMENT: Final = 4_000
 _ROWS_PER_PART: Final = 1_000
 
@@ -55,6 +56,8 @@ class GrownUsers:
     """i64[U], number of the tail chunk."""
     ends: NDArray[np.int64]
     """i64[U], interactions of the whole history: the number of the next one in it."""
+    num_begun: NDArray[np.int64]
+    """i64[U], chunks that this append has begun."""
 
 
 def count_removals(connection: Connection) -> int:
@@ -64,13 +67,18 @@ def count_removals(connection: Connection) -> int:
 
 
 def remove_after_growth(connection: Connection, users: GrownUsers, retention: Retention, source: str) -> None:
-    """Remove the oldest chunks of users whose histories have just grown by a chunk, a few of each.
+    """Remove the oldest chunks of users whose histories have just grown by whole chunks: as many, and a few more.
 
     Raises:
         ConcurrentAppendError: another writer was at the same chunks; the transaction must be rolled back.
     """
     first = slice(0, _USERS_PER_STATEMENT)  # the others have their turn when they grow again
-    columns = {"user_id": users.user_id, "tail_no": users.tail_no, "kept_no": retention.first_chunk(users.ends)}
+    columns = {
+        "user_id": users.user_id,
+        "tail_no": users.tail_no,
+        "kept_no": retention.first_chunk(users.ends),
+        "most": users.num_begun + _CHUNKS_CAUGHT_UP,
+    }
     wanted = values_table(connection.dialect.name, {name: values[first] for name, values in columns.items()})
     oldest = history_chunk.alias("oldest")
     oldest_no = select(func.min(oldest.c.chunk_no)).where(oldest.c.user_id == wanted.c.user_id).scalar_subquery()
@@ -79,7 +87,7 @@ def remove_after_growth(connection: Connection, users: GrownUsers, retention: Re
     query = (
         select(*_REMOVABLE)
         .join_from(wanted, history_chunk, _chunk.user_id == wanted.c.user_id)
-        .where(_chunk.chunk_no <= oldest_no + _CHUNKS_PER_GROWTH, _chunk.chunk_no < wanted.c.tail_no)
+        .where(_chunk.chunk_no <= oldest_no + wanted.c.most, _chunk.chunk_no < wanted.c.tail_no)
         .where(_is_removable(is_left_behind, removal_ms))
         .order_by(_chunk.user_id, _chunk.chunk_no)
     )
@@ -209,29 +217,10 @@ def _remove(connection: Connection, rows: Sequence[Row[Any]], source: str) -> _S
         for name in ("user_id", "chunk_no", "n", "next_seq")
     }
     is_last = np.append(columns["user_id"][1:] != columns["user_id"][:-1], True)
-    emptied = {"n": 0, "first_ms": _chunk.last_ms, "payload": emptied_payload()}
-    statement = history_chunk.update().where(_is_listed(connection, columns, is_last)).values(emptied)
-    num_changed = connection.execute(statement).rowcount
-    if not is_last.all():
-        statement_of_others = history_chunk.delete().where(_is_listed(connection, columns, ~is_last))
-        num_changed += connection.execute(statement_of_others).rowcount
-    if num_changed != len(rows):
-        raise ConcurrentAppendError(
-            f"{len(rows) - num_changed} of {len(rows)} expired history chunks were changed by another writer between "
-            "our read and our write: retry the transaction"
-        )
+    remove_chunks(connection, columns, is_last, emptied_payload())
     sums = _sums(rows)
     record_removed(connection, source, sums.num_interactions, sums.fingerprint)
     return sums
-
-
-def _is_listed(
-    connection: Connection, columns: dict[str, NDArray[np.int64]], selected: NDArray[np.bool_]
-) -> ColumnElement[bool]:
-    """Whether a chunk is one of the selected, as it was read: a late event changes `next_seq`, another remover `n`."""
-    wanted = values_table(connection.dialect.name, {name: values[selected] for name, values in columns.items()})
-    names = list(columns)
-    return tuple_(*(_chunk[name] for name in names)).in_(select(*(wanted.c[name] for name in names)))
 
 
 def _sums(rows: Sequence[Row[Any]]) -> _Sums:

@@ -53,6 +53,7 @@ class ShownUser:
     name: str | None
     """The text behind a hashed user id."""
     num_interactions: int
+    """How many have arrived; retention may have let the oldest expire."""
     interactions: tuple[ShownInteraction, ...]
 
     def to_json(self) -> str:
@@ -64,6 +65,8 @@ class ShownUser:
         name = "" if self.name is None else f" ({readable(self.name)})"
         noun = "interaction" if self.num_interactions == 1 else "interactions"
         heading = f"user {self.user_id}{name}: {self.num_interactions:,} {noun}"
+        if not self.interactions:
+            return f"{heading}, all of them expired"
         if len(self.interactions) < self.num_interactions:
             heading += f", the newest {len(self.interactions):,} of them"
         rows = [_HEADER, *(one.cells() for one in self.interactions)]

@@ -83,6 +83,8 @@ def test_an_event_that_max_history_newer_ones_leave_behind_is_expired(open_store
     # 35 is stored, but no longer among the newest three: whether it was there is not asked.
     assert ingest(store, [Row(1, 35, 1)]).expired.all()
     assert times(store) == [40, 50, 60]
+    ingest(store, [Row(2, time, 1) for time in (5, 6, 7)])
+    assert ingest(store, [Row(2, 4, 1), Row(2, 5, 0), Row(2, 5, 2)]).expired.tolist() == [True, True, False]
 
 
 def test_one_millisecond_that_fills_several_chunks_is_cut_by_the_keys(open_store: OpenStore) -> None:

@@ -231,3 +231,10 @@ def test_secrets_are_masked_wherever_settings_are_shown(tmp_path: Path) -> None:
     assert shown["pump.password"] == Setting("pump.password", "***", "HEADRACE_PUMP__PASSWORD")
     assert shown["pump.url"].value == "postgresql+psycopg://me:***@db/headrace"
     assert "sesame" not in repr(settings.effective())
+
+
+def test_less_history_kept_than_models_are_given_is_refused() -> None:
+    with pytest.raises(SettingsError, match="store.max_history = 100 is less than hot.max_len = 512"):
+        load(environment={"HEADRACE_STORE__MAX_HISTORY": "100"})
+    load(environment={"HEADRACE_STORE__MAX_HISTORY": "512"})
+    load(environment={"HEADRACE_STORE__MAX_HISTORY": "0"})

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
@@ -66,10 +67,34 @@ def test_damage_is_named_with_its_place_and_status_1(headrace: Headrace, url: st
     assert verdict.endswith(": 2 findings")
 
 
+def test_what_has_expired_is_pruned_and_accounted(headrace: Headrace, url: str) -> None:
+    ran = headrace("store", "prune", HEADRACE_STORE__URL=url)
+    assert (ran.returncode, ran.stdout) == (0, "nothing expires: store.max_history and store.max_age_ms are 0\n")
+    limits = {"HEADRACE_STORE__URL": url, "HEADRACE_STORE__MAX_HISTORY": "30", "HEADRACE_HOT__MAX_LEN": "30"}
+    ran = headrace("store", "prune", **limits)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "removed 128 interactions in 2 chunks\n", "")
+    assert headrace("store", "prune", **limits).stdout == "removed 0 interactions in 0 chunks\n"
+    ran = headrace("store", "verify", **limits)
+    assert ran.stdout == "2 users, 4 chunks, 72 interactions, 2 positions: nothing is wrong\n"
+    store = FeatureStore(FeatureStoreConfig(url=url))
+    with store.transaction() as transaction:
+        transaction.set_position("main", "interactions", 1, 200, watermark_ms=1_700_000_000_000)
+        transaction.forget_users(np.array([1]))
+    store.close()
+    lines = headrace("store", "stats", HEADRACE_STORE__MAX_AGE_MS="3600000", **limits).stdout.splitlines()
+    assert [line.split(maxsplit=1) for line in lines if line.startswith(("users", "inter", "rem", "wat", "hor"))] == [
+        ["users", "1"],
+        ["interactions", "36"],
+        ["removed", "164 (forget 36, prune 128)"],
+        ["watermark", "2023-11-14T22:13:20.000Z"],
+        ["horizon", "2023-11-14T21:13:20.000Z"],
+    ]
+
+
 def test_a_database_without_schema_or_of_another_layout_is_one_sentence(
     headrace: Headrace, url: str, tmp_path: Path
 ) -> None:
-    for command in ("stats", "verify"):
+    for command in ("stats", "verify", "prune"):
         ran = headrace("store", command, HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/empty.db")
         assert_refused(ran, "headrace migrate")
         ran = headrace("store", command, HEADRACE_STORE__URL=url, HEADRACE_STORE__CHUNK_LEN="32")

@@ -37,6 +37,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield url
 
 
+def test_a_user_whose_interactions_have_all_expired_is_known(headrace: Headrace, url: str) -> None:
+    store = FeatureStore(FeatureStoreConfig(url=url))
+    with store.transaction() as transaction:
+        transaction.lock_position("main", "interactions", 0)
+        transaction.set_position("main", "interactions", 0, 5, watermark_ms=NOW_MS + 90_000)
+    store.close()
+    ran = headrace("user", "show", "5", HEADRACE_STORE__URL=url, HEADRACE_STORE__MAX_AGE_MS="89000")
+    assert (ran.returncode, ran.stdout.splitlines()[0]) == (0, "user 5: 3 interactions, the newest 2 of them")
+    ran = headrace("user", "show", "5", HEADRACE_STORE__URL=url, HEADRACE_STORE__MAX_AGE_MS="60000")
+    assert (ran.returncode, ran.stdout) == (0, "user 5: 3 interactions, all of them expired\n")
+
+
 def interactions(user_id: int, *, items: list[int]) -> Interactions:
     """A view of each item, a second apart, the newest arriving first; the first is a rating and a like as well."""
     count = len(items)

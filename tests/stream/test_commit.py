@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,38 @@ async def test_an_event_sent_twice_by_its_producer_counts_once(committer: Commit
     await committer.commit(0, [record(0), record(1, event_id="e0", user_id=0, item_id=0, event_time=NOW_MS - 1_000)])
     assert stored_items(store, 0) == {0: [0]}
     assert committer.counts.num_duplicate == 1
+
+
+async def test_the_watermark_is_the_partitions_and_survives_a_restart(store: FeatureStore) -> None:
+    log = MemoryLog(ManualClock(NOW_MS), num_partitions=2)
+    await log.create_topics()
+    committer = committer_of(store, log, log.writer())
+    await committer.commit(0, [record(0), record(1, event_time=NOW_MS - 5)])
+    restarted = committer_of(store, log, log.writer())
+    await restarted.commit(0, [record(2)])
+    restarted.close()
+    await committer.commit(1, [record(0, event_id="other", event_time=NOW_MS - 400)])
+    assert [update.watermark_ms for update in updates_of(log)] == [NOW_MS - 5, NOW_MS - 5]
+    (other,) = log.records((log.topics.history_updates, 1))
+    assert HistoryUpdate.decode(other.value).watermark_ms == NOW_MS - 400
+    assert store.stats().watermark_ms == NOW_MS - 5
+    committer.close()
+
+
+async def test_what_is_too_old_is_not_accepted_nor_announced_and_counts_as_expired(
+    store: FeatureStore, log: MemoryLog
+) -> None:
+    narrow = FeatureStore(replace(store.config, max_age_ms=100))
+    committer = committer_of(narrow, log, log.writer())
+    await committer.commit(0, [record(0, event_time=NOW_MS - 50)])
+    await committer.commit(0, [record(1, event_time=NOW_MS - 151), record(2, event_time=NOW_MS - 150), record(3, b"{")])
+    counts = committer.counts
+    assert (counts.num_accepted, counts.num_expired, counts.num_duplicate) == (2, 1, 0)
+    assert sum(counts.num_refused.values()) == 1
+    assert [update.offsets.tolist() for update in updates_of(log)] == [[0], [2]]
+    assert store.positions(log.log_id, log.topics.interactions) == {0: 4}
+    committer.close()
+    narrow.close()
 
 
 async def test_poison_records_become_dead_letters_and_stop_nothing(
