@@ -285,6 +285,7 @@ class IngestWorker(ConsumerRebalanceListener):
         self._config, self._kafka, self._topics, self._committer = config, kafka, topics, committer
         self._consumer: Any = None
         self._next: dict[int, int] = {}
+        self._num_rebalances = 0
         self._committing = asyncio.Lock()
         self._ends = LogEnds(kafka)
         self.blocked_by: str | None = "starting"
@@ -323,6 +324,7 @@ class IngestWorker(ConsumerRebalanceListener):
 
     async def _poll_once(self, stopping: asyncio.Event) -> bool:
         """Commit what one poll brings; whether it brought as much as it may, so that more is probably waiting."""
+        num_rebalances = self._num_rebalances
         # Step 1: a bounded batch per partition.
         fetched = await fetch_fairly(
             self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
@@ -330,13 +332,14 @@ class IngestWorker(ConsumerRebalanceListener):
         refuse_reset(self._consumer, {TopicPartition(self._topics.interactions, p): n for p, n in self._next.items()})
         for topic_partition, records in fetched.items():
             async with self._committing:
-                await self._commit_with_retries(topic_partition, records, stopping)
+                await self._commit_with_retries(topic_partition, records, num_rebalances, stopping)
         share = self._config.max_batch_records // max(1, len(self._next))
         return any(len(records) >= share for records in fetched.values())
 
     async def _commit_with_retries(
-        self, topic_partition: TopicPartition, records: list[Record], stopping: asyncio.Event
+        self, topic_partition: TopicPartition, records: list[Record], num_rebalances: int, stopping: asyncio.Event
     ) -> None:
+        """Commit records whose reading began after so many rebalances; after another one they are read again."""
         partition, delay_s = topic_partition.partition, RETRY_FIRST_S
 
         async def advise(position: int) -> None:
@@ -345,11 +348,13 @@ class IngestWorker(ConsumerRebalanceListener):
             except KafkaError as error:
                 logger.info("the group did not take offset %d of %s: %s", position, topic_partition, error)
 
-        while partition in self._next:
+        while partition in self._next and num_rebalances == self._num_rebalances:
             self._verify(partition, records)
             try:
-                self._next[partition] = await self._committer.commit(partition, records, advise=advise)
+                await self._committer.commit(partition, records, advise=advise)
             except _RETRYABLE as error:
+                if num_rebalances != self._num_rebalances:
+                    break
                 self.blocked_by = str(error)
                 if stopping.is_set():
                     return
@@ -357,8 +362,16 @@ class IngestWorker(ConsumerRebalanceListener):
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
             else:
+                if num_rebalances != self._num_rebalances:
+                    break  # the batch was abandoned, and committed nevertheless
+                # Not the stored position: another worker may have moved that past what we read next, and records below
+                # it, which the commit drops, would look like a log that was reset.
+                self._next[partition] = records[-1].offset + 1
                 self.blocked_by = None
                 return
+        if partition in self._next:
+            # Given back to us: the consumer may have moved on already, and what is not read again would be lost.
+            self._consumer.seek(topic_partition, self._next[partition])
 
     def _verify(self, partition: int, records: list[Record]) -> None:
         expected, first = self._next[partition], records[0].offset
@@ -378,13 +391,16 @@ class IngestWorker(ConsumerRebalanceListener):
             logger.warning("partitions revoked while a batch is still being committed")
         else:
             self._committing.release()
+        self._num_rebalances += 1
         for topic_partition in revoked:
             self._next.pop(topic_partition.partition, None)
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Start from the positions in SQL, not from the group's."""
-        for topic_partition in assigned:
-            position = await self._stored_position(topic_partition.partition)
+        positions = {ours: await self._stored_position(ours.partition) for ours in assigned}
+        # No await from here on: what was polled before the seek must not pass for what comes after it.
+        self._num_rebalances += 1
+        for topic_partition, position in positions.items():
             self._consumer.seek(topic_partition, position)
             self._next[topic_partition.partition] = position
         self.blocked_by = None
