@@ -76,7 +76,7 @@ def test_a_partition_revoked_with_a_transaction_open(
             else:
                 installation.wait(lambda: ABANDONS in first.said(), "the first worker abandoning its batch")
         installation.wait(
-            lambda: len(first.status()["positions"]) == len(second.status().get("positions", ())) == 1,
+            lambda: [len(worker.status().get("positions", ())) for worker in (first, second)] == [1, 1],
             "each worker having one partition",
         )
         load.stop()
