@@ -24,6 +24,7 @@ OBSERVER: Final = "observer"
 
 _BASE_MS: Final = 1_700_000_000_000
 _TICK_S: Final = 0.02
+_NUM_USERS: Final = 40
 
 
 @dataclass(slots=True)
@@ -50,10 +51,11 @@ class Sent:
 class EventSource:
     """Draws records: fresh events, late ones, repeated ones and malformed ones."""
 
-    def __init__(self, seed: int, *, num_partitions: int, num_users: int = 40) -> None:
+    def __init__(self, seed: int, *, num_partitions: int, padding_bytes: int = 0) -> None:
         self.truth = Truth()
+        self._context = {"padding": "x" * padding_bytes} if padding_bytes else None
         self._random = random.Random(seed)
-        self._num_partitions, self._num_users = num_partitions, num_users
+        self._num_partitions = num_partitions
         self._recent: list[Sent] = []
         self._number = 0
 
@@ -63,7 +65,7 @@ class EventSource:
         if kind < 0.10 and self._recent:
             return self._random.choice(self._recent)
         self._number += 1
-        user = self._random.randrange(self._num_users)
+        user = self._random.randrange(_NUM_USERS)
         partition, key = user % self._num_partitions, f"{user}".encode()
         if kind < 0.13:
             sent = Sent(partition, key, self._malformed())
@@ -84,6 +86,7 @@ class EventSource:
             action=self._random.choice(("rating", "view", "click")),
             event_time=_BASE_MS + 100 * self._number + self._random.randrange(5_000) - late_ms,
             value=float(self._random.randrange(10)),
+            context=self._context,
         )
 
     def _malformed(self) -> bytes:
@@ -103,9 +106,15 @@ class Load:
     """Sends records at a steady rate from a thread of its own until it is stopped, whatever happens to the broker."""
 
     def __init__(
-        self, bootstrap_servers: str, *, seed: int, num_partitions: int = 1, rate_per_s: int = 300, num_users: int = 40
+        self,
+        bootstrap_servers: str,
+        *,
+        seed: int,
+        num_partitions: int = 1,
+        rate_per_s: int = 300,
+        padding_bytes: int = 0,
     ) -> None:
-        self.source = EventSource(seed, num_partitions=num_partitions, num_users=num_users)
+        self.source = EventSource(seed, num_partitions=num_partitions, padding_bytes=padding_bytes)
         self.num_sent = 0
         self._kafka = KafkaConfig(
             bootstrap_servers=bootstrap_servers, num_partitions=num_partitions, request_timeout_ms=2_000
