@@ -10,8 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -22,14 +21,15 @@ import typer
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
 from online_trainer.errors import CheckpointMismatchError
+from ops.command_line import ConfigOption, open_store, say, settings_of
 from ops.errors import OpsError
-from ops.settings import Settings, load
+from ops.log_commands import log_app
+from ops.settings import Settings
 from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
 
 if TYPE_CHECKING:
     from feature_store.records import Finding
-    from feature_store.store import FeatureStore
 
 _REFUSALS: Final = (
     OpsError,
@@ -58,11 +58,7 @@ user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=Tr
 app.add_typer(user_app, name="user")
 store_app = typer.Typer(help="How much is stored, and whether it is whole.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="Settings file; by default $HEADRACE_CONFIG, else ./headrace.toml if it exists."),
-]
+app.add_typer(log_app, name="log")
 
 
 class TimeUnit(StrEnum):
@@ -80,7 +76,7 @@ def config_show(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Print every setting, its value, and where the value came from."""
-    effective = _settings(config).effective()
+    effective = settings_of(config).effective()
     if as_json:
         print(json.dumps({one.key: {"value": one.value, "origin": one.origin} for one in effective}, indent=2))
         return
@@ -116,10 +112,10 @@ def dlq_ls(
     from stream.redrive import LetterQuery
 
     query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
-    settings = _settings(config)
+    settings = settings_of(config)
 
     async def print_lines() -> None:
-        async for line in list_letters(settings, query, as_json=as_json, say=_say):
+        async for line in list_letters(settings, query, as_json=as_json, say=say):
             print(line)
 
     asyncio.run(print_lines())
@@ -137,7 +133,7 @@ def dlq_show(
 
     from ops.dlq import find_record, record_text
 
-    record = asyncio.run(find_record(_settings(config), place))
+    record = asyncio.run(find_record(settings_of(config), place))
     if raw:
         sys.stdout.buffer.write(record.value or b"")
     else:
@@ -159,7 +155,7 @@ def dlq_redrive(
     from stream.redrive import LetterQuery
 
     query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
-    report = asyncio.run(send_back(_settings(config), query, is_dry_run=dry_run, say=_say))
+    report = asyncio.run(send_back(settings_of(config), query, is_dry_run=dry_run, say=say))
     print(report_sentence(report, is_dry_run=dry_run))
 
 
@@ -175,11 +171,11 @@ def user_show(
     from ops.user_history import show_user
     from stream.events import EventRules
 
-    settings = _settings(config)
-    with _store(settings) as store:
+    settings = settings_of(config)
+    with open_store(settings) as store:
         shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
     if shown is None:
-        _say(f"headrace: user {user_id!r} has no history")
+        say(f"headrace: user {user_id!r} has no history")
         raise typer.Exit(1)
     print(shown.to_json() if as_json else shown.to_text())
 
@@ -195,7 +191,7 @@ def store_stats(
 
     from ops.store_report import stats_text
 
-    with _store(_settings(config)) as store:
+    with open_store(settings_of(config)) as store:
         stats = store.stats()
     print(json.dumps(dataclasses.asdict(stats), indent=2) if as_json else stats_text(stats))
 
@@ -212,7 +208,7 @@ def store_verify(config: ConfigOption = None) -> None:
         num_findings += 1
         print(finding.sentence())
 
-    with _store(_settings(config)) as store:
+    with open_store(settings_of(config)) as store:
         totals = store.verify(print_finding)
     print(verified_sentence(totals, num_findings))
     raise typer.Exit(1 if num_findings else 0)
@@ -229,7 +225,7 @@ def migrate(
     from feature_store.config import FeatureStoreConfig
     from ops.settings import masked
 
-    url = _settings(config).get(FeatureStoreConfig).url
+    url = settings_of(config).get(FeatureStoreConfig).url
     if check:
         schema.check(url)
     else:
@@ -253,7 +249,7 @@ def ingest(config: ConfigOption = None) -> None:
     """Run an ingest worker: `interactions` -> durable histories."""
     from ops import daemons
 
-    _run_daemon(_settings(config), daemons.ingest)
+    _run_daemon(settings_of(config), daemons.ingest)
 
 
 @app.command()
@@ -261,7 +257,7 @@ def train(config: ConfigOption = None) -> None:
     """Run the online trainer: histories -> snapshots."""
     from ops import daemons
 
-    _run_daemon(_settings(config), daemons.train)
+    _run_daemon(settings_of(config), daemons.train)
 
 
 @app.command()
@@ -273,7 +269,7 @@ def serve(
     from ops import daemons
     from serving.config import ServingConfig
 
-    settings = _settings(config)
+    settings = settings_of(config)
     chosen = settings.get(ServingConfig).port if port is None else port
     _run_daemon(settings, lambda known: daemons.serve(known, chosen))
 
@@ -292,7 +288,7 @@ def up(
     from ops.supervisor import Supervisor, SupervisorConfig
     from ops.up import UpOptions, addresses, children, prepare_database, serving_ports
 
-    settings = _settings(config)
+    settings = settings_of(config)
     _log_to_stderr(settings)
     options = UpOptions(num_replicas=replicas, first_port=port, has_local_broker=local_broker, config_path=config)
     processes = children(settings, options)
@@ -332,9 +328,9 @@ def replay(
     columns = RecordedColumns(
         user=user_col, item=item_col, time=time_col, time_unit=time_unit.value, value=value_col, event_id=event_id_col
     )
-    settings = _settings(config)
+    settings = settings_of(config)
     recorded = read_recorded(file, columns, limit=limit)
-    report = asyncio.run(replay_to_kafka(settings, recorded, options, bootstrap=bootstrap, say=_say))
+    report = asyncio.run(replay_to_kafka(settings, recorded, options, bootstrap=bootstrap, say=say))
     print(json.dumps(report))
 
 
@@ -366,7 +362,7 @@ def verify(
     from ops.config import HeadraceConfig
     from ops.verify import take_account
 
-    settings = _settings(config)
+    settings = settings_of(config)
     own = settings.get(HeadraceConfig)
     store = FeatureStore(settings.get(FeatureStoreConfig))
     account = take_account(store, own.data_dir / "snapshots", own.model)
@@ -388,35 +384,17 @@ def main() -> None:
     try:
         app()
     except _REFUSALS as error:
-        _say(f"headrace: {error}")
+        say(f"headrace: {error}")
         sys.exit(2)
     except (StreamError, FeatureStoreError) as error:
         # The broker or the database went away and the command could not wait for it.
-        _say(f"headrace: {error}")
+        say(f"headrace: {error}")
         sys.exit(1 if _is_daemon() else 2)
 
 
 def _is_daemon() -> bool:
     """A supervised daemon that lost its broker or database is to be started again: not a refusal."""
     return bool({"ingest", "train", "serve"} & set(sys.argv[1:2]))
-
-
-def _settings(config: Path | None) -> Settings:
-    return load(config, environment=os.environ)
-
-
-@contextmanager
-def _store(settings: Settings) -> Iterator["FeatureStore"]:
-    """The feature store, if its schema is this version's."""
-    from feature_store.config import FeatureStoreConfig
-    from feature_store.store import FeatureStore
-
-    store = FeatureStore(settings.get(FeatureStoreConfig))
-    try:
-        store.require_current_schema()
-        yield store
-    finally:
-        store.close()
 
 
 def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:
@@ -451,7 +429,3 @@ def _checked(build: Callable[[], Any]) -> Any:
         return build()
     except ValueError as error:
         raise OpsError(str(error)) from error
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -26,11 +26,11 @@ from feature_store.transaction import StoreTransaction
 from stream.batch import DecodedBatch, decode_batch
 from stream.clock import Clock
 from stream.dead_letters import DeadLetterWriter
-from stream.errors import LogResetError, LogUnavailableError
+from stream.errors import LogUnavailableError
 from stream.events import EventDecoder
 from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
-from stream.kafka import KafkaConfig, end_of, fetch_fairly, refuse_reset
+from stream.kafka import KafkaConfig, PositionGuard, end_of, fetch_fairly
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged
 from stream.messages import HistoryUpdate, Topics
 from stream.tracing import current_headers, links_to
@@ -265,6 +265,9 @@ class IngestWorker(ConsumerRebalanceListener):
         self._config, self._kafka, self._topics, self._committer = config, kafka, topics, committer
         self._consumer: Any = None
         self._next: dict[int, int] = {}
+        self._num_moves = 0
+        """Changes while an assignment is under way; see _poll_once."""
+        self._guard = PositionGuard()
         self._committing = asyncio.Lock()
         self.blocked_by: str | None = "starting"
         metrics.get_meter("headrace.stream").create_observable_gauge(
@@ -276,7 +279,7 @@ class IngestWorker(ConsumerRebalanceListener):
         self._consumer = AIOKafkaConsumer(
             group_id=self._config.group_id,
             enable_auto_commit=False,
-            # A position outside the log shows as records below it (see _verify), never as a silent jump.
+            # A position outside the log shows as what PositionGuard refuses, never as a silent jump.
             auto_offset_reset="earliest",
             max_poll_records=self._config.max_batch_records,
             max_poll_interval_ms=self._config.max_poll_interval_ms,
@@ -301,10 +304,17 @@ class IngestWorker(ConsumerRebalanceListener):
     async def _poll_once(self, stopping: asyncio.Event) -> bool:
         """Commit what one poll brings; whether it brought as much as it may, so that more is probably waiting."""
         # Step 1: a bounded batch per partition.
+        num_moves = self._num_moves
         fetched = await fetch_fairly(
             self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
         )
-        refuse_reset(self._consumer, {TopicPartition(self._topics.interactions, p): n for p, n in self._next.items()})
+        positions = {TopicPartition(self._topics.interactions, p): position for p, position in self._next.items()}
+        if num_moves != self._num_moves:
+            # Fetched around an assignment, perhaps from where the group stood: read again from where SQL stands.
+            for topic_partition in fetched.keys() & positions.keys() & self._consumer.assignment():
+                self._consumer.seek(topic_partition, positions[topic_partition])
+            return True
+        await self._guard.check(self._consumer, positions, fetched)
         for topic_partition, records in fetched.items():
             async with self._committing:
                 await self._commit_with_retries(topic_partition, records, stopping)
@@ -323,7 +333,6 @@ class IngestWorker(ConsumerRebalanceListener):
                 logger.info("the group did not take offset %d of %s: %s", position, topic_partition, error)
 
         while partition in self._next:
-            self._verify(partition, records)
             try:
                 self._next[partition] = await self._committer.commit(partition, records, advise=advise)
             except _RETRYABLE as error:
@@ -336,15 +345,6 @@ class IngestWorker(ConsumerRebalanceListener):
             else:
                 self.blocked_by = None
                 return
-
-    def _verify(self, partition: int, records: list[Record]) -> None:
-        expected, first = self._next[partition], records[0].offset
-        if first < expected:
-            raise LogResetError(
-                f"{self._topics.interactions}/{partition} was reset: offset {expected} is to be read next, but the log "
-                f"answers from offset {first}; nothing was applied. If the topic was recreated on purpose, give it a "
-                "new log.log_id; if not, events were lost upstream"
-            )
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Finish the batch in hand, within the time budget; then these partitions are another worker's."""
@@ -360,10 +360,12 @@ class IngestWorker(ConsumerRebalanceListener):
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Start from the positions in SQL, not from the group's."""
+        self._num_moves += 1
         for topic_partition in assigned:
             position = await self._stored_position(topic_partition.partition)
             self._consumer.seek(topic_partition, position)
             self._next[topic_partition.partition] = position
+        self._num_moves += 1
         self.blocked_by = None
         logger.info("reading partitions %s", {p.partition: self._next[p.partition] for p in assigned})
 
