@@ -56,6 +56,19 @@ def load_watermark(connection: Connection) -> int:
     return watermark_ms
 
 
+def log_generation(connection: Connection, log_id: str) -> int:
+    """How often a log was made anew: its newest generation with a position; 0 when there is none."""
+    before = generation_name(log_id, "")
+    query = select(log_position.c.log_id).where(log_position.c.log_id.startswith(before, autoescape=True)).distinct()
+    numbers = [name.removeprefix(before) for name in connection.execute(query).scalars()]
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def generation_name(log_id: str, generation: int | str) -> str:
+    """`main~2` is the log `main` after it was made anew twice."""
+    return log_id if generation == 0 else f"{log_id}~{generation}"
+
+
 def record_published(connection: Connection, snapshot: PublishedSnapshot) -> None:
     """Store what was published, replacing an earlier record of the same version."""
     row = asdict(snapshot)

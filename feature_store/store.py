@@ -150,6 +150,11 @@ class FeatureStore:
         with read_transaction(self._engine) as connection:
             return publications.load_positions(connection, log_id, topic)
 
+    def current_log_id(self, log_id: str) -> str:
+        """The name under which a log's positions are kept now: its own, or `name~n` after n accepted resets."""
+        with read_transaction(self._engine) as connection:
+            return publications.generation_name(log_id, publications.log_generation(connection, log_id))
+
     def names(self, kind: IdKind, ids: NDArray[np.int64] | Iterable[int]) -> dict[int, str]:
         """The strings behind hashed ids; ids that were numbers from the start are absent."""
         with read_transaction(self._engine) as connection:

@@ -44,6 +44,10 @@ class StoreTransaction:
         """
         publications.set_position(self._connection, log_id, topic, partition, next_offset, watermark_ms)
 
+    def next_log_id(self, log_id: str) -> str:
+        """The name for a log that was made anew: in use (`FeatureStore.current_log_id`) once it has a position."""
+        return publications.generation_name(log_id, publications.log_generation(self._connection, log_id) + 1)
+
     def append(self, interactions: Interactions) -> AppendResult:
         """Put interactions into their users' histories: in order, without duplicates, numbered by arrival.
 

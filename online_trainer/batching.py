@@ -16,13 +16,16 @@ from feature_store.interactions import Interactions
 from stream.messages import HistoryUpdate
 from stream.tracing import Headers
 
+SourcePartition = tuple[str, int]
+"""(log_id, partition): offsets mean something within one log only."""
+
 
 @dataclass(frozen=True, slots=True)
 class PartitionPosition:
     """Where to continue one source partition."""
 
     update_offset: int
-    """Offset in `history-updates` of the message to read again first."""
+    """Offset in `history-updates` of the message to read first."""
     source_offset: int
     """First offset in `interactions` that has not been learned from."""
 
@@ -34,7 +37,7 @@ class MicroBatch:
     interactions: Interactions
     append_ms: NDArray[np.int64]
     """[N] broker append time of each, epoch ms."""
-    positions: dict[int, PartitionPosition]
+    positions: dict[SourcePartition, PartitionPosition]
     """Positions after this batch, for the partitions it touches."""
     headers: tuple[Headers, ...]
     """Trace context of the update messages it draws from."""
@@ -82,9 +85,12 @@ class _Queue:
             count = min(num_rows, head.num_left())
             head.taken, num_rows = head.taken + count, num_rows - count
             headers.append(head.headers)
+            is_done = head.num_left() == 0
             if num_rows == 0:
-                position = PartitionPosition(head.update_offset, int(head.update.offsets[head.taken - 1]) + 1)
-            if head.num_left() == 0:
+                source_offset = int(head.update.offsets[head.taken - 1]) + 1
+                # A message that is done is not read again: retention may have deleted it by then.
+                position = PartitionPosition(head.update_offset + is_done, source_offset)
+            if is_done:
                 self.updates.popleft()
             if num_rows == 0:
                 return position, headers
@@ -99,16 +105,21 @@ class MicroBatcher:
     """
 
     def __init__(
-        self, *, max_interactions: int, max_tokens: int, max_len: int, positions: dict[int, PartitionPosition]
+        self,
+        *,
+        max_interactions: int,
+        max_tokens: int,
+        max_len: int,
+        positions: dict[SourcePartition, PartitionPosition],
     ) -> None:
         self._max_interactions, self._max_tokens, self._max_len = max_interactions, max_tokens, max_len
-        self._queues = {partition: _Queue(position.source_offset - 1) for partition, position in positions.items()}
+        self._queues = {source: _Queue(position.source_offset - 1) for source, position in positions.items()}
         self.num_pending = 0
         self.num_repeated = 0
 
     def add(self, update: HistoryUpdate, update_offset: int, headers: Headers = ()) -> None:
         """Queue one update message."""
-        queue = self._queues.setdefault(update.partition, _Queue(-1))
+        queue = self._queues.setdefault((update.log_id, update.partition), _Queue(-1))
         fresh = update.above(queue.seen_offset)
         self.num_repeated += len(update.offsets) - len(fresh.offsets)
         if len(fresh.offsets) == 0:
@@ -126,12 +137,14 @@ class MicroBatcher:
         """Close a batch with what is pending, within the budgets; None when nothing is."""
         if not self.num_pending:
             return None
-        candidates, append_ms, partition_of = self._merge()
+        sources = sorted(self._queues)
+        candidates, append_ms, source_of = self._merge(sources)
         num_rows = self._num_within_budget(candidates)
-        positions: dict[int, PartitionPosition] = {}
+        positions: dict[SourcePartition, PartitionPosition] = {}
         headers: list[Headers] = []
-        for partition, count in zip(*np.unique(partition_of[:num_rows], return_counts=True), strict=True):
-            positions[int(partition)], of_messages = self._queues[int(partition)].drop(int(count))
+        for number, count in zip(*np.unique(source_of[:num_rows], return_counts=True), strict=True):
+            source = sources[int(number)]
+            positions[source], of_messages = self._queues[source].drop(int(count))
             headers += of_messages
         self.num_pending -= num_rows
         return MicroBatch(
@@ -141,24 +154,24 @@ class MicroBatcher:
             headers=tuple(headers),
         )
 
-    def _merge(self) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
-        """Candidates for a batch, oldest append first: interactions, append times, source partitions."""
+    def _merge(self, sources: list[SourcePartition]) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
+        """Candidates for a batch, oldest append first: interactions, append times, numbers of their sources."""
         interactions: list[Interactions] = []
         append_ms: list[NDArray[np.int64]] = []
         order_ms: list[NDArray[np.int64]] = []
-        partitions: list[NDArray[np.int64]] = []
-        for partition, queue in sorted(self._queues.items()):
-            peeked = queue.peek(self._max_interactions)
+        numbers: list[NDArray[np.int64]] = []
+        for number, source in enumerate(sources):
+            peeked = self._queues[source].peek(self._max_interactions)
             interactions += peeked[0]
             append_ms += peeked[1]
             order_ms += peeked[2]
-            partitions += [np.full(len(part), partition) for part in peeked[2]]
+            numbers += [np.full(len(part), number) for part in peeked[2]]
         # A stable sort keeps each partition's rows in source order.
         order = np.argsort(np.concatenate(order_ms), kind="stable")[: self._max_interactions]
         return (
             Interactions.concat(interactions).take(order),
             np.concatenate(append_ms)[order],
-            np.concatenate(partitions)[order],
+            np.concatenate(numbers)[order],
         )
 
     def _num_within_budget(self, candidates: Interactions) -> int:

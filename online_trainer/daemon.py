@@ -26,7 +26,7 @@ from online_trainer.errors import CheckpointError
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.publisher import Publisher
 from stream.clock import Clock
-from stream.errors import LogUnavailableError
+from stream.errors import LogResetError, LogUnavailableError
 from stream.failpoints import fail_point
 from stream.freshness import F2_LEARNED, FreshnessRecorder
 from stream.log import (
@@ -79,6 +79,7 @@ class TrainerDaemon:
     def __init__(self, parts: TrainerParts) -> None:
         self._parts, self._config = parts, parts.config
         self._learner = self._resume()
+        self._given_up: dict[int, int] = {}
         self._publisher = Publisher(
             parts.snapshot_root,
             parts.model_name,
@@ -144,18 +145,32 @@ class TrainerDaemon:
         self._blocked_by = problem
 
     async def _starts(self, reader: LogReader) -> dict[PartitionId, Start]:
-        topic = self._parts.log.topics.history_updates
-        known = self._learner.ledger.positions
+        """Where the ledger stands; at the start after a reset, and behind updates that an operator has given up."""
+        topic, log_id = self._parts.log.topics.history_updates, self._parts.log.log_id
+        known = self._learner.ledger.of_log(log_id)
         return {
-            (topic, partition): known[partition].update_offset if partition in known else "earliest"
+            (topic, partition): max(known[partition].update_offset, self._given_up.get(partition, 0))
+            if partition in known
+            else "earliest"
             for partition in await reader.partitions(topic)
         }
+
+    async def _skip_given_up(self, reader: LogReader) -> None:
+        """Go on behind updates that an operator has given up; raise the LogResetError in hand if that is not new."""
+        topics, log_id = self._parts.log.topics, self._parts.log.log_id
+        given_up = await self._in_compute_thread(lambda: self._parts.store.positions(log_id, topics.history_updates))
+        if given_up == self._given_up:
+            raise  # noqa: PLE0704 - called where the error is handled
+        self._given_up = given_up
+        await reader.assign(await self._starts(reader))
 
     async def _train(self, reader: LogReader, writer: LogWriter, stopping: asyncio.Event) -> None:
         delay_s = RETRY_FIRST_S
         while not stopping.is_set():
             try:
                 await self._read(reader)
+            except LogResetError:
+                await self._skip_given_up(reader)
             except LogUnavailableError as error:
                 self._blocked_by = str(error)
                 logger.warning("%s; trying again in %.1f s", error, delay_s)
@@ -178,9 +193,7 @@ class TrainerDaemon:
             update = HistoryUpdate.decode(record.value)
             if update.forgotten:
                 await self._in_compute_thread(lambda users=update.forgotten: self._learner.forget(users))  # type: ignore[misc]
-            # Offsets of another log mean nothing here, and what it brought has been learned under its own name.
-            if update.log_id == self._parts.log.log_id:
-                self._batcher.add(update, record.offset, record.headers)
+            self._batcher.add(update, record.offset, record.headers)
         if self._batcher.num_pending and self._waiting_since_s is None:
             self._waiting_since_s = self._parts.clock.monotonic_s()
 

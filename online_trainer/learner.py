@@ -168,7 +168,7 @@ class OnlineLearner:
         return Checkpoint(self.ledger.num_steps, config_hash, tensors, {"ledger": self.ledger.to_dict()})
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint. Positions of another log are forgotten: its offsets mean something else."""
+        """Continue from a checkpoint, also when the log has another name now."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
@@ -176,8 +176,8 @@ class OnlineLearner:
         log_id = self.ledger.log_id
         self.ledger = Ledger.from_dict(checkpoint.state["ledger"])
         if self.ledger.log_id != log_id:
-            logger.warning("the log is now %r, it was %r: reading it from its start", log_id, self.ledger.log_id)
-            self.ledger.log_id, self.ledger.positions = log_id, {}
+            logger.warning("the log is now %r, it was %r: reading updates from their start", log_id, self.ledger.log_id)
+            self.ledger.continue_with(log_id)
         self.model.load_dense_state(part("dense."))
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))

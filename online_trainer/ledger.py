@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from model.manifest import Lineage
-from online_trainer.batching import MicroBatch, PartitionPosition
+from online_trainer.batching import MicroBatch, PartitionPosition, SourcePartition
 
 _MODULUS: Final = 2**64
 
@@ -18,8 +18,8 @@ class Ledger:
     """Counts and positions after the last step; part of every checkpoint, and of every manifest as lineage."""
 
     log_id: str
-    positions: dict[int, PartitionPosition] = field(default_factory=dict)
-    """Per source partition: where to continue."""
+    positions: dict[SourcePartition, PartitionPosition] = field(default_factory=dict)
+    """Where to continue, per source partition of this log; and of the one before, whose last updates may still come."""
     num_interactions: int = 0
     """Interactions taken from the stream, in steps that are done."""
     fingerprint: int = 0
@@ -48,20 +48,42 @@ class Ledger:
         """Which events are inside, as manifests state it."""
         return Lineage(
             log_id=self.log_id,
-            positions={partition: position.source_offset for partition, position in sorted(self.positions.items())},
+            positions={partition: position.source_offset for partition, position in self.of_log(self.log_id).items()},
             num_interactions=self.num_interactions,
             fingerprint=self.fingerprint,
         )
 
+    def of_log(self, log_id: str) -> dict[int, PartitionPosition]:
+        """Partition → where to continue in one log."""
+        return {partition: self.positions[of, partition] for of, partition in sorted(self.positions) if of == log_id}
+
+    def continue_with(self, log_id: str) -> None:
+        """Go on with a log of this name: positions are kept of it and of the one so far."""
+        self.positions = {source: at for source, at in self.positions.items() if source[0] in {log_id, self.log_id}}
+        self.log_id = log_id
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         stored = asdict(self)
-        stored["positions"] = {str(p): asdict(position) for p, position in self.positions.items()}
+        stored["positions"] = _stored(self.of_log(self.log_id))
+        stored["earlier_positions"] = {
+            log_id: _stored(self.of_log(log_id)) for log_id, _ in self.positions if log_id != self.log_id
+        }
         stored["fingerprint"] = str(self.fingerprint)
         return stored
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Ledger:
         """Read `to_dict`'s form."""
-        positions = {int(p): PartitionPosition(**position) for p, position in stored["positions"].items()}
-        return cls(**(stored | {"positions": positions, "fingerprint": int(stored["fingerprint"])}))
+        rest = dict(stored)
+        logs = rest.pop("earlier_positions", {}) | {stored["log_id"]: stored["positions"]}
+        positions = {
+            (log_id, int(partition)): PartitionPosition(**position)
+            for log_id, of_log in logs.items()
+            for partition, position in of_log.items()
+        }
+        return cls(**(rest | {"positions": positions, "fingerprint": int(stored["fingerprint"])}))
+
+
+def _stored(positions: dict[int, PartitionPosition]) -> dict[str, dict[str, int]]:
+    return {str(partition): asdict(position) for partition, position in positions.items()}

@@ -21,10 +21,11 @@ import typer
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
 from online_trainer.errors import CheckpointMismatchError
-from ops.cli_parts import ConfigOption, opened_store, say, settings_of
-from ops.cli_store import store_app
+from ops.command_line import ConfigOption, open_store, say, settings_of
 from ops.errors import OpsError
+from ops.log_commands import log_app
 from ops.settings import Settings
+from ops.store_commands import store_app
 from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
 
@@ -54,6 +55,7 @@ app.add_typer(dlq_app, name="dlq")
 user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
 app.add_typer(store_app, name="store")
+app.add_typer(log_app, name="log")
 
 
 class TimeUnit(StrEnum):
@@ -167,7 +169,7 @@ def user_show(
     from stream.events import EventRules
 
     settings = settings_of(config)
-    with opened_store(settings) as store:
+    with open_store(settings) as store:
         shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
     if shown is None:
         say(f"headrace: user {user_id!r} has no history")

@@ -48,7 +48,7 @@ def ingest(settings: Settings) -> int:
         if store is None:
             return 0
         parts = StreamParts(
-            kafka=settings.get(KafkaConfig),
+            kafka=_current_log(settings, store),
             rules=settings.get(EventRules),
             ingest=settings.get(IngestConfig),
             store=store,
@@ -82,7 +82,7 @@ def train(settings: Settings) -> int:
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),
                 model_name=config.model,
-                log=KafkaLog(settings.get(KafkaConfig)),
+                log=KafkaLog(_current_log(settings, store)),
                 store=store,
                 hot_config=settings.get(HotHistoriesConfig),
                 snapshot_root=config.data_dir / "snapshots",
@@ -129,6 +129,12 @@ def serve(settings: Settings, port: int) -> int:
     finally:
         store.close()
         signals.shutdown()
+
+
+def _current_log(settings: Settings, store: FeatureStore) -> KafkaConfig:
+    """The broker's settings, under the name that the log's positions have now."""
+    kafka = settings.get(KafkaConfig)
+    return replace(kafka, log_id=store.current_log_id(kafka.log_id))
 
 
 def _keep_large_buffers() -> None:

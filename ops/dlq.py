@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
@@ -51,7 +52,9 @@ async def send_back(
     store = FeatureStore(settings.get(FeatureStoreConfig))
     try:
         store.require_current_schema()
-        log = KafkaLog(settings.get(KafkaConfig))
+        kafka = settings.get(KafkaConfig)
+        # Offsets of a log that was made anew are other places than the same offsets before.
+        log = KafkaLog(replace(kafka, log_id=store.current_log_id(kafka.log_id)))
         return await redrive(log, store, WallClock(), query, is_dry_run=is_dry_run, on_foreign=say)
     finally:
         store.close()

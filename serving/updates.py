@@ -38,12 +38,15 @@ class UncoveredUpdates:
     Not the age of the weights: on a quiet stream nothing waits, however old they are.
     """
 
-    def __init__(self, log_id: str) -> None:
-        self._log_id = log_id
+    def __init__(self) -> None:
+        self._log_id = ""
         self._waiting: dict[int, deque[tuple[int, int]]] = {}
 
-    def add(self, partition: int, last_offset: int, at_ms: int) -> None:
+    def add(self, log_id: str, partition: int, last_offset: int, at_ms: int) -> None:
         """Interactions up to `last_offset` of a source partition became known at `at_ms`."""
+        if log_id != self._log_id:
+            # The log was made anew: no weights will state positions of the one before any more.
+            self._log_id, self._waiting = log_id, {}
         waiting = self._waiting.setdefault(partition, deque())
         if len(waiting) >= _UNCOVERED_MAX:
             # Join the newest two: the older time stands for both, so the figure never flatters.
@@ -97,7 +100,7 @@ class UpdateFollower:
         self._model_thread = model_thread
         self._targets = targets
         self._clock = clock
-        self._applied: dict[int, int] = {}
+        self._applied: dict[tuple[str, int], int] = {}
         self._clear_at_s: float | None = None
         self.num_updates = 0
         self.num_interactions = 0
@@ -178,10 +181,8 @@ class UpdateFollower:
             )
 
     async def _apply(self, update: HistoryUpdate) -> None:
-        if update.log_id != self._log.log_id:
-            logger.warning("an update of log %r is skipped; this is log %r", update.log_id, self._log.log_id)
-            return
-        last = self._applied.get(update.partition)
+        source = (update.log_id, update.partition)
+        last = self._applied.get(source)
         if last is not None:
             # A crash between sending and committing makes ingest send again what it sent before.
             update = update.above(last)
@@ -191,8 +192,8 @@ class UpdateFollower:
             await asyncio.to_thread(targets.names.resolve, np.unique(interactions.item_id))
         await self._model_thread.run(lambda: self._apply_in_model_thread(update))
         if len(interactions):
-            self._applied[update.partition] = max(update.last_offset, -1 if last is None else last)
-            targets.uncovered.add(update.partition, update.last_offset, self._clock.now_ms())
+            self._applied[source] = max(update.last_offset, -1 if last is None else last)
+            targets.uncovered.add(*source, update.last_offset, self._clock.now_ms())
             self.num_updates += 1
             self.num_interactions += len(interactions)
 

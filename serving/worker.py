@@ -92,7 +92,7 @@ class ServingWorker:
         self._store_watch = StoreWatch(parts.store, self._names, withheld, self._weights, self._model_thread)
         self._broker_watch = BrokerWatch(parts.log)
         self._first_answers = FirstAnswers(parts.store, parts.model_name, parts.replica, parts.mode)
-        self._uncovered = UncoveredUpdates(parts.log.log_id)
+        self._uncovered = UncoveredUpdates()
         self._swapper = self._build_swapper()
         targets = UpdateTargets(
             histories=self._histories,

@@ -19,8 +19,8 @@ from opentelemetry import metrics
 from feature_store.errors import ConcurrentAppendError, StoreUnavailableError
 from stream.batch import DecodedBatch
 from stream.commit import Committer
-from stream.errors import LogResetError, LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaReader, batch_of, fetch_fairly, refuse_reset
+from stream.errors import LogUnavailableError
+from stream.kafka import KafkaConfig, KafkaReader, PositionGuard, batch_of, fetch_fairly
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S
 from stream.log_ends import LogEnds
 from stream.messages import Topics
@@ -91,6 +91,7 @@ class IngestWorker(ConsumerRebalanceListener):
         """Next offset to apply."""
         self._generation = 0
         """Counts changes of what we own: a poll made before a change is not committed after it."""
+        self._guard = PositionGuard()
         self._committing = asyncio.Lock()
         self._ends = LogEnds(kafka)
         self.is_paused = False
@@ -110,7 +111,7 @@ class IngestWorker(ConsumerRebalanceListener):
         self._consumer = AIOKafkaConsumer(
             group_id=self._config.group_id,
             enable_auto_commit=False,
-            # A position outside the log shows as records below it (see _verify), never as a silent jump.
+            # What the log no longer holds is noticed by PositionGuard, never jumped over without a word.
             auto_offset_reset="earliest",
             max_poll_records=self._config.max_batch_records,
             max_poll_interval_ms=self._config.max_poll_interval_ms,
@@ -165,18 +166,19 @@ class IngestWorker(ConsumerRebalanceListener):
         fetched = await fetch_fairly(
             self._consumer, timeout_ms=self._config.poll_timeout_ms, max_records=self._config.max_batch_records
         )
+        if generation == self._generation:
+            positions = {self._topic_partition(partition): offset for partition, offset in self._fetched.items()}
+            await self._guard.check(self._consumer, positions, fetched)
         if generation != self._generation:
             # What we own changed while we waited: start again from where the present owner has to.
             for partition, offset in self._fetched.items():
                 self._consumer.seek(self._topic_partition(partition), offset)
             return [], False
-        refuse_reset(self._consumer, {self._topic_partition(p): offset for p, offset in self._fetched.items()})
         batches = []
         for topic_partition, records in fetched.items():
             partition = topic_partition.partition
             if partition not in self._fetched:
                 continue  # being assigned: the seek to its stored position will bring these again
-            self._verify(partition, records[0].offset)
             self._fetched[partition] = records[-1].offset + 1
             # Step 2: decode and validate.
             batches.append(self._committer.decode(batch_of(records)))
@@ -232,15 +234,6 @@ class IngestWorker(ConsumerRebalanceListener):
                     if generation == self._generation:
                         self._next |= positions
                     return
-
-    def _verify(self, partition: int, first: int) -> None:
-        expected = self._fetched[partition]
-        if first < expected:
-            raise LogResetError(
-                f"{self._topics.interactions}/{partition} was reset: offset {expected} is to be read next, but the log "
-                f"answers from offset {first}; nothing was applied. If the topic was recreated on purpose, give it a "
-                "new log.log_id; if not, events were lost upstream"
-            )
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:  # noqa: ARG002 - always all
         """Finish the batch in hand, within the time budget; then these partitions are another worker's."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -16,8 +16,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
 from aiokafka.helpers import create_ssl_context
 
-from stream.errors import LogResetError, LogUnavailableError
+from stream.errors import LogUnavailableError
 from stream.log import PartitionId, Record, RecordBatch, Start
+from stream.log_bounds import LogBounds, Standing, was_reset, was_truncated
 from stream.messages import COMPACTED_TOPICS, Topics
 from stream.tracing import Headers
 
@@ -31,7 +32,7 @@ class KafkaConfig:
     bootstrap_servers: str = "127.0.0.1:9092"
     """Comma-separated host:port list."""
     log_id: str = "main"
-    """Name of this log; stored with every position. Give a new name when the topics were recreated on purpose."""
+    """Name of this log; stored with every position. `headrace log accept --reset` starts a new one."""
     topic_prefix: str = ""
     """Put before every topic name, so that several installations can share one cluster."""
     num_partitions: int = 4
@@ -70,8 +71,10 @@ class KafkaConfig:
             raise ValueError(f"log.num_partitions = {self.num_partitions}: must lie in 1..1024")
         if self.replication_factor < 1:
             raise ValueError(f"log.replication_factor = {self.replication_factor}: must be at least 1")
-        if not self.log_id:
-            raise ValueError("log.log_id is empty: positions belong to a named log")
+        if not 1 <= len(self.log_id) <= 100:
+            raise ValueError(
+                f"log.log_id = {self.log_id!r}: positions belong to a log with a name of 1 to 100 characters"
+            )
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
@@ -199,6 +202,26 @@ class KafkaReader:
             raise LogUnavailableError(f"topic {topic!r} does not exist at {self._config.bootstrap_servers}")
         return sorted(found)
 
+    async def bounds(self, topic: str) -> dict[int, LogBounds]:
+        """See LogReader."""
+        partitions = [TopicPartition(topic, partition) for partition in await self.partitions(topic)]
+        self._consumer.assign(partitions)
+        self._next = {}
+        try:
+            async with asyncio.timeout(self._config.request_timeout_ms / 1000):
+                starts = await self._consumer.beginning_offsets(partitions)
+                ends = await self._consumer.end_offsets(partitions)
+                # The local broker may report the base offset of the last batch; the end that a fetch brings is right.
+                for partition in partitions:
+                    self._consumer.seek(partition, ends[partition])
+                while any(self._consumer.highwater(partition) is None for partition in partitions):
+                    await self._consumer.getmany(timeout_ms=self._config.fetch_max_wait_ms)
+        except (KafkaError, TimeoutError) as error:
+            raise LogUnavailableError(
+                f"{topic} at {self._config.bootstrap_servers} cannot be read: {error!r}"
+            ) from error
+        return {p.partition: LogBounds(starts[p], self._consumer.highwater(p)) for p in partitions}
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """Read these partitions from these positions, replacing any earlier assignment."""
         partitions = {TopicPartition(*partition): start for partition, start in starts.items()}
@@ -218,13 +241,29 @@ class KafkaReader:
         try:
             fetched = await fetch_fairly(self._consumer, timeout_ms=timeout_ms, max_records=max_records)
         except OffsetOutOfRangeError as error:
-            raise LogResetError(f"a stored position no longer exists in the log: {error}") from error
+            await self._refuse_loss(error)
         except KafkaError as error:
             raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
         refuse_reset(self._consumer, self._next)
         return [_record(raw) for records in fetched.values() for raw in records]
+
+    async def _refuse_loss(self, error: OffsetOutOfRangeError) -> Never:
+        """Raise LogResetError with what was lost at the offsets that an OffsetOutOfRangeError names."""
+        positions: dict[TopicPartition, int] = error.args[0]
+        try:
+            starts = await self._consumer.beginning_offsets(list(positions))
+            ends = await self._consumer.end_offsets(list(positions))
+        except KafkaError as away:
+            raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {away}") from away
+        for partition, position in positions.items():
+            bounds = LogBounds(starts[partition], ends[partition])
+            Standing(
+                topic=partition.topic, partition=partition.partition, position=position, bounds=bounds
+            ).refuse_loss()
+        # Between the fetch and our look the log came to hold the position: try again.
+        raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
 
 
 class KafkaWriter:
@@ -327,11 +366,44 @@ def refuse_reset(consumer: Any, positions: Mapping[TopicPartition, int]) -> None
     for partition, position in positions.items():
         end = end_of(consumer, partition)
         if end is not None and end < position:
-            raise LogResetError(
-                f"{partition.topic}/{partition.partition} was reset: it ends at offset {end}, but offset {position} is "
-                "to be read next; nothing was applied. If the topic was recreated on purpose, give it a new "
-                "log.log_id; if not, events were lost upstream"
-            )
+            raise was_reset(partition.topic, partition.partition, position, end=end)
+
+
+class PositionGuard:
+    """Refuses to read on where the log no longer holds what is to be read next.
+
+    A consumer that resets itself to the earliest record jumps over what is missing without a word. What it fetches
+    tells: a record below the position means another log. A gap above it may be compaction or a transaction's marker, so
+    the log's start decides; it is also looked at once for every partition, in case nothing comes.
+    """
+
+    def __init__(self) -> None:
+        self._looked_at: set[TopicPartition] = set()
+
+    async def check(
+        self,
+        consumer: Any,
+        positions: Mapping[TopicPartition, int],
+        fetched: Mapping[TopicPartition, Sequence[ConsumerRecord]],
+    ) -> None:
+        """Raise LogResetError if records are missing at these positions; 0 means that nothing was read yet.
+
+        Raises KafkaError when the broker does not answer.
+        """
+        refuse_reset(consumer, positions)
+        to_look_at = {partition for partition, position in positions.items() if position} - self._looked_at
+        for partition, records in fetched.items():
+            position, first = positions.get(partition, 0), records[0].offset
+            if first < position:
+                raise was_reset(partition.topic, partition.partition, position, first=first)
+            if first > position > 0:
+                to_look_at.add(partition)
+        if to_look_at:
+            starts = await consumer.beginning_offsets(sorted(to_look_at))
+            for partition, start in starts.items():
+                if positions[partition] < start:
+                    raise was_truncated(partition.topic, partition.partition, positions[partition], start=start)
+        self._looked_at = set(positions)
 
 
 def _record(raw: ConsumerRecord) -> Record:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -18,6 +19,7 @@ from aiokafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from stream.errors import LogUnavailableError
+from stream.log_bounds import LogBounds
 from stream.messages import Topics
 from stream.tracing import Headers
 
@@ -99,6 +101,13 @@ class LogReader(Protocol):
         """Partition numbers of a topic; raises LogUnavailableError when it does not exist."""
         ...
 
+    async def bounds(self, topic: str) -> dict[int, LogBounds]:
+        """What each partition of a topic holds now. Moves the reader: `assign` it before the next `poll`.
+
+        Raises LogUnavailableError when the broker is away or the topic does not exist.
+        """
+        ...
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """Read these partitions from these positions, replacing any earlier assignment."""
         ...
@@ -152,6 +161,17 @@ class EventLog(Protocol):
     async def create_topics(self) -> None:
         """Create the topics that do not exist yet; raises LogUnavailableError."""
         ...
+
+
+@asynccontextmanager
+async def reading(log: EventLog) -> AsyncIterator[LogReader]:
+    """A reader for as long as the block runs; raises LogUnavailableError."""
+    reader = log.reader()
+    await reader.start()
+    try:
+        yield reader
+    finally:
+        await reader.stop()
 
 
 async def acknowledged(sends: Sequence[Awaitable[object]]) -> None:

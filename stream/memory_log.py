@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import fields
 
 from stream.clock import Clock
-from stream.errors import LogResetError, LogUnavailableError
+from stream.errors import LogUnavailableError
 from stream.log import PartitionId, Record, Start
+from stream.log_bounds import LogBounds, Standing
 from stream.messages import Topics
 from stream.tracing import Headers
 
@@ -22,6 +23,7 @@ class MemoryLog:
         self._clock = clock
         self._num_partitions = num_partitions
         self._records: dict[PartitionId, list[Record]] = {}
+        self._starts: dict[PartitionId, int] = {}
         self._grown = asyncio.Event()
 
     async def create_topics(self) -> None:
@@ -49,6 +51,14 @@ class MemoryLog:
     def records(self, partition: PartitionId) -> list[Record]:
         """Everything appended to a partition, in order."""
         return self._records[partition]
+
+    def delete_before(self, partition: PartitionId, offset: int) -> None:
+        """Move a partition's start, as retention does: what lies below can no longer be read."""
+        self._starts[partition] = offset
+
+    def bounds(self, partition: PartitionId) -> LogBounds:
+        """What a partition holds."""
+        return LogBounds(self._starts.get(partition, 0), len(self._records[partition]))
 
     def append(
         self, topic: str, partition: int | None, key: bytes | None, value: bytes | None, headers: Headers
@@ -88,19 +98,23 @@ class MemoryReader:
         """See LogReader."""
         return self._log.partition_numbers(topic)
 
+    async def bounds(self, topic: str) -> dict[int, LogBounds]:
+        """See LogReader."""
+        return {n: self._log.bounds((topic, n)) for n in self._log.partition_numbers(topic)}
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """See LogReader."""
         self._next = {}
         for partition, start in starts.items():
             if start == "earliest":
-                self._next[partition] = 0
+                self._next[partition] = self._log.bounds(partition).start
             elif start == "latest":
                 self._next[partition] = len(self._log.records(partition))
             else:
                 self._next[partition] = start
 
     async def poll(self, *, timeout_ms: int, max_records: int) -> list[Record]:
-        """See LogReader; raises LogResetError for a position beyond the end of the log."""
+        """See LogReader; raises LogResetError for a position that the log does not hold."""
         polled = self._take(max_records)
         if not polled and timeout_ms > 0:
             await self._log.wait_for_growth(timeout_ms)
@@ -111,8 +125,8 @@ class MemoryReader:
         polled: list[Record] = []
         for partition, position in self._next.items():
             records = self._log.records(partition)
-            if position > len(records):
-                raise LogResetError(f"position {position} of {partition} lies beyond the log's end {len(records)}")
+            topic, number = partition
+            Standing(topic=topic, partition=number, position=position, bounds=self._log.bounds(partition)).refuse_loss()
             taken = records[position : position + max_records - len(polled)]
             self._next[partition] = position + len(taken)
             polled += taken

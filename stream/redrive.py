@@ -19,7 +19,7 @@ from feature_store.store import FeatureStore
 from stream.clock import Clock
 from stream.dead_letters import ALL_REASONS, DeadLetter, read_dead_letter
 from stream.errors import LogResetError, MessageFormatError
-from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged
+from stream.log import EventLog, LogWriter, Record, acknowledged, reading
 
 _LETTERS_PER_POLL: Final = 500
 _BATCH_BYTES: Final = 8_388_608
@@ -68,7 +68,7 @@ async def read_letters(
     Raises LogUnavailableError when the broker is away; `on_foreign` hears of records that are no dead letters.
     """
     started_ms, topic = clock.now_ms(), log.topics.dead_letters
-    async with _reading(log) as reader:
+    async with reading(log) as reader:
         open_partitions = set(await reader.partitions(topic))
         await reader.assign({(topic, partition): "earliest" for partition in open_partitions})
         num_empty = 0
@@ -91,7 +91,7 @@ async def read_letters(
 async def record_at(log: EventLog, partition: int, offset: int, *, quiet_ms: int = 500) -> Record | None:
     """The record at one place of `dead-letters`, or None; raises LogUnavailableError when the broker is away."""
     topic = log.topics.dead_letters
-    async with _reading(log) as reader:
+    async with reading(log) as reader:
         if partition not in await reader.partitions(topic):
             return None
         await reader.assign({(topic, partition): offset})
@@ -188,19 +188,9 @@ class _Redrive:
 
 
 async def _source_partitions(log: EventLog) -> dict[str, list[int]]:
-    async with _reading(log) as reader:
+    async with reading(log) as reader:
         topics = (log.topics.interactions, log.topics.items, log.topics.commands)
         return {topic: await reader.partitions(topic) for topic in topics}
-
-
-@asynccontextmanager
-async def _reading(log: EventLog) -> AsyncIterator[LogReader]:
-    reader = log.reader()
-    await reader.start()
-    try:
-        yield reader
-    finally:
-        await reader.stop()
 
 
 @asynccontextmanager

@@ -40,14 +40,17 @@ class RecordedStream:
     store: FeatureStore
     updates: list[HistoryUpdate]
 
-    def learner(self, **trainer: int) -> OnlineLearner:
-        config = LearnerConfig(
+    @staticmethod
+    def config(**trainer: int) -> LearnerConfig:
+        return LearnerConfig(
             trainer=TrainerConfig(metrics_window=100, **trainer),
             model=MODEL,
             loss=LossConfig(),
             optimizer=OptimizerConfig(),
         )
-        return OnlineLearner(config, HotHistories(self.store, HOT), log_id="main")
+
+    def learner(self, **trainer: int) -> OnlineLearner:
+        return OnlineLearner(self.config(**trainer), HotHistories(self.store, HOT), log_id="main")
 
     def batcher(self, learner: OnlineLearner, max_interactions: int = 16) -> MicroBatcher:
         """A batcher that continues where the learner stands, with every update queued."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,7 +38,7 @@ def update_of(offsets: list[int], *, partition: int = 0, users: list[int] | None
 
 
 def batcher_of(max_interactions: int = 4, max_tokens: int = 1_000, max_len: int = 8, **positions: int) -> MicroBatcher:
-    known = {int(p[1:]): PartitionPosition(0, offset) for p, offset in positions.items()}
+    known = {("main", int(p[1:])): PartitionPosition(0, offset) for p, offset in positions.items()}
     return MicroBatcher(max_interactions=max_interactions, max_tokens=max_tokens, max_len=max_len, positions=known)
 
 
@@ -57,9 +59,9 @@ def test_batches_close_at_the_interaction_budget_and_know_where_to_continue() ->
     assert first.interactions.item_id.tolist() == [0, 1, 2, 3]
     assert first.append_ms.tolist() == [1000, 1001, 1002, 1003]
     # The second message is only half learned: it is where reading continues, above offset 3.
-    assert first.positions == {0: PartitionPosition(71, 4)}
+    assert first.positions == {("main", 0): PartitionPosition(71, 4)}
     assert second.interactions.item_id.tolist() == [5, 6]
-    assert second.positions == {0: PartitionPosition(71, 7)}
+    assert second.positions == {("main", 0): PartitionPosition(72, 7)}
     assert batcher.take() is None
 
 
@@ -106,8 +108,18 @@ def test_partitions_are_merged_by_append_time() -> None:
     batcher.add(update_of([5, 15, 25], partition=1), 9)
     first, second = drain(batcher)
     assert first.interactions.item_id.tolist() == [0, 105, 10, 115]
-    assert first.positions == {0: PartitionPosition(5, 11), 1: PartitionPosition(9, 16)}
+    assert first.positions == {("main", 0): PartitionPosition(5, 11), ("main", 1): PartitionPosition(9, 16)}
     assert second.interactions.item_id.tolist() == [20, 125]
+
+
+def test_offsets_of_two_logs_are_told_apart() -> None:
+    batcher = batcher_of(p0=3)
+    batcher.add(update_of([1, 2, 3]), 0)
+    batcher.add(replace(update_of([0, 1, 2]), log_id="main~1"), 1)
+    (batch,) = drain(batcher)
+    assert batch.positions == {("main", 0): PartitionPosition(1, 4), ("main~1", 0): PartitionPosition(2, 3)}
+    assert len(batch.interactions) == 4
+    assert batcher.num_repeated == 2
 
 
 @given(
@@ -134,7 +146,7 @@ def test_every_row_is_taken_exactly_once_however_messages_are_cut(
     rows = [item for batch in taken for item in batch.interactions.item_id.tolist()]
     assert rows == list(range(next_offset))
     assert all(len(batch.interactions) <= max_interactions for batch in taken)
-    assert taken[-1].positions[0].source_offset == next_offset
+    assert taken[-1].positions["main", 0].source_offset == next_offset
 
 
 def test_the_limits_are_checked_by_the_configuration() -> None:

@@ -23,6 +23,7 @@ from model.swap import apply_snapshot
 from online_trainer.config import TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
 from stream.clock import WallClock
+from stream.errors import LogResetError
 from stream.freshness import AgeHistogram
 from stream.memory_log import MemoryLog
 from stream.messages import HistoryUpdate, SnapshotPointer, decode_message
@@ -119,6 +120,36 @@ async def test_after_a_change_of_log_nothing_of_the_old_one_is_learned_again(sit
     site.send(record_stream(site.store, walks(50, seed=1), log_id="the log after").updates)
     status = await learn(site.daemon(), 250)
     assert status["fingerprint"] == str(site.store.totals().fingerprint)
+
+
+async def test_after_a_change_of_log_what_the_old_one_left_is_learned_too(site: Site) -> None:
+    updates = record_stream(site.store, walks(200)).updates
+    site.send(updates[:2])
+    await learn(site.daemon(), 100)
+    site.send(updates[2:])
+    site.log.log_id = "main~1"
+    site.send(record_stream(site.store, walks(50, seed=1), log_id="main~1").updates)
+    status = await learn(site.daemon(), 250)
+    assert status["fingerprint"] == str(site.store.totals().fingerprint)
+    assert status["positions"] == {0: 50}
+
+
+async def test_updates_deleted_before_they_were_read_stop_the_trainer_until_they_are_given_up(site: Site) -> None:
+    topic = site.log.topics.history_updates
+    updates = record_stream(site.store, walks(250)).updates
+    site.send(updates[:2])
+    await learn(site.daemon(), 100)
+    site.send(updates[2:])
+    site.log.delete_before((topic, 0), 4)
+    with pytest.raises(LogResetError, match="2 records, offsets 2 to 3.*headrace log accept --truncated"):
+        await asyncio.wait_for(site.daemon().run(asyncio.Event()), 20)
+    with site.store.transaction() as transaction:
+        transaction.lock_position("main", topic, 0)
+        transaction.set_position("main", topic, 0, 4)
+    assert (await learn(site.daemon(), 150))["positions"] == {0: 250}
+    # What is done and then deleted is not missing.
+    site.log.delete_before((topic, 0), 5)
+    assert (await learn(site.daemon(), 150))["positions"] == {0: 250}
 
 
 async def test_the_chain_of_snapshots_leads_to_the_trainers_weights(site: Site) -> None:

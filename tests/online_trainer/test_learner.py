@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.learner import OnlineLearner
-from tests.online_trainer.conftest import MODEL, RecordedStream, record_stream, walks
+from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
 
 
 def run(stream: RecordedStream, learner: OnlineLearner, *, steps: int | None = None) -> OnlineLearner:
@@ -39,7 +40,7 @@ def test_the_account_equals_the_store(store: FeatureStore) -> None:
     assert ledger.num_first == totals.num_users
     assert ledger.num_supervised == 400 - totals.num_users
     assert (ledger.num_out_of_reach, ledger.num_quarantined) == (0, 0)
-    assert ledger.positions[0].source_offset == 400
+    assert ledger.positions["main", 0].source_offset == 400
     assert ledger.watermark_ms == 1_700_000_399_000
 
 
@@ -116,11 +117,17 @@ def test_a_batch_with_a_loss_that_is_not_finite_leaves_the_weights_alone(
     assert learner.weights_are_finite()
 
 
-def test_a_checkpoint_of_another_log_keeps_the_weights_and_forgets_the_positions(store: FeatureStore) -> None:
+def test_a_log_that_was_made_anew_keeps_the_weights_and_knows_what_was_learned_of_the_one_before(
+    store: FeatureStore,
+) -> None:
     stream = record_stream(store, walks(100))
-    checkpoint = run(stream, stream.learner()).capture_checkpoint()
-    checkpoint.state["ledger"]["log_id"] = "the log before"
-    learner = stream.learner()
-    learner.load_checkpoint(checkpoint)
-    assert learner.ledger.positions == {}
-    assert learner.ledger.num_interactions == 100
+    learner = run(stream, stream.learner())
+    before = learner.ledger.positions
+    for log_id in ("main~1", "main~2"):
+        checkpoint = learner.capture_checkpoint()
+        learner = OnlineLearner(stream.config(), HotHistories(store, HOT), log_id=log_id)
+        learner.load_checkpoint(checkpoint)
+        assert learner.ledger.lineage().positions == {}
+        assert learner.ledger.num_interactions == 100
+        # Only of the log just before: of older ones nothing can be on its way any more.
+        assert learner.ledger.positions == (before if log_id == "main~1" else {})

@@ -108,12 +108,25 @@ async def test_what_cannot_be_read_is_counted_and_skipped(town: Town) -> None:
     async with town.worker(version=1) as served:
         town.log.append("history-updates", 0, None, b"nonsense", ())
         town.log.append("snapshots", 0, b"hstu", b"nonsense", ())
-        other_log = town.happen([(7, 6, NOW_MS - 9)], announced=False)
-        town.announce(replace(other_log, log_id="another"))
         town.happen([(8, 1, NOW_MS)])
         await served.until_applied(1)
         status: Any = served.worker.status()["updates"]
         assert (status["unreadable"], status["updates"]) == (2, 1)
+
+
+async def test_updates_of_a_log_that_was_made_anew_are_followed_though_their_offsets_are_low(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        town.happen([(8, 1, NOW_MS - 9), (8, 2, NOW_MS - 8)])
+        await served.until_applied(2)
+        anew = town.happen([(7, 6, NOW_MS - 7)], announced=False)
+        town.announce(replace(anew, log_id="memory~1", first_offset=0, last_offset=0, offsets=np.array([0])))
+        await served.until_applied(3)
+        assert 6 not in ids_of(await served.recommend(7, k=12))
+        # What the log before had sent again stays known.
+        before = town.happen([(9, 1, NOW_MS)], announced=False)
+        town.announce(replace(before, first_offset=0, last_offset=0, offsets=np.array([0])))
+        town.announce(replace(before, log_id="memory~1", first_offset=1, last_offset=1, offsets=np.array([1])))
+        await served.until_applied(4)
 
 
 async def test_updates_and_announcements_come_through_a_real_broker(town: Town, fresh_broker: LocalBroker) -> None:
@@ -212,11 +225,11 @@ async def test_in_replay_the_time_of_a_request_is_where_the_stream_has_come_to(t
 
 
 def test_waiting_interactions_are_counted_from_the_oldest_until_weights_cover_them() -> None:
-    waiting = UncoveredUpdates("log")
+    waiting = UncoveredUpdates()
     assert waiting.behind_ms(5_000) == 0
-    waiting.add(0, 10, 1_000)
-    waiting.add(0, 20, 2_000)
-    waiting.add(1, 5, 3_000)
+    waiting.add("log", 0, 10, 1_000)
+    waiting.add("log", 0, 20, 2_000)
+    waiting.add("log", 1, 5, 3_000)
     assert waiting.behind_ms(5_000) == 4_000
     waiting.covered(Lineage(log_id="log", positions={0: 11, 1: 0}))
     assert waiting.behind_ms(5_000) == 3_000
@@ -226,10 +239,21 @@ def test_waiting_interactions_are_counted_from_the_oldest_until_weights_cover_th
     assert waiting.behind_ms(5_000) == 0
 
 
+def test_when_the_log_was_made_anew_only_its_own_interactions_wait() -> None:
+    waiting = UncoveredUpdates()
+    waiting.add("log", 0, 10, 1_000)
+    waiting.add("log~1", 0, 2, 3_000)
+    assert waiting.behind_ms(5_000) == 2_000
+    waiting.covered(Lineage(log_id="log", positions={0: 100}))
+    assert waiting.behind_ms(5_000) == 2_000
+    waiting.covered(Lineage(log_id="log~1", positions={0: 3}))
+    assert waiting.behind_ms(5_000) == 0
+
+
 def test_what_is_remembered_of_waiting_interactions_is_bounded_and_never_flatters() -> None:
-    waiting = UncoveredUpdates("log")
+    waiting = UncoveredUpdates()
     for offset in range(10_000):
-        waiting.add(0, offset, offset)
+        waiting.add("log", 0, offset, offset)
     assert len(waiting._waiting[0]) == 4_096
     waiting.covered(Lineage(log_id="log", positions={0: 9_999}))
     assert waiting.behind_ms(20_000) >= 20_000 - 9_999

@@ -9,9 +9,10 @@ import pytest
 
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock
-from stream.errors import LogUnavailableError
+from stream.errors import LogResetError, LogUnavailableError
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
+from stream.log_bounds import LogBounds
 from stream.memory_log import MemoryLog
 
 
@@ -103,6 +104,28 @@ async def test_a_reader_at_the_end_sees_only_what_comes(log: EventLog, writer: L
     await reader.poll(timeout_ms=100, max_records=10)
     await acknowledged([await writer.send(topic, b"new")])
     assert [r.value for r in await read(reader, 1)] == [b"new"]
+
+
+async def test_bounds_are_where_a_log_begins_and_ends(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.interactions
+    # One batch of several records: the local broker's own "latest" is the first of them plus one.
+    await acknowledged([await writer.send(topic, b"x", partition=1) for _ in range(7)])
+    assert await reader.bounds(topic) == {0: LogBounds(0, 0), 1: LogBounds(0, 7)}
+    await reader.assign({(topic, 1): 5})
+    assert [r.offset for r in await read(reader, 2)] == [5, 6]
+    with pytest.raises(LogUnavailableError, match="no-such-topic"):
+        await reader.bounds("no-such-topic")
+
+
+async def test_a_position_beyond_the_end_is_refused_with_the_command_that_accepts_it(
+    log: EventLog, writer: LogWriter, reader: LogReader
+) -> None:
+    topic = log.topics.interactions
+    await acknowledged([await writer.send(topic, b"x", partition=1) for _ in range(7)])
+    await reader.assign({(topic, 1): 9})
+    lost = r"interactions/1 was reset.* ends at offset 7: 2 records .* offsets 7 to 8.*headrace log accept --reset"
+    with pytest.raises(LogResetError, match=lost):
+        await read(reader, 1)
 
 
 async def test_a_tombstone_and_an_empty_value_differ(log: EventLog, writer: LogWriter, reader: LogReader) -> None:

@@ -1,4 +1,6 @@
-"""What the modules of the command line share: the option for the settings file, opening settings and store."""
+"""What the modules of the command line share: the settings option, the store, a line on stderr."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -21,12 +23,12 @@ ConfigOption = Annotated[
 
 
 def settings_of(config: Path | None) -> Settings:
-    """The settings that a command runs with. Raises SettingsError."""
+    """The settings in effect; raises SettingsError."""
     return load(config, environment=os.environ)
 
 
 @contextmanager
-def opened_store(settings: Settings) -> Iterator["FeatureStore"]:
+def open_store(settings: Settings) -> Iterator[FeatureStore]:
     """The feature store, if its schema is this version's."""
     from feature_store.config import FeatureStoreConfig
     from feature_store.store import FeatureStore
@@ -40,5 +42,5 @@ def opened_store(settings: Settings) -> Iterator["FeatureStore"]:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal; stdout stays for results."""
+    """One line to the person at the terminal, beside the output."""
     print(text, file=sys.stderr, flush=True)

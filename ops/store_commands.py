@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops.cli_parts import ConfigOption, opened_store, settings_of
+from ops.command_line import ConfigOption, open_store, settings_of
 
 if TYPE_CHECKING:
     from feature_store.records import Finding
@@ -26,7 +26,7 @@ def store_stats(
 
     from ops.store_report import stats_text
 
-    with opened_store(settings_of(config)) as store:
+    with open_store(settings_of(config)) as store:
         stats = store.stats()
     print(json.dumps(dataclasses.asdict(stats), indent=2) if as_json else stats_text(stats))
 
@@ -43,7 +43,7 @@ def store_verify(config: ConfigOption = None) -> None:
         num_findings += 1
         print(finding.sentence())
 
-    with opened_store(settings_of(config)) as store:
+    with open_store(settings_of(config)) as store:
         totals = store.verify(print_finding)
     print(verified_sentence(totals, num_findings))
     raise typer.Exit(1 if num_findings else 0)
@@ -55,7 +55,7 @@ def store_prune(config: ConfigOption = None) -> None:
     from ops.store_report import pruned_sentence
 
     num_chunks, num_interactions, after_user = 0, 0, -1
-    with opened_store(settings_of(config)) as store:
+    with open_store(settings_of(config)) as store:
         while True:
             pruned = store.prune(after_user=after_user)
             num_chunks += pruned.num_chunks
