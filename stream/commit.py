@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -115,7 +115,8 @@ class Committer:
 
     async def commit(self, partition: int, records: Sequence[Record]) -> int:
         """Decode and apply records of one partition; returns its new position. Raises what `commit_all` does."""
-        positions = await self.commit_all([self.decode(RecordBatch.of(records))])
+        batch = replace(RecordBatch.of(records), partition=partition)
+        positions = await self.commit_all([self.decode(batch)])
         return positions[partition]
 
     async def commit_all(self, batches: Sequence[DecodedBatch], *, advise: Advise | None = None) -> dict[int, int]:
