@@ -217,13 +217,26 @@ class KafkaReader:
         try:
             fetched = await fetch_fairly(self._consumer, timeout_ms=timeout_ms, max_records=max_records)
         except OffsetOutOfRangeError as error:
-            raise LogResetError(f"a stored position no longer exists in the log: {error}") from error
+            topic, partition = next(iter(error.args[0]))
+            raise LogResetError(
+                f"a stored position no longer exists in the log: {error}", partition=(topic, partition)
+            ) from error
         except KafkaError as error:
             raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
         refuse_reset(self._consumer, self._next)
         return [record for records in fetched.values() for record in records]
+
+    async def read_up_to_ms(self) -> int | None:
+        """See LogReader: the oldest of the partitions' last answers, if each has been read to the end it told."""
+        moments: list[int] = []
+        for partition in self._consumer.assignment():
+            end, answered_ms = end_of(self._consumer, partition), self._consumer.last_poll_timestamp(partition)
+            if end is None or answered_ms is None or await self._consumer.position(partition) < end:
+                return None
+            moments.append(answered_ms)
+        return min(moments, default=None)
 
 
 class KafkaWriter:
@@ -314,7 +327,8 @@ def refuse_reset(consumer: Any, positions: Mapping[TopicPartition, int]) -> None
             raise LogResetError(
                 f"{partition.topic}/{partition.partition} was reset: it ends at offset {end}, but offset {position} is "
                 "to be read next; nothing was applied. If the topic was recreated on purpose, give it a new "
-                "log.log_id; if not, events were lost upstream"
+                "log.log_id; if not, events were lost upstream",
+                partition=(partition.topic, partition.partition),
             )
 
 

@@ -63,6 +63,10 @@ class MemoryLog:
         self._grown = asyncio.Event()
         return record
 
+    def now_ms(self) -> int:
+        """What an append would be stamped with now."""
+        return self._clock.now_ms()
+
     async def wait_for_growth(self, timeout_ms: int) -> None:
         """Return when something was appended, or after `timeout_ms`."""
         try:
@@ -107,12 +111,19 @@ class MemoryReader:
             polled = self._take(max_records)
         return polled
 
+    async def read_up_to_ms(self) -> int | None:
+        """See LogReader."""
+        is_unread = any(position < len(self._log.records(partition)) for partition, position in self._next.items())
+        return None if is_unread or not self._next else self._log.now_ms()
+
     def _take(self, max_records: int) -> list[Record]:
         polled: list[Record] = []
         for partition, position in self._next.items():
             records = self._log.records(partition)
             if position > len(records):
-                raise LogResetError(f"position {position} of {partition} lies beyond the log's end {len(records)}")
+                raise LogResetError(
+                    f"position {position} of {partition} lies beyond the log's end {len(records)}", partition=partition
+                )
             taken = records[position : position + max_records - len(polled)]
             self._next[partition] = position + len(taken)
             polled += taken
