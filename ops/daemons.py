@@ -38,6 +38,7 @@ def ingest(settings: Settings) -> int:
     from stream.app import IngestService, StreamParts, build_app, run_worker
     from stream.events import EventRules
     from stream.ingest import IngestConfig
+    from stream.label_rules import LabelConfig
 
     config = settings.get(HeadraceConfig)
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="ingest", mode=config.mode)
@@ -53,6 +54,7 @@ def ingest(settings: Settings) -> int:
             clock=WallClock(),
             data_dir=config.data_dir / "faust",
             mode=config.mode,
+            labels=settings.get(LabelConfig),
         )
         service = IngestService(parts)
         report.of(service.ready, service.status)

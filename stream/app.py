@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import Committer, IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
+from stream.label_rules import ImpressionRules, LabelConfig
+from stream.label_service import LabelService
+from stream.labels import LabelJoiner
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
 from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
 
@@ -51,6 +54,7 @@ class StreamParts:
     data_dir: Path
     """Folder that Faust makes for its tables, although we have none."""
     mode: str = "live"
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
 
 class IngestService(Service):
@@ -72,10 +76,26 @@ class IngestService(Service):
             mode=parts.mode,
         )
         self.worker = IngestWorker(parts.ingest, parts.kafka, self._log.topics, self.committer)
+        self.labels = self._label_service() if parts.labels.enabled else None
         self._stopping = asyncio.Event()
         self._finished = asyncio.Event()
         self._finished.set()
         self.fatal: LogResetError | None = None
+
+    def _label_service(self) -> LabelService:
+        parts = self._parts
+        rules = ImpressionRules(config=parts.labels, mode=parts.mode, max_future_skew_ms=parts.rules.max_future_skew_ms)
+        return LabelService(
+            LabelJoiner(log=self._log, store=parts.store, clock=parts.clock, rules=rules),
+            # The group gives partition 0 to one of the workers, and to another when that one dies.
+            is_mine=lambda: 0 in self.worker.positions(),
+            batch_wait_ms=parts.labels.batch_wait_ms,
+            drain_timeout_ms=parts.ingest.drain_timeout_ms,
+        )
+
+    def on_init_dependencies(self) -> Iterable[Service]:
+        """The label join starts after this service and stops with it."""
+        return [] if self.labels is None else [self.labels]
 
     async def on_start(self) -> None:
         """Have the topics and a writer before anything else starts."""
@@ -134,6 +154,7 @@ class IngestService(Service):
             "positions": self.worker.positions(),
             "lag": sum(self.worker.lag().values()),
             "freshness": {"F1": self.committer.freshness.summary()},
+            "labels": None if self.labels is None else self.labels.status(),
         }
 
 
