@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0003"
+SCHEMA_REVISION: Final = "0004"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -69,6 +69,21 @@ redriven_letter = Table(
     Column("source_offset", BigInteger, primary_key=True, autoincrement=False),
     Column("redriven_at_ms", BigInteger, nullable=False),
     comment="Places in the log whose refused record was sent back by `headrace dlq redrive`.",
+)
+
+open_impression = Table(
+    "open_impression",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("request_id", String(128), primary_key=True),
+    Column("from_ms", BigInteger, nullable=False),
+    Column("until_ms", BigInteger, nullable=False),
+    Column("due_ms", BigInteger, nullable=False, index=True),
+    Column("is_closed", Boolean, nullable=False),
+    Column("item_ids", LargeBinary, nullable=False),
+    Column("is_taken", LargeBinary, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    comment="What answers showed, while labels can change: item_ids are int64, is_taken a byte per item.",
 )
 
 id_name = Table(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, text
 
 from feature_store import appending, catalogue, publications, removing
+from feature_store.impressions import OpenImpressions
 from feature_store.interactions import AppendResult, Interactions
 from feature_store.records import IdKind, Item, LogPosition
 
@@ -77,12 +78,19 @@ class StoreTransaction:
         """Mark items as not to be recommended; remembered also for items never heard of."""
         catalogue.retire_items(self._connection, np.asarray(list(ids), np.int64))
 
+    @property
+    def impressions(self) -> OpenImpressions:
+        """What answers showed and is not labelled for good."""
+        return OpenImpressions(self._connection)
+
     def forget_users(self, user_ids: NDArray[np.int64]) -> int:
-        """Remove everything about users: their histories and their names.
+        """Remove everything about users: their histories, their names, and what was shown to them.
 
         Returns:
             How many of them had a history.
         """
+        # First, while no append waits for us: the label join may hold its table for as long as the broker takes.
+        self.impressions.forget(user_ids)
         if self._connection.dialect.name == "postgresql":
             # Waits for every append under way and holds off new ones; see appending.append.
             self._connection.execute(text("LOCK TABLE history_chunk IN SHARE ROW EXCLUSIVE MODE"))

@@ -40,6 +40,7 @@ def ingest(settings: Settings) -> int:
     from stream.app import IngestService, StreamParts, build_app, run_worker
     from stream.events import EventRules
     from stream.ingest import IngestConfig
+    from stream.label_rules import LabelConfig
 
     config = settings.get(HeadraceConfig)
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="ingest", mode=config.mode)
@@ -55,6 +56,7 @@ def ingest(settings: Settings) -> int:
             clock=WallClock(),
             data_dir=config.data_dir / "faust",
             mode=config.mode,
+            labels=settings.get(LabelConfig),
         )
         service = IngestService(parts)
         _collect_rarely()

@@ -61,6 +61,7 @@ SECTIONS: Final = (
     Section("log", "stream.kafka", "KafkaConfig"),
     Section("events", "stream.events", "EventRules"),
     Section("ingest", "stream.ingest", "IngestConfig"),
+    Section("labels", "stream.label_rules", "LabelConfig"),
     Section("store", "feature_store.config", "FeatureStoreConfig", {"url": "sqlite:///var/headrace.db"}),
     Section("hot", "feature_store.config", "HotHistoriesConfig"),
     Section("model", "model.config", "ModelConfig"),

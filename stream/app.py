@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
+from stream.label_rules import ImpressionRules, LabelConfig
+from stream.label_service import LabelService
+from stream.labels import LabelJoiner
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
 from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
 from stream.pruning import Sweeper
@@ -54,6 +57,7 @@ class StreamParts:
     data_dir: Path
     """Folder that Faust makes for its tables, although we have none."""
     mode: str = "live"
+    labels: LabelConfig = field(default_factory=LabelConfig)
 
 
 class IngestService(Service):
@@ -79,6 +83,7 @@ class IngestService(Service):
         self.sweeper = Sweeper(
             parts.store, interval_ms=parts.ingest.prune_interval_ms, is_ours=lambda: 0 in self.worker.positions()
         )
+        self.labels = self._label_service() if parts.labels.enabled else None
         self._stopping = asyncio.Event()
         self._finished = asyncio.Event()
         self._finished.set()
@@ -89,6 +94,21 @@ class IngestService(Service):
             unit="{event}",
             description="Accepted events whose schema_version is newer than this program",
         )
+
+    def _label_service(self) -> LabelService:
+        parts = self._parts
+        rules = ImpressionRules(config=parts.labels, mode=parts.mode, max_future_skew_ms=parts.rules.max_future_skew_ms)
+        return LabelService(
+            LabelJoiner(log=self._log, store=parts.store, clock=parts.clock, rules=rules),
+            # The group gives partition 0 to one of the workers, and to another when that one dies.
+            is_mine=lambda: 0 in self.worker.positions(),
+            batch_wait_ms=parts.labels.batch_wait_ms,
+            drain_timeout_ms=parts.ingest.drain_timeout_ms,
+        )
+
+    def on_init_dependencies(self) -> Iterable[Service]:
+        """The label join starts after this service and stops with it."""
+        return [] if self.labels is None else [self.labels]
 
     async def on_start(self) -> None:
         """Have the topics and a writer before anything else starts."""
@@ -154,6 +174,7 @@ class IngestService(Service):
             "positions": self.worker.positions(),
             "lag": sum(self.worker.lag().values()),
             "freshness": {"F1": self.committer.freshness.summary()},
+            "labels": None if self.labels is None else self.labels.status(),
         }
 
 

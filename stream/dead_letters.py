@@ -18,7 +18,7 @@ HEADER_PREFIX: Final = "headrace-"
 """Our headers; the original ones are kept beside them."""
 
 MESSAGE_REASON: Final = "malformed_message"
-"""Why a record of `items` or `commands` is refused."""
+"""Why a record of `items`, `commands` or `impressions` is refused."""
 
 ALL_REASONS: Final = (*REASONS, MESSAGE_REASON)
 

@@ -18,7 +18,11 @@ class LogUnavailableError(StreamError):
 
 
 class LogResetError(StreamError):
-    """The log no longer holds the records that the stored position points at."""
+    """The log no longer holds the records that the stored position points at; of `partition`, where that is known."""
+
+    def __init__(self, message: str, partition: tuple[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.partition = partition
 
 
 class MessageFormatError(StreamError):

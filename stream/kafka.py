@@ -265,6 +265,16 @@ class KafkaReader:
         # Between the fetch and our look the log came to hold the position: try again.
         raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
 
+    async def read_up_to_ms(self) -> int | None:
+        """See LogReader: the oldest of the partitions' last answers, if each has been read to the end it told."""
+        moments: list[int] = []
+        for partition in self._consumer.assignment():
+            end, answered_ms = end_of(self._consumer, partition), self._consumer.last_poll_timestamp(partition)
+            if end is None or answered_ms is None or await self._consumer.position(partition) < end:
+                return None
+            moments.append(answered_ms)
+        return min(moments, default=None)
+
 
 class KafkaWriter:
     """LogWriter on aiokafka: acks=all, one batch in flight per partition, so order survives retries.

@@ -119,6 +119,13 @@ class LogReader(Protocol):
         """
         ...
 
+    async def read_up_to_ms(self) -> int | None:
+        """A moment (epoch ms): whatever the assigned partitions held then has been polled. None: something has not.
+
+        While the broker does not answer, the moment stands still.
+        """
+        ...
+
 
 class LogWriter(Protocol):
     """Appends records; an awaited `send` result means the log has it on all in-sync replicas."""

@@ -70,7 +70,8 @@ def was_truncated(topic: str, partition: int, position: int, *, start: int) -> L
     return LogResetError(
         f"{topic}/{partition} was truncated: offset {position} is to be read next, but the log begins at offset "
         f"{start}: {start - position:,} records, offsets {position} to {start - 1}, were deleted unread, "
-        "and nothing after them was applied. To give them up and go on, run `headrace log accept --truncated`"
+        "and nothing after them was applied. To give them up and go on, run `headrace log accept --truncated`",
+        (topic, partition),
     )
 
 
@@ -91,5 +92,6 @@ def was_reset(
     return LogResetError(
         f"{topic}/{partition} was reset: offset {position} is to be read next, {found}, and what it held from offset "
         f"{position} on was never read; nothing was applied since. If the topic was recreated, run "
-        "`headrace log accept --reset` to go on from its start; if it was not, records were lost upstream"
+        "`headrace log accept --reset` to go on from its start; if it was not, records were lost upstream",
+        (topic, partition),
     )

@@ -73,6 +73,10 @@ class MemoryLog:
         self._grown = asyncio.Event()
         return record
 
+    def now_ms(self) -> int:
+        """What an append would be stamped with now."""
+        return self._clock.now_ms()
+
     async def wait_for_growth(self, timeout_ms: int) -> None:
         """Return when something was appended, or after `timeout_ms`."""
         try:
@@ -120,6 +124,11 @@ class MemoryReader:
             await self._log.wait_for_growth(timeout_ms)
             polled = self._take(max_records)
         return polled
+
+    async def read_up_to_ms(self) -> int | None:
+        """See LogReader."""
+        is_unread = any(position < len(self._log.records(partition)) for partition, position in self._next.items())
+        return None if is_unread or not self._next else self._log.now_ms()
 
     def _take(self, max_records: int) -> list[Record]:
         polled: list[Record] = []

@@ -8,7 +8,7 @@ offset lies above the last one they applied for that partition, which makes re-s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from feature_store.interactions import Interactions
 from stream.errors import MessageFormatError
+from stream.events import INT64_MAX, IntId, TextId
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,7 @@ class Topics:
     history_updates: str = "history-updates"
     items: str = "items"
     impressions: str = "impressions"
+    labels: str = "labels"
     snapshots: str = "snapshots"
     commands: str = "commands"
     dead_letters: str = "dead-letters"
@@ -169,12 +171,40 @@ class SnapshotPointer(msgspec.Struct, frozen=True, kw_only=True):
 class Impression(msgspec.Struct, frozen=True, kw_only=True):
     """What one answer showed, on the `impressions` topic; key: user id."""
 
-    request_id: str
-    user_id: int | str
-    items: list[int | str]
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    user_id: IntId | TextId
+    items: list[IntId | TextId]
+    """Best first, as producers write them."""
     scores: list[float | None]
     snapshot_version: int | None
+    shown_at_ms: Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
+    """Time of the query: the clock, or the event time that a replayed stream had come to."""
+
+
+class Labels(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of some items of one impression, on the `labels` topic; key: user id.
+
+    `(request_id, item, outcome)` says which label it is: a crash may send one twice, and readers drop the second. An
+    item that was labelled as not taken can later be labelled as taken, with `late` set; never the other way round.
+    """
+
+    request_id: str
+    user_id: IntId | TextId
     shown_at_ms: int
+    snapshot_version: int | None
+    outcome: Literal["taken", "not_taken"]
+    late: bool
+    """It corrects labels that said `not_taken`."""
+    items: list[IntId | TextId]
+    """I items, as in the impression."""
+    places: list[int]
+    """I places in the list that was shown, from 0."""
+    scores: list[float | None]
+    """I scores, as in the impression."""
+    actions: list[int]
+    """Taken: I bitmasks of the user's actions on the item that were known when the label was made. Else empty."""
+    event_times_ms: list[int]
+    """Taken: I event times, of the first of these actions. Else empty."""
 
 
 class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -198,7 +228,7 @@ Command = ForgetUser
 """Every command on the `commands` topic (a tagged union: later commands join it)."""
 
 
-def encode_message(message: SnapshotPointer | Impression | ItemMessage | Command) -> bytes:
+def encode_message(message: SnapshotPointer | Impression | Labels | ItemMessage | Command) -> bytes:
     """JSON bytes of a low-rate message."""
     return msgspec.json.encode(message)
 

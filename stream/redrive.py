@@ -189,7 +189,7 @@ class _Redrive:
 
 async def _source_partitions(log: EventLog) -> dict[str, list[int]]:
     async with reading(log) as reader:
-        topics = (log.topics.interactions, log.topics.items, log.topics.commands)
+        topics = (log.topics.interactions, log.topics.items, log.topics.commands, log.topics.impressions)
         return {topic: await reader.partitions(topic) for topic in topics}
 
 

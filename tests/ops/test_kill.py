@@ -25,15 +25,17 @@ import torch
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.ids import event_key
+from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from model.snapshot import list_versions, read_manifest
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint
 from ops.local_broker import LocalBroker
+from stream.clock import WallClock
 from stream.events import Event, encode_event
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import acknowledged
-from stream.messages import HistoryUpdate
+from stream.messages import HistoryUpdate, Impression, Labels, Topics, decode_message, encode_message
 from tests.feature_store.databases import migrated_database
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
@@ -70,6 +72,9 @@ class Installation:
             "HEADRACE_INGEST__SESSION_TIMEOUT_MS": "1000",
             "HEADRACE_INGEST__MAX_BATCH_RECORDS": "100",
             "HEADRACE_HOT__MAX_LEN": "32",
+            "HEADRACE_LABELS__WINDOW_MS": "10000",
+            "HEADRACE_LABELS__ALLOWED_LATENESS_MS": "0",
+            "HEADRACE_LABELS__BATCH_WAIT_MS": "20",
             # Batches close by count alone, so that what is learned does not depend on when.
             "HEADRACE_TRAINER__BATCH_INTERACTIONS": "50",
             "HEADRACE_TRAINER__BATCH_WAIT_MS": "3600000",
@@ -106,30 +111,37 @@ class Installation:
             self.sent[event.event_id] = event
             events += [event, event] if number % 10 == 0 else [event]
 
+        self.produce(Topics().interactions, [encode_event(event) for event in events])
+
+    def produce(self, topic: str, values: list[bytes]) -> None:
         async def produce() -> None:
             log = KafkaLog(self.kafka)
             await log.create_topics()
             writer = log.writer()
             await writer.start()
-            sends = [await writer.send(log.topics.interactions, encode_event(event)) for event in events]
-            await acknowledged(sends)
+            await acknowledged([await writer.send(topic, value) for value in values])
             await writer.stop()
 
         asyncio.run(produce())
 
     def updates(self) -> list[HistoryUpdate]:
         """Everything ingest has sent, crashes' repetitions included."""
+        return [HistoryUpdate.decode(value) for value in self.read(Topics().history_updates)]
 
-        async def read() -> list[HistoryUpdate]:
-            log = KafkaLog(self.kafka)
-            reader = log.reader()
+    def labels(self) -> list[Labels]:
+        """The same of the label join."""
+        return [decode_message(Labels, value) for value in self.read(Topics().labels)]
+
+    def read(self, topic: str) -> list[bytes]:
+        async def read() -> list[bytes]:
+            reader = KafkaLog(self.kafka).reader()
             await reader.start()
-            await reader.assign({(log.topics.history_updates, 0): "earliest"})
-            updates: list[HistoryUpdate] = []
+            await reader.assign({(topic, 0): "earliest"})
+            values: list[bytes] = []
             while polled := await reader.poll(timeout_ms=1_000, max_records=1_000):
-                updates += [HistoryUpdate.decode(record.value) for record in polled]
+                values += [record.value or b"" for record in polled]
             await reader.stop()
-            return updates
+            return values
 
         return asyncio.run(read())
 
@@ -218,6 +230,74 @@ def test_ingest_killed_at_every_step_loses_and_doubles_nothing(installation: Ins
         last_offset = max(last_offset, update.last_offset)
     assert sorted(applied) == sorted(event_key(event_id) for event_id in installation.sent)
     assert sum(len(update.offsets) for update in updates) > len(applied), "no crash made ingest send anything again"
+
+
+def test_the_label_join_killed_at_every_step_writes_each_label(installation: Installation) -> None:
+    """Impressions whose windows are over: opened, taken from the histories and closed in one transaction."""
+    shown_at_ms, num_users = WallClock().now_ms() - 20_000, 8
+    expected: set[tuple[str, int | str, str]] = set()
+    users = np.arange(num_users)
+    taken = Interactions(
+        user_id=users,
+        item_id=np.ones(num_users, np.int64),
+        event_time_ms=shown_at_ms + users,
+        action=np.ones(num_users, np.uint32),
+        value=np.full(num_users, np.nan, np.float32),
+        event_key=users.astype(np.uint64),
+        seq=np.zeros(num_users, np.uint32),
+        arrival_ms=shown_at_ms + users,
+    )
+    with installation.store.transaction() as transaction:
+        transaction.append(taken)
+
+    def show(request_id: str) -> None:
+        impressions = [
+            Impression(
+                request_id=f"{request_id}-{user}",
+                user_id=user,
+                items=[1, 2, 3],
+                scores=[0.3, 0.2, 0.1],
+                snapshot_version=None,
+                shown_at_ms=shown_at_ms,
+            )
+            for user in range(num_users)
+        ]
+        installation.produce(Topics().impressions, [encode_message(impression) for impression in impressions])
+        for impression in impressions:
+            outcomes = ((1, "taken"), (2, "not_taken"), (3, "not_taken"), (3, "late"))
+            expected.update((impression.request_id, item, outcome) for item, outcome in outcomes)
+
+    for fail_point in ("labels.applied:1", "labels.produced:1", "labels.committed:1"):
+        show(fail_point)
+        installation.expect_kill(installation.start("ingest", fail_point=fail_point), fail_point)
+    join_until(installation, lambda labels: bool(labels["read_up_to_ms"]) and labels["open"] == 0)
+    # What comes now is late: corrections, with a crash between sending and committing them.
+    late = [
+        Event(event_id=f"late-{user}", user_id=user, item_id=3, action="view", event_time=shown_at_ms + user)
+        for user in range(num_users)
+    ]
+    installation.produce(Topics().interactions, [encode_event(event) for event in late])
+    installation.expect_kill(installation.start("ingest", fail_point="labels.produced:1"), "labels.produced:1")
+    join_until(installation, lambda labels: bool(labels["late"] == 3 * num_users))
+    labels = [
+        (message.request_id, item, "late" if message.late else message.outcome)
+        for message in installation.labels()
+        for item in message.items
+    ]
+    assert set(labels) == expected
+    sent_again = {request_id for request_id, item, outcome in labels if labels.count((request_id, item, outcome)) > 1}
+    assert any(request_id.startswith("labels.produced") for request_id in sent_again)
+
+
+def join_until(installation: Installation, is_done: Callable[[dict[str, Any]], bool]) -> None:
+    process = installation.start("ingest")
+
+    def ask() -> bool:
+        labels = installation.status("ingest").get("labels")
+        return labels is not None and is_done(labels)
+
+    installation.wait(ask, "joining everything")
+    installation.stop(process)
 
 
 def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(installation: Installation) -> None:

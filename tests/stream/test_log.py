@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from ops.local_broker import LocalBroker
-from stream.clock import ManualClock
+from stream.clock import ManualClock, WallClock
 from stream.errors import LogResetError, LogUnavailableError
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
@@ -95,6 +95,31 @@ async def test_a_poll_respects_its_limit_and_its_time(log: EventLog, writer: Log
     rest = await read(reader, 10 - len(polled))
     assert len(polled) + len(rest) == 10
     assert await reader.poll(timeout_ms=20, max_records=3) == []
+
+
+async def read_up_to(reader: LogReader, *, since_ms: int) -> int:
+    async with asyncio.timeout(10):
+        while (moment := await reader.read_up_to_ms()) is None or moment < since_ms:
+            assert await reader.poll(timeout_ms=20, max_records=10) == []
+    return moment
+
+
+async def test_a_reader_knows_up_to_when_it_has_read(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    clock = ManualClock(1_000) if isinstance(log, MemoryLog) else WallClock()
+    topic = log.topics.history_updates
+    assert await reader.read_up_to_ms() is None
+    await acknowledged([await writer.send(topic, b"x", partition=1) for _ in range(4)])
+    sent_ms = clock.now_ms()
+    await reader.assign({(topic, 0): "earliest", (topic, 1): 1})
+    polled: list[Record] = []
+    while not polled:
+        polled = await reader.poll(timeout_ms=200, max_records=2)
+    assert await reader.read_up_to_ms() is None, "of three records, at most two were polled"
+    await read(reader, 3 - len(polled))
+    first = await read_up_to(reader, since_ms=sent_ms)
+    assert sent_ms <= first <= clock.now_ms()
+    # An empty log goes on, too: a partition that gets nothing must not hold time up.
+    assert await read_up_to(reader, since_ms=first + (not isinstance(log, MemoryLog))) >= first
 
 
 async def test_a_reader_at_the_end_sees_only_what_comes(log: EventLog, writer: LogWriter, reader: LogReader) -> None:

@@ -1,0 +1,341 @@
+"""The rules of the label join: what an impression is open for, which interactions take its items, what is late. Pure.
+
+An item of an impression is *taken* if the same user has an interaction with it at from ≤ time < until, the window. The
+window starts when the items were shown. Times are event times; a replayed stream's are historical, so there the
+impression's append time and the interactions' arrival times take their place (a history does not keep append times, and
+both orders of arrival must come to the same labels).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from feature_store.ids import stable_id
+from feature_store.impressions import OpenImpression, UserWindows
+from feature_store.interactions import Interactions, JaggedHistories
+from stream.errors import MessageFormatError
+from stream.log import Record
+from stream.messages import Impression, Labels, decode_message
+
+_LONGEST_MS: Final = 366 * 86_400_000
+_DROP_EVERY_MS: Final = 60_000
+_LATEST_MS: Final = 2**53
+"""Far enough below 2^63 for every sum of times here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelConfig:
+    """How impressions and what users did next become labels."""
+
+    enabled: bool = True
+    """Whether ingest joins `impressions` with interactions and writes `labels`."""
+    window_ms: int = 1_800_000
+    """An item counts as taken when the user interacts with it less than this long (ms) after it was shown."""
+    allowed_lateness_ms: int = 300_000
+    """How long after a window's end (ms) its items are labelled as not taken: the time that an interaction may need
+    from the producer through ingest, a backlog of ingest included."""
+    correction_ms: int = 21_600_000
+    """For how long after that (ms) a late interaction still corrects a label. For as long again it is counted as too
+    late, and then the impression, about 0.6 kB in the database, is removed."""
+    history_len: int = 256
+    """Newest interactions of a user's window that are looked up when an impression arrives and when it is closed."""
+    user_impressions_max: int = 1_000
+    """Impressions held of one user; more are counted and not joined, so that a bot cannot fill the table."""
+    indexed_users_max: int = 1_000_000
+    """Users whose windows are held in memory (24 bytes each), so that only interactions that can matter cost a look
+    into the database; with more users than this, all of them do."""
+    poll_records: int = 200
+    """Records of one poll; an update among them holds up to `ingest.max_batch_records` interactions."""
+    batch_wait_ms: int = 200
+    """Time between two polls (ms) while nothing is waiting: the delay of a label, against transactions per second."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "window_ms": (1, _LONGEST_MS),
+            "allowed_lateness_ms": (0, _LONGEST_MS),
+            "correction_ms": (0, _LONGEST_MS),
+            "history_len": (1, 100_000),
+            "user_impressions_max": (1, 1_000_000),
+            "indexed_users_max": (0, 100_000_000),
+            "poll_records": (1, 10_000),
+            "batch_wait_ms": (0, 60_000),
+        }
+        for name, (smallest, largest) in limits.items():
+            if not smallest <= getattr(self, name) <= largest:
+                raise ValueError(f"labels.{name} = {getattr(self, name)}: must lie in {smallest}..{largest}")
+
+    def closing_ms(self, until_ms: int) -> int:
+        """When an impression whose window ends at `until_ms` is closed."""
+        return until_ms + self.allowed_lateness_ms
+
+    def too_late_ms(self, until_ms: int) -> int:
+        """An interaction announced after this corrects nothing any more."""
+        return until_ms + self.allowed_lateness_ms + self.correction_ms
+
+    def removal_ms(self, until_ms: int) -> int:
+        """When an impression is removed."""
+        return until_ms + self.allowed_lateness_ms + 2 * self.correction_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImpressionRules:
+    """What an impression must be, beyond its schema, and when its window starts."""
+
+    config: LabelConfig
+    mode: str = "live"
+    max_future_skew_ms: int = 300_000
+    """How far ahead of the log's time `shown_at_ms` may lie (ms): one from far ahead would stay open for ever."""
+
+    def read(self, record: Record) -> OpenImpression:
+        """The impression of a record of `impressions`; raises MessageFormatError naming what is wrong."""
+        shown = decode_message(Impression, record.value)
+        if len(shown.scores) != len(shown.items):
+            raise MessageFormatError(f"an impression of {len(shown.items)} items with {len(shown.scores)} scores")
+        if "\0" in shown.request_id:
+            raise MessageFormatError("request_id holds a NUL character, which no database keeps")
+        from_ms = record.timestamp_ms if self.mode == "replay" else shown.shown_at_ms
+        ahead_ms = from_ms - record.timestamp_ms
+        if ahead_ms > self.max_future_skew_ms:
+            raise MessageFormatError(
+                f"shown_at_ms lies {ahead_ms} ms ahead; events.max_future_skew_ms is {self.max_future_skew_ms}"
+            )
+        if not 0 <= from_ms < _LATEST_MS:
+            raise MessageFormatError(f"{from_ms} ms is no time at which anything was shown")
+        until_ms = from_ms + self.config.window_ms
+        return OpenImpression(
+            user_id=_number(shown.user_id),
+            request_id=shown.request_id,
+            from_ms=from_ms,
+            until_ms=until_ms,
+            due_ms=self.config.closing_ms(until_ms),
+            item_ids=np.array([_number(item) for item in shown.items], np.int64),
+            is_taken=np.zeros(len(shown.items), np.bool_),
+            payload=record.value or b"",
+        )
+
+    def times_ms(self, interactions: Interactions | JaggedHistories) -> NDArray[np.int64]:
+        """i64[N], the times that windows are compared with."""
+        return interactions.arrival_ms if self.mode == "replay" else interactions.event_time_ms
+
+
+def forgotten_by_tombstone(record: Record) -> int:
+    """The user whose impressions a record without value takes back: its key. Raises MessageFormatError without one."""
+    if not record.key:
+        raise MessageFormatError("an impression without value needs the user id as key")
+    text = record.key.decode("utf-8", "replace")
+    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**63 else stable_id(text)
+
+
+def _number(raw: int | str) -> int:
+    return stable_id(raw) if isinstance(raw, str) else raw
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """N interactions that may take items; i64 all."""
+
+    user_id: NDArray[np.int64]
+    item_id: NDArray[np.int64]
+    time_ms: NDArray[np.int64]
+    """What windows are compared with."""
+    event_time_ms: NDArray[np.int64]
+    action: NDArray[np.int64]
+    announced_ms: NDArray[np.int64]
+    """When the log took the update that announced the interaction."""
+
+    def __len__(self) -> int:
+        return len(self.user_id)
+
+    @staticmethod
+    def concat(parts: Sequence[Seen]) -> Seen:
+        """All rows of all parts."""
+        empty = [np.empty(0, np.int64)]
+        names = Seen.__dataclass_fields__
+        return Seen(**{name: np.concatenate([getattr(part, name) for part in parts] or empty) for name in names})
+
+    def by_user(self) -> Seen:
+        """The same rows in order of users."""
+        order = np.argsort(self.user_id, kind="stable")
+        return Seen(**{name: getattr(self, name)[order] for name in Seen.__dataclass_fields__})
+
+    def windows(self) -> UserWindows:
+        """Of interactions in order of users: each user, and the times of the first and the last of them."""
+        user_id, starts = np.unique(self.user_id, return_index=True)
+        if len(user_id) == 0:
+            return UserWindows(user_id=user_id, from_ms=user_id, until_ms=user_id)
+        first_ms = np.minimum.reduceat(self.time_ms, starts)
+        return UserWindows(user_id=user_id, from_ms=first_ms, until_ms=np.maximum.reduceat(self.time_ms, starts))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Labels to be written, and what is counted once they are durable."""
+
+    labels: list[Labels] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """Per outcome (`stream.labels.OUTCOMES`)."""
+    num_opened: int = 0
+    num_closed: int = 0
+
+    def add(
+        self,
+        impression: OpenImpression,
+        places: NDArray[np.int64],
+        outcome: Literal["taken", "not_taken"],
+        *,
+        actions: Sequence[int] = (),
+        event_times_ms: Sequence[int] = (),
+    ) -> None:
+        """Label the items at these places."""
+        shown = decode_message(Impression, impression.payload)
+        late = outcome == "taken" and impression.is_closed
+        self.labels.append(
+            Labels(
+                request_id=shown.request_id,
+                user_id=shown.user_id,
+                shown_at_ms=shown.shown_at_ms,
+                snapshot_version=shown.snapshot_version,
+                outcome=outcome,
+                late=late,
+                items=[shown.items[place] for place in places],
+                places=places.tolist(),
+                scores=[shown.scores[place] for place in places],
+                actions=list(actions),
+                event_times_ms=list(event_times_ms),
+            )
+        )
+        self.counts["late" if late else outcome] += len(places)
+
+
+def take(
+    impressions: Iterable[OpenImpression], seen: Seen, config: LabelConfig, outcome: Outcome
+) -> list[OpenImpression]:
+    """Mark the items that interactions have taken, and label them; returns the impressions that changed.
+
+    The first interaction heard of decides an item. `seen` is in order of users.
+    """
+    changed: list[OpenImpression] = []
+    for impression in impressions:
+        start = int(np.searchsorted(seen.user_id, impression.user_id, side="left"))
+        rows = slice(start, int(np.searchsorted(seen.user_id, impression.user_id, side="right")))
+        times = seen.time_ms[rows]
+        is_inside = (times >= impression.from_ms) & (times < impression.until_ms)
+        inside = np.flatnonzero(is_inside) + start
+        is_new = np.isin(impression.item_ids, seen.item_id[inside]) & ~impression.is_taken
+        if not is_new.any():
+            continue
+        impression.is_taken |= is_new
+        changed.append(impression)
+        _label_taken(impression, np.flatnonzero(is_new), inside, seen, config, outcome)
+    return changed
+
+
+def _label_taken(
+    impression: OpenImpression,
+    new: NDArray[np.int64],
+    inside: NDArray[np.int64],
+    seen: Seen,
+    config: LabelConfig,
+    outcome: Outcome,
+) -> None:
+    """Label items at the places `new`, given the rows of `seen` that lie in the window."""
+    places, actions, event_times_ms = [], [], []
+    too_late_ms = config.too_late_ms(impression.until_ms)
+    for place in new.tolist():
+        mine = inside[seen.item_id[inside] == impression.item_ids[place]]
+        if impression.is_closed and seen.announced_ms[mine].min() > too_late_ms:
+            outcome.counts["too_late"] += 1
+            continue
+        places.append(place)
+        actions.append(int(np.bitwise_or.reduce(seen.action[mine])))
+        event_times_ms.append(int(seen.event_time_ms[mine].min()))
+    if places:
+        at = np.array(places, np.int64)
+        outcome.add(impression, at, "taken", actions=actions, event_times_ms=event_times_ms)
+
+
+def close(impression: OpenImpression, config: LabelConfig, outcome: Outcome) -> None:
+    """Label what nobody took as not taken, and keep the impression for corrections."""
+    places = np.flatnonzero(~impression.is_taken)
+    if len(places):
+        outcome.add(impression, places, "not_taken")
+    outcome.num_closed += 1
+    impression.is_closed = True
+    impression.due_ms = config.removal_ms(impression.until_ms)
+
+
+class WindowIndex:
+    """Which users have impressions, and when: decides by column which interactions are worth a look into the database.
+
+    Never says no to an interaction that takes an item; may say yes to one that does not. Bounded: with more than
+    `limit` users it stops holding them and says yes to all.
+    """
+
+    def __init__(self, windows: UserWindows, limit: int) -> None:
+        self._limit = limit
+        self._user_id, self._from_ms, self._until_ms = windows.user_id, windows.from_ms, windows.until_ms
+        self._dropped_at_ms = 0
+        self.is_whole = len(windows.user_id) <= limit
+        self._shrink()
+
+    @staticmethod
+    def empty(limit: int) -> WindowIndex:
+        """Of no users."""
+        nobody = np.empty(0, np.int64)
+        return WindowIndex(UserWindows(user_id=nobody, from_ms=nobody, until_ms=nobody), limit)
+
+    def add(self, impressions: Sequence[OpenImpression]) -> None:
+        """Know of these too."""
+        if not self.is_whole or not impressions:
+            return
+        rows = np.array([(one.user_id, one.from_ms, one.until_ms) for one in impressions], np.int64)
+        users, group = np.unique(rows[:, 0], return_inverse=True)
+        first, last = np.full(len(users), np.iinfo(np.int64).max), np.zeros(len(users), np.int64)
+        np.minimum.at(first, group, rows[:, 1])
+        np.maximum.at(last, group, rows[:, 2])
+        place, is_known = self._places(users)
+        known = place[is_known]
+        self._from_ms[known] = np.minimum(self._from_ms[known], first[is_known])
+        self._until_ms[known] = np.maximum(self._until_ms[known], last[is_known])
+        at = place[~is_known]
+        self._user_id = np.insert(self._user_id, at, users[~is_known])
+        self._from_ms = np.insert(self._from_ms, at, first[~is_known])
+        self._until_ms = np.insert(self._until_ms, at, last[~is_known])
+        self.is_whole = len(self._user_id) <= self._limit
+        self._shrink()
+
+    def may_take(self, user_id: NDArray[np.int64], time_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool[N]: whether an interaction (i64[N] each) may lie in a window of its user."""
+        if not self.is_whole:
+            return np.ones(len(user_id), np.bool_)
+        if len(self._user_id) == 0:
+            return np.zeros(len(user_id), np.bool_)
+        place, may = self._places(user_id)
+        place = np.minimum(place, len(self._user_id) - 1)
+        return may & (time_ms >= self._from_ms[place]) & (time_ms < self._until_ms[place])
+
+    def drop_ended(self, now_ms: int, config: LabelConfig) -> None:
+        """Drop, now and then, the users whose impressions have all been removed by `now_ms`."""
+        if now_ms - self._dropped_at_ms < _DROP_EVERY_MS:
+            return
+        self._dropped_at_ms = now_ms
+        is_kept = self._until_ms > now_ms - config.removal_ms(0)
+        self._user_id, self._from_ms = self._user_id[is_kept], self._from_ms[is_kept]
+        self._until_ms = self._until_ms[is_kept]
+
+    def _places(self, user_id: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where users are, or would be inserted, and whether they are there."""
+        place = np.searchsorted(self._user_id, user_id)
+        if len(self._user_id) == 0:
+            return place, np.zeros(len(user_id), np.bool_)
+        return place, self._user_id[np.minimum(place, len(self._user_id) - 1)] == user_id
+
+    def _shrink(self) -> None:
+        if not self.is_whole:
+            self._user_id = self._from_ms = self._until_ms = np.empty(0, np.int64)
