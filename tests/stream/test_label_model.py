@@ -233,13 +233,13 @@ async def play(store: FeatureStore, config: LabelConfig, script: list[tuple[Any,
     await example.check()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(script=operations)
 def test_labels_are_those_of_the_model(store: FeatureStore, script: list[tuple[Any, ...]]) -> None:
     asyncio.run(play(store, CONFIG, script))
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(script=operations)
 def test_small_polls_make_the_same_labels(store: FeatureStore, script: list[tuple[Any, ...]]) -> None:
     # Every interaction is stored when it is announced: with one that is not, it matters which poll brought what.
