@@ -215,14 +215,14 @@ async def test_the_join_can_be_turned_off(site: Site) -> None:
         await until(lambda: service.status()["accepted"] == 1)
         assert service.status()["labels"] is None
     assert await site.labels() == []
-    assert site.store.positions(site.log.log_id, site.log.topics.impressions) == {}
+    assert site.store.positions(site.log.log_id, "labels/" + site.log.topics.impressions) == {}
 
 
 async def test_a_topic_that_was_reset_stops_the_labels_and_not_ingest(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     with site.store.transaction() as transaction:
-        place = (site.log.log_id, site.log.topics.impressions, 0)
+        place = (site.log.log_id, "labels/" + site.log.topics.impressions, 0)
         transaction.lock_position(*place)
         transaction.set_position(*place, 1_000)
     await site.show("r", 5, 10)
