@@ -1,7 +1,7 @@
 """Asks the broker where the partitions end: what lag is measured by, and a sign of life beside the fetches.
 
-Fetches tell the end too, but nothing is fetched of a partition whose records wait to be applied, so that lag would stand
-still just when it grows; and a consumer that is cut off tries again for ever without a word.
+Fetches tell the end too, but nothing is fetched of a partition whose records wait to be applied, so that lag would
+stand still just when it grows; and a consumer that is cut off tries again for ever without a word.
 """
 
 from __future__ import annotations

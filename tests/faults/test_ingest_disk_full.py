@@ -67,9 +67,7 @@ def test_a_file_that_cannot_grow_is_waited_for(tmp_path: Path, fresh_broker: Loc
         resource.prlimit(ingest.process.pid, resource.RLIMIT_FSIZE, (longest + 100_000, resource.RLIM_INFINITY))
 
     def make_room(ingest: Daemon) -> None:
-        resource.prlimit(
-            ingest.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-        )
+        resource.prlimit(ingest.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     goes_on_when_there_is_room(tmp_path, tmp_path, fresh_broker, fill=fill, make_room=make_room, seed=SEED)
 

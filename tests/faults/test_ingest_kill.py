@@ -20,9 +20,7 @@ BACKENDS: tuple[Backend, ...] = ("sqlite", "postgresql")
 SEED = 20_260_801
 
 
-def kill_at_random_moments(
-    backend: Backend, root: Path, broker: LocalBroker, *, num_kills: int, seed: int
-) -> None:
+def kill_at_random_moments(backend: Backend, root: Path, broker: LocalBroker, *, num_kills: int, seed: int) -> None:
     moments = random.Random(seed)
     with (
         migrated_database(backend, root) as url,

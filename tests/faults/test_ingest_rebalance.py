@@ -34,7 +34,7 @@ def storm(backend: Backend, root: Path, broker: LocalBroker, *, num_changes: int
         for _ in range(num_changes):
             time.sleep(fate.uniform(1, 3))
             change = fate.choice(("join", "leave", "die"))
-            if change == "join" and len(workers) < WORKERS_MAX or len(workers) == 1:
+            if (change == "join" and len(workers) < WORKERS_MAX) or len(workers) == 1:
                 workers.append(installation.start("ingest"))
             elif change == "leave":
                 leaving.append(workers.pop(fate.randrange(len(workers))))
