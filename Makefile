@@ -9,10 +9,10 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check fix gpu bench-swap docs clean
+.PHONY: help setup demo test test-long test-faults check fix gpu bench-swap docs clean
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP):
 	@PYTHON="$(PYTHON)" .ci/setup "$@"
@@ -28,6 +28,9 @@ test: $(STAMP) ## the test suite; ARGS="tests/ops -k settings" for a part of it
 
 test-long: $(STAMP) ## the test suite with the slow tests
 	$(PYTEST) -m "slow or not slow" --timeout 1800 $(ARGS)
+
+test-faults: $(STAMP) ## faults of real processes only, the long ones included: kills, restarts, stalls, full disks, rebalances
+	$(PYTEST) -m "slow or not slow" --timeout 1800 tests/faults tests/ops/test_kill.py $(ARGS)
 
 check: $(STAMP) ## lint, format, types, import directions, spelling, schema
 	$(BIN)/ruff check .

@@ -37,3 +37,7 @@ class Disk:
         """Delete a folder and everything in it; it may be absent."""
         if path.exists():
             shutil.rmtree(path)
+
+    def remove_file(self, path: Path) -> None:
+        """Delete a file; it may be absent."""
+        path.unlink(missing_ok=True)

@@ -228,11 +228,16 @@ def load_snapshot(root: Path, model: str, version: int) -> Snapshot:
 
 def list_versions(root: Path, model: str) -> list[int]:
     """Versions of finished snapshots, ascending."""
+    return sorted(version for version, path in _folders(root, model).items() if (path / READY_NAME).exists())
+
+
+def _folders(root: Path, model: str) -> dict[int, Path]:
+    """Folders by version, finished or not."""
     folder = root / _checked_name(model)
     if not folder.is_dir():
-        return []
+        return {}
     found = ((re.fullmatch(r"v(\d{8,})", path.name), path) for path in folder.iterdir())
-    return sorted(int(match[1]) for match, path in found if match and (path / READY_NAME).exists())
+    return {int(match[1]): path for match, path in found if match}
 
 
 def chain(root: Path, model: str, *, have: int | None, want: int) -> list[int]:
@@ -273,13 +278,19 @@ def prune_snapshots(root: Path, model: str, *, anchors_kept: int, disk: Disk | N
     versions = list_versions(root, model)
     anchors = [v for v in versions if read_manifest(root, model, v).kind == "anchor"]
     pointer = read_pointer(root, model)
-    if len(anchors) <= anchors_kept or pointer is None:
+    if pointer is None:
         return []
     needed = chain(root, model, have=None, want=pointer.version)
-    oldest_kept = min(anchors[-anchors_kept], needed[0])
+    oldest_kept = min(*anchors[-anchors_kept:], needed[0])
     removed = [v for v in versions if v < oldest_kept]
-    for version in removed:
-        disk.remove_dir(snapshot_path(root, model, version))
+    for version in reversed(removed):
+        # Step 1: no snapshot any more, deltas before what they build on. A folder is deleted file by file, and a crash
+        # in between would leave a snapshot without its manifest.
+        disk.remove_file(snapshot_path(root, model, version) / READY_NAME)
+    for version in sorted(_folders(root, model)):
+        if version < oldest_kept:
+            # Step 2: its files, and what earlier crashes left.
+            disk.remove_dir(snapshot_path(root, model, version))
     return removed
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,6 @@ from ops.local_broker import free_port
 from stream.kafka import KafkaConfig
 
 KILLED: Final = -signal.SIGKILL
-MODEL: Final = {"EMBEDDING_DIM": "16", "NUM_HEADS": "1", "ATTENTION_DIM": "8", "HIDDEN_DIM": "8", "MAX_LEN": "16"}
-"""The smallest network that still learns something."""
 
 
 class Daemon:
@@ -69,9 +67,7 @@ class Daemon:
         """Sum of a Prometheus metric over its labels; fails the test if `/metrics` does not have it."""
         lines = self.get("/metrics")[1].splitlines()
         values = [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"{name}(\{{|\s)", line)]
-        assert values, (
-            f"/metrics of {self.name} has no {name}: {[line for line in lines if line.startswith('headrace')]}"
-        )
+        assert values, f"/metrics of {self.name} has no {name}: {lines}"
         return sum(values)
 
     def rss_bytes(self) -> int:
@@ -111,7 +107,13 @@ class Installation:
     """A database, a broker's address, and the daemons that use them. Leaving it kills what still runs."""
 
     def __init__(
-        self, root: Path, bootstrap_servers: str, url: str, *, num_partitions: int = 1, **settings: str
+        self,
+        root: Path,
+        bootstrap_servers: str,
+        url: str,
+        *,
+        num_partitions: int = 1,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.root, self.url = root, url
         self.store = FeatureStore(FeatureStoreConfig(url=url))
@@ -124,7 +126,7 @@ class Installation:
             "HEADRACE_STORE__URL": url,
             "HEADRACE_INGEST__SESSION_TIMEOUT_MS": "1000",
             "HEADRACE_INGEST__MAX_BATCH_RECORDS": "100",
-            **settings,
+            **(settings or {}),
         }
 
     def start(self, daemon: str, *, fail_point: str = "", **settings: str) -> Daemon:

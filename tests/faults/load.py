@@ -53,7 +53,7 @@ class EventSource:
 
     def __init__(self, seed: int, *, num_partitions: int, padding_bytes: int = 0) -> None:
         self.truth = Truth()
-        self._context = {"padding": "x" * padding_bytes} if padding_bytes else None
+        self._padding = "x" * padding_bytes
         self._random = random.Random(seed)
         self._num_partitions = num_partitions
         self._recent: list[Sent] = []
@@ -86,7 +86,7 @@ class EventSource:
             action=self._random.choice(("rating", "view", "click")),
             event_time=_BASE_MS + 100 * self._number + self._random.randrange(5_000) - late_ms,
             value=float(self._random.randrange(10)),
-            context=self._context,
+            context={"padding": self._padding} if self._padding else None,
         )
 
     def _malformed(self) -> bytes:

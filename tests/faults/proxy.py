@@ -26,7 +26,7 @@ class Proxy:
         self.num_accepted = 0
         self._target_port = target_port
         self._lets_in_observers_only = False
-        self._open: dict[asyncio.Transport, bool] = {}
+        self._open: dict[asyncio.WriteTransport, bool] = {}
         """Transport → belongs to an observer."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.faults.checker import check
+from tests.faults.checker import check, read_histories, row_of
 from tests.faults.installation import Daemon, Installation
-from tests.faults.load import Load
+from tests.faults.load import Load, Truth
 from tests.faults.observing import (
     TOPICS,
     PositionSampler,
@@ -51,7 +52,7 @@ def installation(tmp_path: Path, broker: ProxiedBroker) -> Iterator[Installation
             broker.bootstrap_servers,
             url,
             num_partitions=2,
-            HEADRACE_LOG__REQUEST_TIMEOUT_MS=f"{REQUEST_TIMEOUT_S * 1000:.0f}",
+            settings={"HEADRACE_LOG__REQUEST_TIMEOUT_MS": f"{REQUEST_TIMEOUT_S * 1000:.0f}"},
         ) as made,
     ):
         yield made
@@ -121,9 +122,8 @@ def test_a_broker_restarted_with_its_log_is_read_on_from_the_stored_position(
         broker.proxy.cut()
         time.sleep(0.3)  # what the broker has received, it still handles
         durable = all_records(installation.kafka)
-        assert sum(positions_of(installation).values()) < sum(
-            ends_of(read_topic(installation.kafka, TOPICS.interactions)).values()
-        ), "ingest was done before the cut: nothing was interrupted"
+        num_sent = sum(ends_of(read_topic(installation.kafka, TOPICS.interactions)).values())
+        assert sum(positions_of(installation).values()) < num_sent, "ingest was done before the cut"
         broker.replace()
         refill(installation.kafka, durable)
         broker.proxy.restore()
@@ -152,5 +152,26 @@ def test_a_broker_that_comes_back_empty_is_refused(installation: Installation, b
         refill(installation.kafka, [])
         broker.proxy.restore()
         installation.wait(lambda: not ingest.is_running, "the refusal")
-        print(ingest.process.returncode, ingest.said())
-        assert 0
+        assert ingest.process.returncode == 2
+        last_line = ingest.said().splitlines()[-1]
+        assert "interactions/" in last_line
+        assert "was reset: offset " in last_line
+        assert "the log ends at offset 0: " in last_line
+        assert "headrace log accept --reset" in last_line
+        # Nothing was touched: what was stored is stored, and so is where it ended.
+        assert read_histories(installation.store, load.truth) == before.histories
+        assert positions_of(installation) == before.positions
+    # Under the name of a new log the same store goes on with the new records, and drops those it holds already.
+    again = Load(broker.bootstrap_servers, seed=SEED + 3, num_partitions=2)
+    with again:
+        reborn = installation.start_ready("ingest", HEADRACE_LOG__LOG_ID="second")
+        installation.wait_for_a_batch(reborn)
+        again.stop()
+        ends = ends_of(read_topic(installation.kafka, TOPICS.interactions))
+        installation.wait(
+            lambda: installation.store.positions("second", TOPICS.interactions) == ends, "applying the new log"
+        )
+        reborn.stop()
+    both = Truth(valid=load.truth.valid | again.truth.valid)
+    stored = Counter(row for history in read_histories(installation.store, both).values() for row, _ in history)
+    assert stored == Counter({row_of(event) for event in both.valid.values()})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ops.local_broker import LocalBroker
-from tests.faults.installation import Installation
+from tests.faults.installation import Daemon, Installation
 from tests.faults.load import Load
 from tests.faults.observing import PositionSampler, assert_exactly_once
 from tests.faults.postgres import OwnPostgres
@@ -38,6 +38,11 @@ def installation(tmp_path: Path, fresh_broker: LocalBroker, server: OwnPostgres)
         yield made
 
 
+def wait_for_more_batches(installation: Installation, ingest: Daemon) -> None:
+    num_before = ingest.status()["batches"]
+    installation.wait(lambda: ingest.status()["batches"] > num_before, "work between two restarts")
+
+
 def restart_at_random_moments(installation: Installation, server: OwnPostgres, *, num_restarts: int, seed: int) -> None:
     moments = random.Random(seed)
     with (
@@ -46,8 +51,7 @@ def restart_at_random_moments(installation: Installation, server: OwnPostgres, *
     ):
         ingest = installation.start_ready("ingest")
         for _ in range(num_restarts):
-            num_batches = ingest.status()["batches"]
-            installation.wait(lambda n=num_batches: ingest.status()["batches"] > n, "work between two restarts")
+            wait_for_more_batches(installation, ingest)
             time.sleep(moments.uniform(0, 1))
             server.stop_immediately()
             installation.wait(lambda: not ingest.readiness()[0], f"seed {seed}: ingest noticing the stop")

@@ -34,10 +34,8 @@ def test_two_workers_that_both_own_a_partition_fence_each_other(
         right = installation.start("ingest", HEADRACE_INGEST__GROUP_ID="right")
 
         def both_met() -> bool:
-            left_did, right_did = left.status(), right.status()
-            return min(left_did.get("accepted", 0), right_did.get("accepted", 0)) > 0 and (
-                min(left_did["skipped"], right_did["skipped"]) > 0
-            )
+            did = [worker.status() for worker in (left, right)]
+            return all(one.get("accepted", 0) > 0 and one.get("skipped", 0) > 0 for one in did)
 
         installation.wait(both_met, "both workers applying some records and dropping what the other applied")
         load.stop()
@@ -61,9 +59,11 @@ def test_a_partition_revoked_with_a_transaction_open(
             fresh_broker.bootstrap_servers,
             url,
             num_partitions=2,
-            HEADRACE_INGEST__DRAIN_TIMEOUT_MS=drain_timeout_ms,
-            # The default of 1 s would have the broker give up on a member that drains for longer.
-            HEADRACE_INGEST__SESSION_TIMEOUT_MS="6000",
+            settings={
+                "HEADRACE_INGEST__DRAIN_TIMEOUT_MS": drain_timeout_ms,
+                # The second that is usual here would have the broker give up on a member that drains for longer.
+                "HEADRACE_INGEST__SESSION_TIMEOUT_MS": "6000",
+            },
         ) as installation,
         Load(fresh_broker.bootstrap_servers, seed=SEED + 1, num_partitions=2) as load,
     ):

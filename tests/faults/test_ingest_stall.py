@@ -1,4 +1,4 @@
-"""Ingest under load while the database keeps it waiting: memory is bounded, the probes tell the truth, nothing is lost."""
+"""Ingest under load while the database keeps it waiting: bounded memory, probes that tell the truth, nothing lost."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def stall(backend: Backend, root: Path, broker: LocalBroker, *, stall_s: float, 
             broker.bootstrap_servers,
             url,
             num_partitions=2,
-            HEADRACE_INGEST__MAX_BATCH_RECORDS=str(BATCH),
-            HEADRACE_LOG__MAX_MESSAGE_BYTES=str(2**20),
+            settings={
+                "HEADRACE_INGEST__MAX_BATCH_RECORDS": str(BATCH),
+                "HEADRACE_LOG__MAX_MESSAGE_BYTES": str(2**20),
+            },
         ) as installation,
         PositionSampler(installation) as sampler,
         Load(
@@ -61,7 +63,6 @@ def stall(backend: Backend, root: Path, broker: LocalBroker, *, stall_s: float, 
         assert lags[-1] - lags[0] > 0.5 * RATE_PER_S * (stall_s - 2), f"seed {seed}: lag {lags}"
         assert num_waiting >= lags[-1]
         growth = max(rss) - before
-        print("GROWTH", growth, lags)
         assert growth < GROWTH_BYTES_MAX, f"seed {seed}: grew by {growth:,} bytes: {rss}"
         installation.wait(lambda: ingest.readiness()[0], "readiness after the stall")
         load.stop()

@@ -30,6 +30,7 @@ from model.errors import (
 from model.manifest import Lineage, Manifest, SnapshotKind
 from model.recommender import Recommender
 from model.snapshot import (
+    READY_NAME,
     chain,
     list_versions,
     load_snapshot,
@@ -78,8 +79,19 @@ class DyingDisk(Disk):
         super().rename(source, target)
 
     def remove_dir(self, path: Path) -> None:
-        self._live()
+        try:
+            self._live()
+        except KeyboardInterrupt:
+            # Folders are deleted file by file, in any order: the worst is that READY would be the last.
+            for file in path.glob("*"):
+                if file.name != READY_NAME:
+                    file.unlink()
+            raise
         super().remove_dir(path)
+
+    def remove_file(self, path: Path) -> None:
+        self._live()
+        super().remove_file(path)
 
 
 def publish(
@@ -398,6 +410,23 @@ def test_pruning_keeps_the_newest_anchors_and_what_the_pointer_needs(root: Path)
     move_pointer(root, read_manifest(root, "hstu", 4))
     assert prune_snapshots(root, "hstu", anchors_kept=1) == [1, 2, 3]
     assert list_versions(root, "hstu") == [4]
+
+
+def test_a_crash_while_pruning_leaves_only_whole_snapshots_and_is_cleaned_up(
+    tmp_path: Path, published: tuple[Path, Study]
+) -> None:
+    # Three READY files and three folders go.
+    for operations in range(6):
+        root = tmp_path / str(operations)
+        shutil.copytree(published[0], root)
+        move_pointer(root, read_manifest(root, "hstu", 4))
+        with pytest.raises(KeyboardInterrupt):
+            prune_snapshots(root, "hstu", anchors_kept=1, disk=DyingDisk(operations=operations))
+        for version in list_versions(root, "hstu"):
+            load_snapshot(root, "hstu", version)
+        prune_snapshots(root, "hstu", anchors_kept=1)
+        assert list_versions(root, "hstu") == [4]
+        assert [path.name for path in (root / "hstu").glob("v*")] == ["v00000004"]
 
 
 def test_there_is_no_pointer_before_the_first_snapshot(tmp_path: Path) -> None:

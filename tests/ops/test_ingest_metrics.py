@@ -14,16 +14,17 @@ import pytest
 from ops.local_broker import LocalBroker
 from stream.kafka import KafkaLog
 from stream.log import acknowledged
+from tests.faults.installation import Installation
 from tests.feature_store.databases import migrated_database
-from tests.ops.test_kill import BASE_MS, Installation
+
+BASE_MS = 1_700_000_000_000
 
 
 @pytest.fixture
 def installation(tmp_path: Path, fresh_broker: LocalBroker) -> Iterator[Installation]:
-    with migrated_database("sqlite", tmp_path) as url:
-        made = Installation(tmp_path, fresh_broker, url)
+    servers = fresh_broker.bootstrap_servers
+    with migrated_database("sqlite", tmp_path) as url, Installation(tmp_path, servers, url) as made:
         yield made
-        made.close()
 
 
 def event(number: int, **changes: object) -> bytes:
@@ -62,7 +63,7 @@ def test_dead_letters_are_counted_by_reason_and_source_whoever_refused_them(inst
 
     asyncio.run(produce())
     process = installation.start("ingest")
-    metrics = f"http://127.0.0.1:{installation.ports['ingest']}/metrics"
+    metrics = f"{process.address}/metrics"
 
     def letters() -> dict[frozenset[tuple[str, str]], float]:
         try:
@@ -86,4 +87,4 @@ def test_dead_letters_are_counted_by_reason_and_source_whoever_refused_them(inst
         frozenset({("outcome", "refused"), ("reason", "unknown_action")}): 1.0,
     }
     assert set(counted(text, "headrace_ingest_events_newer_schema_total").values()) == {1.0}
-    installation.stop(process)
+    process.stop()

@@ -17,9 +17,10 @@ from ops.local_broker import LocalBroker
 from ops.log_positions import accept_reset, accept_truncated, read_status
 from stream.clock import ManualClock
 from stream.memory_log import MemoryLog
+from tests.faults.installation import Daemon
 from tests.feature_store.databases import migrated_database
 from tests.ops.command_line import Headrace, assert_refused
-from tests.ops.test_kill import Installation
+from tests.ops.test_kill import LearningInstallation
 
 
 @pytest.fixture
@@ -121,39 +122,37 @@ def test_what_cannot_be_meant_is_one_sentence(headrace: Headrace) -> None:
 
 
 @pytest.fixture
-def installation(tmp_path: Path, fresh_broker: LocalBroker) -> Iterator[Installation]:
-    with migrated_database("sqlite", tmp_path) as url:
-        made = Installation(tmp_path, fresh_broker, url)
+def installation(tmp_path: Path, fresh_broker: LocalBroker) -> Iterator[LearningInstallation]:
+    with migrated_database("sqlite", tmp_path) as url, LearningInstallation(tmp_path, fresh_broker, url) as made:
         yield made
-        made.close()
 
 
-def learned_by_serving(installation: Installation) -> int | None:
-    learned: int | None = installation.status("serve").get("snapshot", {}).get("learned_interactions")
+def learned_by(worker: Daemon) -> int | None:
+    learned: int | None = worker.status().get("snapshot", {}).get("learned_interactions")
     return learned
 
 
 @pytest.mark.timeout(400)
 def test_after_the_broker_lost_its_log_the_loop_goes_on_with_the_weights_it_has(
-    installation: Installation, fresh_broker: LocalBroker, headrace: Headrace
+    installation: LearningInstallation, fresh_broker: LocalBroker, headrace: Headrace
 ) -> None:
     def command(*arguments: str) -> tuple[int, str]:
         ran = headrace("log", *arguments, **{k: v for k, v in installation.environment.items() if "HEADRACE_" in k})
         return ran.returncode, ran.stdout
 
     installation.send(400)
-    ingest, trainer, _ = (installation.start(name) for name in ("ingest", "train", "serve"))
-    installation.wait(lambda: learned_by_serving(installation) == 400, "serving what was learned", timeout_s=120)
+    ingest, trainer, worker = (installation.start(name) for name in ("ingest", "train", "serve"))
+    installation.wait(lambda: learned_by(worker) == 400, "serving what was learned", timeout_s=120)
     for process in (ingest, trainer):
-        installation.stop(process)
+        process.stop()
     fresh_broker.stop()
     fresh_broker.start()
     installation.send(200)
 
     ingest = installation.start("ingest")
-    installation.wait(lambda: ingest.poll() is not None, "the refusal")
-    assert ingest.returncode == 2, installation.logs()
-    said = (installation.root / "ingest.log").read_text().splitlines()[-1]
+    installation.wait(lambda: not ingest.is_running, "the refusal")
+    assert ingest.process.returncode == 2, installation.logs()
+    said = ingest.said().splitlines()[-1]
     assert said.startswith("headrace: interactions/0 was reset: offset 440 is to be read next")
     assert "220 records" in said
     assert "headrace log accept --reset" in said
@@ -166,13 +165,11 @@ def test_after_the_broker_lost_its_log_the_loop_goes_on_with_the_weights_it_has(
     assert "known as 'main~1'" in command("accept", "--reset", "--yes")[1]
     assert command("status")[0] == 0
 
-    for name in ("ingest", "train"):
-        installation.start(name)
+    _, trainer = (installation.start(name) for name in ("ingest", "train"))
     installation.wait(lambda: installation.store.totals().num_interactions == 600, "storing the new events")
-    installation.wait(lambda: learned_by_serving(installation) == 600, "serving what was learned since")
-    trainer_status = installation.status("train")
+    installation.wait(lambda: learned_by(worker) == 600, "serving what was learned since")
+    trainer_status = trainer.status()
     assert trainer_status["positions"] == {"0": 220}
     assert trainer_status["fingerprint"] == str(installation.store.totals().fingerprint)
-    installation.wait(lambda: installation.status("serve")["weights_behind_ms"] == 0, "serving being up to date")
-    address = f"http://127.0.0.1:{installation.ports['serve']}"
-    assert httpx.post(f"{address}/v1/recommend", json={"user_id": 1, "k": 5}).json()["fallback"] is False
+    installation.wait(lambda: worker.status()["weights_behind_ms"] == 0, "serving being up to date")
+    assert httpx.post(f"{worker.address}/v1/recommend", json={"user_id": 1, "k": 5}).json()["fallback"] is False
