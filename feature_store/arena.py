@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_store.config import SLOT_BYTES
-from feature_store.interactions import BYTES_PER_INTERACTION, COLUMN_DTYPES, Columns
+from feature_store.interactions import BYTES_PER_INTERACTION, Columns
 from feature_store.jagged import concat_ranges, offsets_of
 from feature_store.merging import Places
+from feature_store.packed import PackedColumns
 
 _MIN_CAPACITY: Final = 8
 _MOVE_ROWS: Final = 1 << 18
@@ -35,9 +36,7 @@ class HistoryArena:
         # More than asked for: a query as of a moment ago still finds max_len interactions before that moment here.
         self.max_kept = max_len + max_len // 2
         self.budget_bytes = budget_bytes
-        # Reserved address space: the operating system gives memory only to the part that has been written.
-        num_rows = budget_bytes // BYTES_PER_INTERACTION
-        self.columns: dict[str, NDArray[Any]] = {n: np.empty(num_rows, dtype) for n, dtype in COLUMN_DTYPES.items()}
+        self._rows = PackedColumns(budget_bytes // BYTES_PER_INTERACTION)
         self.num_evictions = 0
         self._index: dict[int, int] = {}
         self._free: list[int] = []
@@ -82,18 +81,13 @@ class HistoryArena:
         next_seq[is_resident] = self.next_seq[slots[is_resident]]
         return next_seq
 
-    def rows_of(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Row numbers of all interactions of these users, back to back."""
-        return concat_ranges(self.start[slots], self.length[slots])
-
-    def take(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """The columns of the given rows."""
-        # mode="clip" skips numpy's bounds check and its buffer: our rows are in bounds.
-        return {name: column.take(rows, mode="clip") for name, column in self.columns.items()}
+    def copy(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The columns of the rows `[starts[b], starts[b] + lengths[b])`, back to back, in new memory."""
+        return self._rows.copy(starts, lengths)
 
     def columns_of(self, slots: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """All interactions of these users, back to back."""
-        return self.take(self.rows_of(slots))
+        return self.copy(self.start[slots], self.length[slots])
 
     def window(
         self, slots: NDArray[np.int64], max_len: int, before_ms: NDArray[np.int64] | None
@@ -113,8 +107,8 @@ class HistoryArena:
         last_row = np.maximum(self.start[slots] + length - 1, 0)
         last = Places(
             group=first_new.group,
-            event_time_ms=self.columns["event_time_ms"][last_row],
-            event_key=self.columns["event_key"][last_row],
+            event_time_ms=self._rows.columns["event_time_ms"][last_row],
+            event_key=self._rows.columns["event_key"][last_row],
         )
         follows: NDArray[np.bool_] = (length == 0) | last.is_before(first_new)
         return follows & (length + counts <= self.capacity[slots])
@@ -140,7 +134,7 @@ class HistoryArena:
         rows = np.flatnonzero(selected[group])
         target = concat_ranges((self.start[slots] + self.length[slots])[selected], counts[selected])
         for name, column in columns.items():
-            self.columns[name][target] = column[rows]
+            self._rows.columns[name][target] = column[rows]
         self.length[slots[selected]] += counts[selected]
         self.next_seq[slots[selected]] = next_seq[selected]
 
@@ -170,9 +164,7 @@ class HistoryArena:
         self.length[slots] = lengths
         self.next_seq[slots] = next_seq
         self.touch(slots)
-        rows = self.rows_of(slots)
-        for name, column in columns.items():
-            self.columns[name][rows] = column
+        self._rows.write(self.start[slots], lengths, columns)
 
     def drop(self, user_ids: NDArray[np.int64]) -> None:
         """Make users not resident."""
@@ -185,7 +177,7 @@ class HistoryArena:
         self, low: NDArray[np.int64], high: NDArray[np.int64], time_ms: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Binary search in all blocks at once: the first row in [low, high) at or after a time, else high."""
-        event_time_ms = self.columns["event_time_ms"]
+        event_time_ms = self._rows.columns["event_time_ms"]
         low, high = low.copy(), high.copy()
         while (is_open := low < high).any():
             middle = (low + high) // 2
@@ -231,10 +223,9 @@ class HistoryArena:
         bounds = np.searchsorted(starts, np.arange(0, starts[-1] + _MOVE_ROWS, _MOVE_ROWS))
         for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             part = slots[low:high]
-            source = self.rows_of(part)
-            target = concat_ranges(starts[low : min(high, len(slots))], self.length[part])
-            for column in self.columns.values():
-                column[target] = column[source]
+            # Whole blocks, so that what is written lies in one piece.
+            blocks = self._rows.copy(self.start[part], self.capacity[part])
+            self._rows.write(starts[low : low + 1], self.capacity[part].sum(keepdims=True), blocks)
         self.start[slots] = starts[:-1]
         self._num_rows_used = int(starts[-1])
 

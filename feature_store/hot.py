@@ -292,7 +292,7 @@ class HotHistories:
         gathered = JaggedHistories(
             user_ids=user_ids,
             offsets=offsets_of(lengths),
-            **self._arena.take(concat_ranges(start, lengths)),
+            **self._arena.copy(start, lengths),
         )
         if not must_read.any():
             return gathered
