@@ -33,7 +33,7 @@ class Places:
     def __len__(self) -> int:
         return len(self.group)
 
-    def take(self, rows: NDArray[Any]) -> Places:
+    def take(self, rows: NDArray[Any] | slice) -> Places:
         """The selected rows."""
         return Places(group=self.group[rows], event_time_ms=self.event_time_ms[rows], event_key=self.event_key[rows])
 

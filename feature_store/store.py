@@ -111,10 +111,15 @@ class FeatureStore:
             return reading.read(connection, query, self._chunk_len(connection))
 
     def read_current(
-        self, user_ids: NDArray[np.int64], *, max_len: int, below_seq: NDArray[np.integer] | int | None = None
+        self,
+        user_ids: NDArray[np.int64],
+        *,
+        max_len: int,
+        before_ms: NDArray[np.int64] | int | None = None,
+        below_seq: NDArray[np.integer] | int | None = None,
     ) -> CurrentHistories:
-        """Newest histories together with each user's next arrival number, in one state of the database."""
-        query = _query(user_ids, max_len, None, None, below_seq)
+        """`read`, together with each user's next arrival number in the same state of the database."""
+        query = _query(user_ids, max_len, before_ms, None, below_seq)
         with read_transaction(self._engine) as connection:
             return reading.read_current(connection, query, self._chunk_len(connection))
 

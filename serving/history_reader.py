@@ -75,11 +75,16 @@ class GuardedStore(FeatureStore):
             )
 
     def read_current(
-        self, user_ids: Int64s, *, max_len: int, below_seq: NDArray[np.integer[Any]] | int | None = None
+        self,
+        user_ids: Int64s,
+        *,
+        max_len: int,
+        before_ms: Int64s | int | None = None,
+        below_seq: NDArray[np.integer[Any]] | int | None = None,
     ) -> CurrentHistories:
         """See FeatureStore.read_current."""
         with self._guarded():
-            return super().read_current(user_ids, max_len=max_len, below_seq=below_seq)
+            return super().read_current(user_ids, max_len=max_len, before_ms=before_ms, below_seq=below_seq)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
