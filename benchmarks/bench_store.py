@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,7 @@ from feature_store.store import FeatureStore
 
 Int64s = NDArray[np.int64]
 Result = dict[str, Any]
+T = TypeVar("T")
 
 B, L = 256, 512
 """Users and interactions of each, in a gather and a cold read."""
@@ -98,9 +99,9 @@ class Timed:
         self.wall_s: list[float] = []
         self.cpu_s: list[float] = []
 
-    def call(self, function: Callable[[], Any]) -> Any:
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         wall, cpu = time.perf_counter(), time.thread_time()
-        result = function()
+        result = function(*args, **kwargs)
         self.cpu_s.append(time.thread_time() - cpu)
         self.wall_s.append(time.perf_counter() - wall)
         return result
@@ -127,7 +128,7 @@ def measure_append(directory: Path, *, quick: bool) -> list[Result]:
             for size, late_share in cases:
                 for _ in range(max(1, rows_per_round // size)):
                     batch = events.batch(events.zipf(size), late_share=late_share)
-                    timed[size, late_share][number].call(lambda batch=batch: hot.apply(batch))
+                    timed[size, late_share][number].call(hot.apply, batch)
         assert hot.stats.misses == hot.stats.repairs == hot.stats.evictions == 0
     results = []
     print(f"\nhot append{'':<14}{'rows/s best':>13}{'rows/s p50':>13}{'rows/CPU s':>13}{'batch p50':>13}")
@@ -164,14 +165,11 @@ def measure_gather(directory: Path, *, quick: bool) -> list[Result]:
         num_bytes = B * L * BYTES_PER_INTERACTION
         for _ in range(num_calls):
             users = rng.choice(num_users, B, replace=False)
-            histories = timed["gather"].call(lambda users=users: hot.gather(events.user_ids[users], max_len=L))
+            histories = timed["gather"].call(hot.gather, events.user_ids[users], max_len=L)
             assert histories.num_interactions == B * L
             start = int(rng.integers(len(whole) - num_bytes))
-            timed["memcpy, one piece"].call(lambda start=start: whole[start : start + num_bytes].copy())
-            # np.take of whole rows is one memmove a row, in C.
-            timed["memcpy, scattered pieces"].call(
-                lambda users=users: [column.take(users, axis=0, mode="clip") for column in source.values()]
-            )
+            timed["memcpy, one piece"].call(whole[start : start + num_bytes].copy)
+            timed["memcpy, scattered pieces"].call(take_rows, list(source.values()), users)
     results = []
     print(f"\ngather {B} × {L}{'':<10}{'p50':>10}{'best':>10}{'GB/s p50':>12}{'gather is (p50, best)':>26}")
     for name, one in timed.items():
@@ -193,6 +191,11 @@ def measure_gather(directory: Path, *, quick: bool) -> list[Result]:
     return results
 
 
+def take_rows(columns: list[NDArray[Any]], rows: Int64s) -> list[NDArray[Any]]:
+    """Whole rows of two-dimensional columns: np.take copies each by one memmove, in C."""
+    return [column.take(rows, axis=0, mode="clip") for column in columns]
+
+
 def measure_cold(path: Path, cohort: Int64s, *, quick: bool) -> list[Result]:
     """Reads by a store object that has just been made; its connection and first statement are part of the time."""
     rng = np.random.default_rng(3)
@@ -204,7 +207,7 @@ def measure_cold(path: Path, cohort: Int64s, *, quick: bool) -> list[Result]:
             users = rng.choice(cohort, B, replace=False)
             (warm_up if case == "file cached" else drop_from_cache)(path)
             with closing(FeatureStore(FeatureStoreConfig(url=f"sqlite:///{path}"))) as store:
-                histories = timed.call(lambda store=store, users=users: store.read(users, max_len=L))
+                histories = timed.call(store.read, users, max_len=L)
             assert histories.num_interactions == B * L
         result = {
             "case": case,
@@ -254,13 +257,12 @@ class GrowthStore:
                 some = users[low : low + 4_000]
                 counts = np.minimum(left[some], 32)
                 left[some] -= counts
-                self._append(self.events.rng.permutation(np.repeat(some, counts)))
+                self._append(self.events.batch(self.events.rng.permutation(np.repeat(some, counts))))
         # The log moves into the file, which then is all there is to read.
         with closing(sqlite3.connect(self.path)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _append(self, users: Int64s) -> None:
-        batch = self.events.batch(users)
+    def _append(self, batch: Interactions) -> None:
         with self.store.transaction() as transaction:
             result = transaction.append(batch)
         assert result.accepted.all()
@@ -269,9 +271,10 @@ class GrowthStore:
         """One batch of two rows a user, and one read."""
         users = self.cohort if arm == "same users" else np.arange(self.num_users)
         some = self.events.rng.choice(users, num_users, replace=False)
-        self.timed[arm, "append"].call(lambda: self._append(self.events.rng.permutation(np.repeat(some, 2))))
+        batch = self.events.batch(self.events.rng.permutation(np.repeat(some, 2)))
+        self.timed[arm, "append"].call(self._append, batch)
         some = self.events.rng.choice(users, B, replace=False)
-        histories = self.timed[arm, "read"].call(lambda: self.store.read(self.events.user_ids[some], max_len=L))
+        histories = self.timed[arm, "read"].call(self.store.read, self.events.user_ids[some], max_len=L)
         self.num_read[arm] += histories.num_interactions
 
 
@@ -331,7 +334,8 @@ def main() -> int:
     parser.add_argument("--only", default="append,gather,cold,growth", help="parts, separated by commas")
     parser.add_argument("--directory", help="where the databases go for the time being: about 2 GB")
     args = parser.parse_args()
-    parts, found = args.only.split(","), {}
+    parts = args.only.split(",")
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="headrace-bench-", dir=args.directory) as name:
         directory = Path(name)
         if "append" in parts:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,11 +176,8 @@ class HotHistories:
         if gap is None:
             return
         user_ids, below = gap.rows.user_ids, gap.below_seq
-        current = self._settled(
-            user_ids,
-            below,
-            lambda: self._store.read_current(user_ids, max_len=self._arena.max_kept, below_seq=below),
-        )
+        read = partial(self._store.read_current, user_ids, max_len=self._arena.max_kept, below_seq=below)
+        current = self._settled(user_ids, below, read)
         with self._lock:
             slots = self._arena.slots_of(user_ids)
             is_wanted = (slots < 0) | (self._arena.next_seq_of(user_ids, slots) < below)
@@ -281,10 +279,9 @@ class HotHistories:
         rows = np.flatnonzero(found.is_missing)
         while len(rows):
             users, first = np.unique(user_ids[rows], return_index=True)
-            known, moment = found.known[found.is_missing][first], found.moment
-            current = self._settled(
-                users, known, lambda users=users: self._store.read_current(users, max_len=self._arena.max_kept)
-            )
+            moment = found.moment
+            read = partial(self._store.read_current, users, max_len=self._arena.max_kept)
+            current = self._settled(users, found.known[found.is_missing][first], read)
             with self._lock:
                 slots = self._arena.slots_of(users)
                 is_wanted = (slots < 0) & (current.next_seq >= self._arena.next_seq_of(users, slots))
@@ -304,11 +301,8 @@ class HotHistories:
             return gathered
         users, below = user_ids[rows], sql_below[rows]
         before = _at(before_ms, rows)
-        older = self._settled(
-            users,
-            below,
-            lambda: self._store.read_current(users, max_len=max_len, before_ms=before, below_seq=below),
-        )
+        read = partial(self._store.read_current, users, max_len=max_len, before_ms=before, below_seq=below)
+        older = self._settled(users, below, read)
         return _spliced(gathered, older.histories, rows)
 
     def _in_memory(
