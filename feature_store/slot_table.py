@@ -43,7 +43,8 @@ class SlotTable:
         if 2 * (self._num_used + len(user_ids)) > len(self._keys):
             kept = self._keys >= 0
             kept_ids, kept_slots = self._keys[kept], self._slots[kept]
-            self._set_size(1 << int(4 * (len(kept_ids) + len(user_ids)) - 1).bit_length())
+            num_users = len(kept_ids) + len(user_ids)
+            self._set_size(max(_FIRST_CELLS, 1 << (3 * num_users).bit_length()))
             self._add(kept_ids, kept_slots)
         self._add(user_ids, slots)
 
