@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from feature_store.arena import working_set_bytes
+from feature_store.arena import HistoryArena, working_set_bytes
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
@@ -168,6 +168,52 @@ def test_an_evicted_user_is_not_answered_before_sql_has_what_was_applied(store: 
         other += 1
     assert times(hot, 2) == [5, 6]
     assert hot.stats.misses == 1
+
+
+def test_what_an_update_read_does_not_replace_what_a_reader_has_brought_since(store: HeldStore) -> None:
+    hot = hot_over(store)
+    store_and_announce(store, [Row(2, 5, 1)])
+    update = store_and_announce(store, [Row(2, 6, 1)])
+    store_and_announce(store, [Row(2, 7, 1)])
+    with held_read(store, 2, lambda: hot.apply(update)):
+        assert times(hot, 2) == [5, 6, 7]
+    assert times(hot, 2) == [5, 6, 7]
+
+
+class WatchedArena(HistoryArena):
+    """Calls somebody between finding the rows of an answer and copying them."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def window(
+        self, slots: NDArray[np.int64], max_len: int, before_ms: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        found = super().window(slots, max_len, before_ms)
+        if self.meanwhile is not None:
+            self.meanwhile()
+        return found
+
+
+def test_no_block_moves_while_it_is_copied(store: HeldStore) -> None:
+    hot = hot_over(store, budget_bytes=6 * working_set_bytes(MAX_LEN))
+    arena = WatchedArena(MAX_LEN, hot.config.budget_bytes)
+    hot._arena = arena
+    hot.apply(store_and_announce(store, [Row(user, time, 1) for user in range(3) for time in range(5)]))
+    # So many users that the blocks of the first ones are given to others.
+    update = store_and_announce(store, [Row(user, 50 + time, 1) for user in range(20, 40) for time in range(5)])
+    with ThreadPoolExecutor(1) as pool:
+        started: list[Future[None]] = []
+
+        def apply_meanwhile() -> None:
+            arena.meanwhile = None
+            started.append(pool.submit(hot.apply, update))
+            with pytest.raises(TimeoutError):
+                started[0].result(0.2)
+
+        arena.meanwhile = apply_meanwhile
+        assert times(hot, 0) == [0, 1, 2, 3, 4]
+        started[0].result(PATIENCE_S)
+    assert hot.stats.evictions > 0
 
 
 NUM_USERS = 40
