@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long check fix gpu bench-swap docs clean
+.PHONY: help setup demo test test-long check fix gpu bench-swap bench-store docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ gpu: ## kernel and model tests on a CUDA machine, with that machine's own Python
 
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)
+
+bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)
 
 docs: $(STAMP) ## check the documentation: links, settings, commands, topics, instruments
 	$(BIN)/pytest tests/docs $(ARGS)

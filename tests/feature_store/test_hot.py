@@ -67,7 +67,7 @@ def test_equals_sql_after_any_interleaving(store: FeatureStore, budget_bytes: in
             before_ms = random.integers(0, 120, 5)
             window: dict[str, Any] = {"max_len": int(random.integers(1, MAX_LEN + 1)), "before_ms": before_ms}
             slots = hot._arena.slots_of(users)
-            below = np.where(slots >= 0, hot._arena.next_seq_of(slots), 2**31)
+            below = np.where(slots >= 0, hot._arena.next_seq_of(users, slots), 2**31)
             histories = hot.gather(users, **window)
             # What is not resident is read as SQL has it now; what is resident is as its last update left it.
             if budget_bytes > SMALLEST_BUDGET * 3:
