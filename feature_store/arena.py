@@ -137,12 +137,14 @@ class HistoryArena:
             next_seq: i64[U], arrival number that each user's next interaction will have.
         """
         counts = np.diff(offsets)
-        if (counts > self.max_kept).any():
+        is_long = counts > self.max_kept
+        if is_long.any():
             starts = np.maximum(offsets[1:] - self.max_kept, offsets[:-1])
             counts = offsets[1:] - starts
             rows = concat_ranges(starts, counts)
             columns = {name: column[rows] for name, column in columns.items()}
-        is_full = self.length[slots] + counts > self.capacity[slots]
+        # Where new rows are left out, so is all that comes before them.
+        is_full = is_long | (self.length[slots] + counts > self.capacity[slots])
         if is_full.any():
             self._make_room(slots[is_full], counts[is_full])
         length = self.length[slots]

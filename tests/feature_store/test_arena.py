@@ -14,8 +14,8 @@ from feature_store.arena import HistoryArena, working_set_bytes
 from feature_store.jagged import offsets_of
 from tests.feature_store.truth import Row, batch, content_of
 
-MAX_LEN = 5
-MAX_KEPT = 7
+MAX_LEN = 6
+MAX_KEPT = 9
 NUM_USERS = 9
 
 
@@ -138,3 +138,13 @@ def test_a_block_never_outgrows_twice_max_len_and_keeps_the_newest(num_rows: int
     assert held is not None
     assert MAX_KEPT <= len(held) <= 2 * MAX_LEN
     assert held == [*range(MAX_KEPT), *range(100, 100 + num_rows)][-len(held) :]
+
+
+def test_more_rows_than_are_kept_leave_no_hole_behind_a_few_that_are_there() -> None:
+    arena = arena_of_four()
+    slots = arena.slots_of(np.array([2]))
+    arena.cut(slots, np.array([2]))
+    assert arena.capacity[slots] >= 2 + MAX_KEPT
+    offsets, columns = as_columns([list(range(100, 101 + MAX_KEPT))], [2])
+    arena.append(slots, offsets, columns, np.array([200]))
+    assert rows_in(arena, 2) == list(range(101, 101 + MAX_KEPT))

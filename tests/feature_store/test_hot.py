@@ -126,6 +126,15 @@ def test_late_and_early_interactions_land_in_order(store: FeatureStore) -> None:
     assert hot.gather(np.array([1]), max_len=MAX_LEN).event_time_ms.tolist() == [20, 30, 40, 50, 55, 60]
 
 
+def test_a_late_interaction_far_back_in_a_full_block_leaves_no_hole(store: FeatureStore) -> None:
+    hot = hot_over(store)
+    for times in (range(0, 80, 2), range(80, 86, 2), [67]):
+        hot.apply(store_and_announce(store, [Row(1, time, 1) for time in times]))
+    for before_ms in range(60, 86):
+        window: dict[str, Any] = {"max_len": MAX_LEN, "before_ms": before_ms}
+        assert rows_of(hot.gather(np.array([1]), **window)) == rows_of(store.read(np.array([1]), **window))
+
+
 def test_older_interactions_than_are_kept_come_from_sql(store: FeatureStore) -> None:
     hot = hot_over(store)
     hot.apply(store_and_announce(store, [Row(1, time, 1) for time in range(40)]))
