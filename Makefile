@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults check fix gpu bench-swap docs clean
+.PHONY: help setup demo test test-long test-faults check fix gpu bench-ingest bench-store bench-swap docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,8 +47,14 @@ fix: $(STAMP) ## mend what lint and format can mend by themselves
 gpu: ## kernel and model tests on a CUDA machine, with that machine's own Python (PYTHON=…)
 	$(PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/kernels tests/model $(ARGS)
 
+bench-ingest: $(STAMP) ## events a second from broker to durable, on one core; ARGS="--arms sqlite-full postgresql"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_ingest.py $(ARGS)
+
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)
+
+bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)
 
 docs: $(STAMP) ## check the documentation: links, settings, commands, topics, instruments
 	$(BIN)/pytest tests/docs $(ARGS)

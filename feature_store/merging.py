@@ -33,7 +33,7 @@ class Places:
     def __len__(self) -> int:
         return len(self.group)
 
-    def take(self, rows: NDArray[Any]) -> Places:
+    def take(self, rows: NDArray[Any] | slice) -> Places:
         """The selected rows."""
         return Places(group=self.group[rows], event_time_ms=self.event_time_ms[rows], event_key=self.event_key[rows])
 
@@ -47,7 +47,12 @@ class Places:
 
     def order(self) -> NDArray[np.int64]:
         """The rows in (group, place) order; equal places stay in the order given."""
-        return np.lexsort((self.event_key, self.event_time_ms, self.group))
+        # Rows mostly come in order, so sorting by time is quick, and keys, which do not, only matter at equal times.
+        order = np.lexsort((self.event_time_ms, self.group))
+        group, time_ms = self.group[order], self.event_time_ms[order]
+        if ((group[1:] == group[:-1]) & (time_ms[1:] == time_ms[:-1])).any():
+            return np.lexsort((self.event_key, self.event_time_ms, self.group))
+        return order
 
     def repeats_previous(self) -> NDArray[np.bool_]:
         """For ordered rows: whether each has the same group and place as the one before it."""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from feature_store.chunk_rows import ChunkRows, all_chunks, chunk_ranges, count_users, history_ends, newest_chunks
 from feature_store.interactions import COLUMN_DTYPES, JaggedHistories
-from feature_store.jagged import offsets_of
+from feature_store.jagged import copy_ranges, offsets_of
 from feature_store.publications import load_watermark
 from feature_store.records import StoreTotals
 from feature_store.removing import load_removed
@@ -54,10 +54,9 @@ class CurrentHistories:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
-    """Interactions found so far: their query row, their place in that user's whole history, and their columns."""
+    """Interactions found so far: their query row and their columns, in (row, history) order."""
 
     pos: NDArray[np.int64]
-    place: NDArray[np.int64]
     columns: dict[str, NDArray[Any]]
 
 
@@ -72,10 +71,35 @@ class _Kept:
 
 def read(connection: Connection, query: HistoryQuery, retention: Retention) -> JaggedHistories:
     """Read histories as of a point in time; see `FeatureStore.read`."""
-    chunk_len = retention.chunk_len
+    return _read_on(connection, query, retention, _newest(connection, query, retention))
+
+
+def read_current(connection: Connection, query: HistoryQuery, retention: Retention) -> CurrentHistories:
+    """`read`, together with every user's next arrival number in the same state of the database."""
+    if retention.max_age_ms and query.watermark_ms is None:
+        query = replace(query, watermark_ms=load_watermark(connection))
+    chunks = _newest(connection, query, retention)
+    # Chunks that start too late are not among those, and the last chunk may be one.
+    last = chunks if query.before_ms is None else newest_chunks(connection, query.user_ids, 1)
+    is_last = np.append(last.pos[1:] != last.pos[:-1], True)[: len(last)]
+    next_seq = np.zeros(len(query.user_ids), np.int64)
+    next_seq[last.pos[is_last]] = last.next_seq[is_last]
+    histories = _read_on(connection, query, retention, chunks)
+    return CurrentHistories(histories=histories, next_seq=next_seq, watermark_ms=query.watermark_ms or 0)
+
+
+def _newest(connection: Connection, query: HistoryQuery, retention: Retention) -> ChunkRows:
     # The newest max_len interactions never span more chunks than this; a filter may make us look further back.
-    num_chunks = -(-(query.max_len - 1) // chunk_len) + 1
-    chunks = newest_chunks(connection, query.user_ids, num_chunks, query.before_ms)
+    return newest_chunks(connection, query.user_ids, _num_chunks(query, retention), query.before_ms)
+
+
+def _num_chunks(query: HistoryQuery, retention: Retention) -> int:
+    return -(-(query.max_len - 1) // retention.chunk_len) + 1
+
+
+def _read_on(connection: Connection, query: HistoryQuery, retention: Retention, chunks: ChunkRows) -> JaggedHistories:
+    """The answer, of the newest chunks and of as many before them as it takes."""
+    chunk_len, num_chunks = retention.chunk_len, _num_chunks(query, retention)
     kept = _kept(connection, query, chunks, retention)
     found = [_filtered(chunks, query, kept, chunk_len)]
     num_found = np.bincount(found[0].pos, minlength=len(query.user_ids))
@@ -87,7 +111,7 @@ def read(connection: Connection, query: HistoryQuery, retention: Retention) -> J
     while True:
         rows = np.flatnonzero((num_found < query.max_len) & (low > last))
         if len(rows) == 0:
-            return _assemble(found, query)
+            return _assemble(found, num_found, query)
         num_chunks *= 2
         high = low[rows]
         low[rows] = np.maximum(high - num_chunks, last[rows])
@@ -96,17 +120,6 @@ def read(connection: Connection, query: HistoryQuery, retention: Retention) -> J
         found.append(_filtered(part, query, kept, chunk_len))
         last[_are_oldest(part, kept)] = _NO_MORE
         num_found += np.bincount(found[-1].pos, minlength=len(query.user_ids))
-
-
-def read_current(connection: Connection, query: HistoryQuery, retention: Retention) -> CurrentHistories:
-    """`read`, together with every user's next arrival number in the same state of the database."""
-    if retention.max_age_ms and query.watermark_ms is None:
-        query = replace(query, watermark_ms=load_watermark(connection))
-    tails = newest_chunks(connection, query.user_ids, 1)
-    next_seq = np.zeros(len(query.user_ids), np.int64)
-    next_seq[tails.pos] = tails.next_seq
-    histories = read(connection, query, retention)
-    return CurrentHistories(histories=histories, next_seq=next_seq, watermark_ms=query.watermark_ms or 0)
 
 
 def _kept(connection: Connection, query: HistoryQuery, newest: ChunkRows, retention: Retention) -> _Kept:
@@ -135,11 +148,10 @@ def _filtered(chunks: ChunkRows, query: HistoryQuery, kept: _Kept, chunk_len: in
     chunks.refuse_gaps(chunk_len)
     columns = chunks.interactions()
     pos = np.repeat(chunks.pos, chunks.length)
-    starts = np.repeat(chunks.chunk_no * chunk_len - offsets_of(chunks.length)[:-1], chunks.length)
-    place = starts + np.arange(len(pos))
     is_kept = np.ones(len(pos), np.bool_)
     if kept.first_number.any():
-        is_kept &= place >= kept.first_number[pos]
+        starts = np.repeat(chunks.chunk_no * chunk_len - offsets_of(chunks.length)[:-1], chunks.length)
+        is_kept &= starts + np.arange(len(pos)) >= kept.first_number[pos]
     if kept.horizon_ms is not None:
         is_kept &= columns["event_time_ms"] >= kept.horizon_ms
     if query.before_ms is not None:
@@ -149,24 +161,22 @@ def _filtered(chunks: ChunkRows, query: HistoryQuery, kept: _Kept, chunk_len: in
     if query.below_seq is not None:
         is_kept &= columns["seq"] < query.below_seq[pos]
     if is_kept.all():
-        return _Found(pos=pos, place=place, columns=columns)
-    return _Found(
-        pos=pos[is_kept], place=place[is_kept], columns={name: column[is_kept] for name, column in columns.items()}
-    )
+        return _Found(pos=pos, columns=columns)
+    return _Found(pos=pos[is_kept], columns={name: column[is_kept] for name, column in columns.items()})
 
 
-def _assemble(found: list[_Found], query: HistoryQuery) -> JaggedHistories:
-    pos = np.concatenate([part.pos for part in found])
-    place = np.concatenate([part.place for part in found])
-    order = np.arange(len(pos)) if len(found) == 1 else np.lexsort((place, pos))
-    num_found = np.bincount(pos, minlength=len(query.user_ids))
-    # How far from the end of its row each interaction is: only the newest max_len stay.
-    from_end = offsets_of(num_found)[1:][pos[order]] - np.arange(len(pos))
-    order = order[from_end <= query.max_len]
+def _assemble(found: list[_Found], num_found: NDArray[np.int64], query: HistoryQuery) -> JaggedHistories:
+    columns = [found[0].columns[name] for name in COLUMN_DTYPES]
+    if len(found) > 1:
+        # Each part is older than the one before it, so this puts every row's interactions in order.
+        found.reverse()
+        order = np.argsort(np.concatenate([part.pos for part in found]), kind="stable")
+        columns = [np.concatenate([part.columns[name] for part in found])[order] for name in COLUMN_DTYPES]
+    lengths = np.minimum(num_found, query.max_len)
+    if (lengths < num_found).any():
+        columns = copy_ranges(columns, offsets_of(num_found)[1:] - lengths, lengths)
     return JaggedHistories(
-        user_ids=query.user_ids,
-        offsets=offsets_of(np.minimum(num_found, query.max_len)),
-        **{name: np.concatenate([part.columns[name] for part in found])[order] for name in COLUMN_DTYPES},
+        user_ids=query.user_ids, offsets=offsets_of(lengths), **dict(zip(COLUMN_DTYPES, columns, strict=True))
     )
 
 

@@ -136,11 +136,12 @@ class FeatureStore:
         user_ids: NDArray[np.int64],
         *,
         max_len: int,
+        before_ms: NDArray[np.int64] | int | None = None,
         below_seq: NDArray[np.integer] | int | None = None,
         watermark_ms: int | None = None,
     ) -> CurrentHistories:
-        """Newest histories together with each user's next arrival number, in one state of the database; see `read`."""
-        query = _query(user_ids, max_len, None, below_seq, watermark_ms=watermark_ms)
+        """`read`, together with each user's next arrival number in the same state of the database."""
+        query = _query(user_ids, max_len, before_ms, below_seq, watermark_ms=watermark_ms)
         with read_transaction(self._engine) as connection:
             self._require_layout(connection)
             return reading.read_current(connection, query, self.retention)

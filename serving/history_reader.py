@@ -85,12 +85,15 @@ class GuardedStore(FeatureStore):
         user_ids: Int64s,
         *,
         max_len: int,
+        before_ms: Int64s | int | None = None,
         below_seq: NDArray[np.integer[Any]] | int | None = None,
         watermark_ms: int | None = None,
     ) -> CurrentHistories:
         """See FeatureStore.read_current."""
         with self._guarded():
-            return super().read_current(user_ids, max_len=max_len, below_seq=below_seq, watermark_ms=watermark_ms)
+            return super().read_current(
+                user_ids, max_len=max_len, before_ms=before_ms, below_seq=below_seq, watermark_ms=watermark_ms
+            )
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

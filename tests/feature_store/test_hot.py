@@ -67,7 +67,7 @@ def test_equals_sql_after_any_interleaving(store: FeatureStore, budget_bytes: in
             before_ms = random.integers(0, 120, 5)
             window: dict[str, Any] = {"max_len": int(random.integers(1, MAX_LEN + 1)), "before_ms": before_ms}
             slots = hot._arena.slots_of(users)
-            below = np.where(slots >= 0, hot._arena.next_seq_of(slots), 2**31)
+            below = np.where(slots >= 0, hot._arena.next_seq_of(users, slots), 2**31)
             histories = hot.gather(users, **window)
             # What is not resident is read as SQL has it now; what is resident is as its last update left it.
             if budget_bytes > SMALLEST_BUDGET * 3:
@@ -124,6 +124,15 @@ def test_late_and_early_interactions_land_in_order(store: FeatureStore) -> None:
         hot.apply(store_and_announce(store, [Row(1, time, time)]))
         assert_equals_sql(hot, store)
     assert hot.gather(np.array([1]), max_len=MAX_LEN).event_time_ms.tolist() == [20, 30, 40, 50, 55, 60]
+
+
+def test_a_late_interaction_far_back_in_a_full_block_leaves_no_hole(store: FeatureStore) -> None:
+    hot = hot_over(store)
+    for times in (range(0, 80, 2), range(80, 86, 2), [67]):
+        hot.apply(store_and_announce(store, [Row(1, time, 1) for time in times]))
+    for before_ms in range(60, 86):
+        window: dict[str, Any] = {"max_len": MAX_LEN, "before_ms": before_ms}
+        assert rows_of(hot.gather(np.array([1]), **window)) == rows_of(store.read(np.array([1]), **window))
 
 
 def test_older_interactions_than_are_kept_come_from_sql(store: FeatureStore) -> None:

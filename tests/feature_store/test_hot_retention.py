@@ -72,6 +72,17 @@ def test_just_started_it_does_not_show_what_the_store_knows_to_be_too_old(open_s
     assert hot.gather(np.array([2, 1]), max_len=MAX_LEN).event_time_ms.tolist() == [97, 95]
 
 
+def test_what_sql_knows_to_be_too_old_goes_for_all_users_of_an_answer(open_store: OpenStore) -> None:
+    store = open_store(max_age_ms=10)
+    ingest(store, [Row(1, 90, 1), Row(1, 95, 1), Row(2, 92, 1)])
+    ingest(store, [Row(3, 104, 1)], partition=1)
+    hot = hot_over(store)
+    hot.apply(ingest_and_announce(store, [Row(2, 97, 2)]), watermark_ms=97)
+    assert hot.gather(np.array([2]), max_len=MAX_LEN).event_time_ms.tolist() == [92, 97]
+    assert hot.gather(np.array([2, 1]), max_len=MAX_LEN).event_time_ms.tolist() == [97, 95]
+    assert (hot.stats.hits, hot.stats.misses) == (2, 1)
+
+
 def test_what_expires_in_memory_is_not_looked_for_in_sql(open_store: OpenStore) -> None:
     store = open_store(max_age_ms=10, removal_delay_ms=0)
     hot = hot_over(store)

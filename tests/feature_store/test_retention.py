@@ -193,6 +193,8 @@ def test_the_watermark_can_be_asked_for_as_of_before_for_as_long_as_the_delay(op
     current = store.read_current(one, max_len=99, watermark_ms=19)
     assert (current.histories.event_time_ms.tolist(), current.watermark_ms) == (list(range(9, 40)), 19)
     assert store.read_current(one, max_len=99).watermark_ms == 39
+    current = store.read_current(one, max_len=99, before_ms=20, watermark_ms=19)
+    assert (current.histories.event_time_ms.tolist(), current.next_seq.tolist()) == (list(range(9, 20)), [40])
 
 
 # -- what was removed does not come back

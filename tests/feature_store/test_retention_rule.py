@@ -154,10 +154,11 @@ class StoreBesideTruth(RuleBasedStateMachine):
         found = rows_of(self.store.read(np.array(USERS), max_len=max_len, **limits))
         assert found == [self.truth.read(user, max_len, **limits) for user in USERS]
 
-    @rule()
-    def read_current(self) -> None:
-        current = self.store.read_current(np.array(USERS), max_len=5)
-        assert rows_of(current.histories) == [self.truth.retained(user)[-5:] for user in USERS]
+    @rule(data=st.data())
+    def read_current(self, data: st.DataObject) -> None:
+        before_ms = data.draw(st.none() | st.integers(0, self.newest_ms + 2))
+        current = self.store.read_current(np.array(USERS), max_len=5, before_ms=before_ms)
+        assert rows_of(current.histories) == [self.truth.read(user, 5, before_ms=before_ms) for user in USERS]
         assert current.next_seq.tolist() == [self.truth.next_seq(user) for user in USERS]
 
     @invariant()
