@@ -170,7 +170,6 @@ def _remove_left_behind(
     if len(grown):
         grown_users = GrownUsers(
             user_id=users.ids[grown],
-            tail_no=users.base_chunk_no[grown] + num_chunks[grown] - 1,
             ends=users.base_chunk_no[grown] * retention.chunk_len + lengths[grown],
             num_begun=num_chunks[grown] - users.num_chunks[grown],
         )
@@ -182,8 +181,7 @@ def _load_ends(appending: Appending, user_ids: NDArray[np.int64], first_new_ms: 
     connection = appending.connection
     chunks = _load_tails(appending, user_ids)
     # At the tail's very first millisecond the place may still be in the chunk before it: only the keys could tell.
-    # An emptied tail is never merged with: before its end everything was removed.
-    reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0) & (chunks.length > 0)
+    reaches_back = (first_new_ms[chunks.pos] <= chunks.first_ms) & (chunks.chunk_no > 0)
     if reaches_back.any():
         asked = chunks.pos[reaches_back]
         deep = chunks_ending_since(connection, user_ids[asked], first_new_ms[asked])

@@ -52,8 +52,6 @@ class GrownUsers:
     """U users whose tail has moved into a new chunk."""
 
     user_id: NDArray[np.int64]
-    tail_no: NDArray[np.int64]
-    """i64[U], number of the tail chunk."""
     ends: NDArray[np.int64]
     """i64[U], interactions of the whole history: the number of the next one in it."""
     num_begun: NDArray[np.int64]
@@ -75,7 +73,6 @@ def remove_after_growth(connection: Connection, users: GrownUsers, retention: Re
     first = slice(0, _USERS_PER_STATEMENT)  # the others have their turn when they grow again
     columns = {
         "user_id": users.user_id,
-        "tail_no": users.tail_no,
         "kept_no": retention.first_chunk(users.ends),
         "most": users.num_begun + _CHUNKS_CAUGHT_UP,
     }
@@ -87,7 +84,7 @@ def remove_after_growth(connection: Connection, users: GrownUsers, retention: Re
     query = (
         select(*_REMOVABLE)
         .join_from(wanted, history_chunk, _chunk.user_id == wanted.c.user_id)
-        .where(_chunk.chunk_no <= oldest_no + wanted.c.most, _chunk.chunk_no < wanted.c.tail_no)
+        .where(_chunk.chunk_no <= oldest_no + wanted.c.most)
         .where(_is_removable(is_left_behind, removal_ms))
         .order_by(_chunk.user_id, _chunk.chunk_no)
     )

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import text
 
 from feature_store.chunk_rows import newest_chunks
-from feature_store.chunk_writes import ChunkWrite, write_chunks
+from feature_store.chunk_writes import ChunkWrite, remove_chunks, write_chunks
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import writing
 from feature_store.errors import ConcurrentAppendError, StoreBusyError
@@ -33,7 +33,7 @@ from tests.feature_store.truth import Row, content_of, rows_of
 
 OpenStore = Callable[..., FeatureStore]
 EMPTIED = len(emptied_payload())
-WAIT_S = 60
+WAIT_S = 100
 
 
 def times(store: FeatureStore, user_id: int = 1) -> list[int]:
@@ -57,13 +57,13 @@ def account(store: FeatureStore) -> dict[str, tuple[int, int]]:
 
 def test_the_newest_are_kept_and_whole_chunks_below_them_go_with_the_appends(open_store: OpenStore) -> None:
     store = open_store(max_history=6)
-    for time in range(100):
+    for time in range(60):
         ingest(store, [Row(1, time, 1)])
         assert times(store) == list(range(max(0, time - 5), time + 1))
         # An emptied chunk, and those that six interactions touch; one more goes when the next is begun.
         assert len(stored_rows(store)) <= 4
-    assert stored_rows(store)[0] == (1, 21, 0, EMPTIED)
-    assert account(store) == {"log/interactions/0": (88, 88)}
+    assert stored_rows(store)[0] == (1, 11, 0, EMPTIED)
+    assert account(store) == {"log/interactions/0": (48, 48)}
     assert (prune_all(store), prune_all(store)) == (4, 0)
     assert account(store)["prune"] == (4, 4)
     assert findings_in(store) == []
@@ -297,11 +297,11 @@ def test_sweeps_while_others_append_lose_nothing_and_count_nothing_twice(open_st
 
     def append_all(number: int) -> None:
         random = np.random.default_rng(number)
-        for step in range(60):
-            newest = 5 + 3 * step
+        for step in range(40):
+            newest = 5 + 4 * step
             rows = [
                 # Users come and go, so that sweeps find some whom no append visits any more.
-                content_of(step // 6 + int(user), max(0, newest - int(ago)), int(ago))
+                content_of(step // 4 + int(user), max(0, newest - int(ago)), int(ago))
                 for user, ago in zip(random.integers(0, 3, 6), random.integers(0, 40, 6), strict=True)
             ]
             sent[number] += rows
@@ -310,6 +310,7 @@ def test_sweeps_while_others_append_lose_nothing_and_count_nothing_twice(open_st
     def sweep(number: int) -> None:
         while not is_done.is_set():
             again(lambda: removed.append(prune_all(stores[number], max_users=2, max_chunks=3)))
+            is_done.wait(0.01)
 
     sent: dict[int, list[Row]] = {0: [], 1: []}
     removed: list[int] = []
@@ -363,6 +364,24 @@ def test_a_chunk_that_was_emptied_since_it_was_read_is_not_written_again(open_st
 
     with pytest.raises(ConcurrentAppendError, match="1 of 1 history chunks were changed"):
         write_what_was_read()
+
+
+@pytest.mark.parametrize("changed", ["n", "next_seq"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_chunk_that_is_not_as_it_was_read_is_not_removed(store: FeatureStore, changed: str, number: int) -> None:
+    ingest(store, [Row(1, time, 1) for time in range(10)])
+    columns = {"user_id": [1, 1], "chunk_no": [0, 1], "n": [4, 4], "next_seq": [10, 10]}
+    columns[changed][number] -= 1
+    before = stored_rows(store)
+
+    def remove_what_was_read() -> None:
+        with writing(store._engine) as connection:
+            as_read = {name: np.array(values) for name, values in columns.items()}
+            remove_chunks(connection, as_read, np.array([False, True]), emptied_payload())
+
+    with pytest.raises(ConcurrentAppendError, match="1 of 2 expired history chunks were changed"):
+        remove_what_was_read()
+    assert stored_rows(store) == before
 
 
 # -- looking the store over

@@ -74,7 +74,7 @@ PARTS = st.lists(st.lists(events_until(40), min_size=1, max_size=25), min_size=1
 
 
 @given(parts=PARTS, retention=RETENTION, data=st.data())
-@settings(max_examples=12, suppress_health_check=ON_ONE_STORE)
+@settings(max_examples=10, suppress_health_check=ON_ONE_STORE)
 def test_any_order_duplication_batching_and_partition_gives_the_same_history(
     store: FeatureStore, parts: list[list[Row]], retention: Retention, data: st.DataObject
 ) -> None:
@@ -179,7 +179,7 @@ def live(store: FeatureStore, *, num_lives: int, num_steps: int) -> None:
 
 
 def test_a_life_of_appends_sweeps_and_forgetting_agrees_with_brute_force(store: FeatureStore) -> None:
-    live(store, num_lives=8, num_steps=12)
+    live(store, num_lives=6, num_steps=12)
 
 
 @pytest.mark.slow
@@ -200,8 +200,8 @@ def test_a_smaller_chunk_length_than_max_history_and_a_larger_one_keep_the_same(
         store._layout_is_checked = True
         store.retention = with_length
         empty(store)
-        for time in range(60):
-            ingest(store, [content_of(time % 2, time, 1), content_of(0, 59 - time, 2)], time % 3)
+        for time in range(30):
+            ingest(store, [content_of(time % 2, time, 1), content_of(0, 29 - time, 2)], time % 3)
         histories.append(contents(store, USERS))
         assert len(histories[-1][0]) == 10
     assert histories[0] == histories[1] == histories[2]
