@@ -68,6 +68,11 @@ class OnlineLearner:
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""
         new = batch.interactions
+        if len(new):
+            self._learn(new)
+        self.ledger.record(batch)
+
+    def _learn(self, new: Interactions) -> None:
         self._hot.apply(new)
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
@@ -79,7 +84,6 @@ class OnlineLearner:
         self._observe(new)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
-        self.ledger.record(batch)
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""

@@ -58,7 +58,7 @@ async def test_a_reader_of_what_retention_deleted_is_refused() -> None:
         await reader.poll(timeout_ms=0, max_records=10)
 
 
-class TruncatedConsumer(AIOKafkaConsumer):  # type: ignore[misc] - aiokafka has no types
+class TruncatedConsumer(AIOKafkaConsumer):  # type: ignore[misc]
     """A consumer whose log begins later, as a broker with retention says it; reading from there is the test's part."""
 
     start_offset = 0
