@@ -25,6 +25,7 @@ from feature_store.errors import (
 )
 
 _WRITER_OPTION: Final = "headrace_writer"
+_NO_TRANSACTION_OPTION: Final = "headrace_no_transaction"
 
 _SQLITE_BUSY: Final = ("SQLITE_BUSY", "SQLITE_LOCKED")
 _SQLITE_AWAY: Final = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOTADB")
@@ -70,6 +71,23 @@ def reading(engine: Engine) -> Iterator[Connection]:
         options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
     with errors_in_our_words(engine), engine.execution_options(**options).connect() as connection, connection.begin():
         yield connection
+
+
+def erase_deleted(engine: Engine) -> None:
+    """See `FeatureStore.erase_deleted`."""
+    if engine.dialect.name != "sqlite":
+        return
+    options = {_NO_TRANSACTION_OPTION: True}
+    with errors_in_our_words(engine), engine.execution_options(**options).connect() as connection:
+        # The copy may be larger than memory.
+        connection.exec_driver_sql("PRAGMA temp_store = FILE")
+        try:
+            connection.exec_driver_sql("VACUUM")
+            is_held = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+        finally:
+            connection.exec_driver_sql("PRAGMA temp_store = MEMORY")
+    if is_held:
+        raise StoreBusyError(f"the write-ahead log of {_where(engine)} is being read, so it keeps what was deleted")
 
 
 @contextmanager
@@ -148,5 +166,7 @@ def _sqlite_connection_setup(config: FeatureStoreConfig) -> Any:
 
 
 def _begin_sqlite(connection: Connection) -> None:
+    if connection.get_execution_options().get(_NO_TRANSACTION_OPTION, False):
+        return
     is_writer = connection.get_execution_options().get(_WRITER_OPTION, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writer else "BEGIN DEFERRED")

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, select, text
 from feature_store import audit, catalogue, publications, reading, redriven, removing, schema
 from feature_store.appending import Appending
 from feature_store.config import FeatureStoreConfig
-from feature_store.engine import build_engine
+from feature_store.engine import build_engine, erase_deleted
 from feature_store.engine import reading as read_transaction
 from feature_store.engine import writing as write_transaction
 from feature_store.errors import ConcurrentAppendError, StoreLayoutError
@@ -228,6 +228,18 @@ class FeatureStore:
                 if not attempts_left:
                     raise
         raise AssertionError("the last attempt returns or raises")
+
+    def erase_deleted(self) -> None:
+        """Make sure that what was deleted is in no file of the database any more; blocks writers meanwhile.
+
+        SQLite keeps deleted rows in free pages, in free space within pages and in its write-ahead log. Overwriting them
+        as they are deleted (secure_delete) is not enough: rows that moved within a page leave copies. So the whole
+        file is written anew and the log truncated: half a minute a gigabyte. PostgreSQL is left to its own VACUUM.
+
+        Raises:
+            StoreBusyError: a reader or writer held on to the file for longer than the busy timeout; try again.
+        """
+        erase_deleted(self._engine)
 
     def totals(self) -> StoreTotals:
         """Counts and fingerprints of all interactions, stored and removed; reads every chunk.

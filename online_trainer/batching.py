@@ -37,6 +37,8 @@ class MicroBatch:
     interactions: Interactions
     append_ms: NDArray[np.int64]
     """[N] broker append time of each, epoch ms."""
+    dropped: Interactions
+    """Those of users who were forgotten since: taken from the stream, and not to be learned from."""
     positions: dict[SourcePartition, PartitionPosition]
     """Positions after this batch, for the partitions it touches."""
     headers: tuple[Headers, ...]
@@ -50,10 +52,23 @@ class _Pending:
     headers: Headers
     order_ms: NDArray[np.int64]
     """[N] append times that never run back within the partition: rows are merged across partitions by them."""
+    is_kept: NDArray[np.bool_]
+    """[N] False: the user was forgotten after this was announced."""
     taken: int = 0
 
     def num_left(self) -> int:
         return len(self.order_ms) - self.taken
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of several messages, in parts."""
+
+    interactions: list[Interactions] = field(default_factory=list)
+    append_ms: list[NDArray[np.int64]] = field(default_factory=list)
+    order_ms: list[NDArray[np.int64]] = field(default_factory=list)
+    is_kept: list[NDArray[np.bool_]] = field(default_factory=list)
+    source: list[NDArray[np.int64]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -64,18 +79,19 @@ class _Queue:
     order_ms: int = 0
     updates: deque[_Pending] = field(default_factory=deque)
 
-    def peek(self, num_rows: int) -> tuple[list[Interactions], list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-        """The first rows: interactions, append times and merge order, in parts."""
-        interactions, append_ms, order_ms = [], [], []
+    def peek(self, num_rows: int) -> _Rows:
+        """The first rows."""
+        peeked = _Rows()
         for pending in self.updates:
             rows = slice(pending.taken, pending.taken + min(num_rows, pending.num_left()))
-            interactions.append(pending.update.interactions.take(rows))
-            append_ms.append(pending.update.append_ms[rows])
-            order_ms.append(pending.order_ms[rows])
+            peeked.interactions.append(pending.update.interactions.take(rows))
+            peeked.append_ms.append(pending.update.append_ms[rows])
+            peeked.order_ms.append(pending.order_ms[rows])
+            peeked.is_kept.append(pending.is_kept[rows])
             num_rows -= rows.stop - rows.start
             if num_rows == 0:
                 break
-        return interactions, append_ms, order_ms
+        return peeked
 
     def drop(self, num_rows: int) -> tuple[PartitionPosition, list[Headers]]:
         """Remove the first rows (at least one); where to continue after them, and the messages they came from."""
@@ -114,6 +130,8 @@ class MicroBatcher:
     ) -> None:
         self._max_interactions, self._max_tokens, self._max_len = max_interactions, max_tokens, max_len
         self._queues = {source: _Queue(position.source_offset - 1) for source, position in positions.items()}
+        self._forgotten: dict[int, dict[int, int]] = {}
+        """Partition of `history-updates` → user → offset of the message that ends what was announced before."""
         self.num_pending = 0
         self.num_repeated = 0
 
@@ -126,8 +144,31 @@ class MicroBatcher:
             return
         order_ms = np.maximum(np.maximum.accumulate(fresh.append_ms), queue.order_ms)
         queue.seen_offset, queue.order_ms = int(fresh.offsets[-1]), int(order_ms[-1])
-        queue.updates.append(_Pending(fresh, update_offset, headers, order_ms))
+        queue.updates.append(_Pending(fresh, update_offset, headers, order_ms, np.ones(len(order_ms), bool)))
+        self._drop_forgotten(update.partition)
         self.num_pending += len(order_ms)
+
+    def forget(self, partition: int, user_ids: tuple[int, ...], before: int) -> None:
+        """Of what messages below offset `before` of a partition announce, learn nothing of these users.
+
+        Such messages may be queued already, or still come: then this message was read ahead of them.
+        """
+        self._forgotten.setdefault(partition, {}).update(dict.fromkeys(user_ids, before))
+        self._drop_forgotten(partition)
+
+    def read_up_to(self, partition: int, update_offset: int) -> None:
+        """Messages below this offset of a partition do not come any more."""
+        of_partition = self._forgotten.get(partition, {})
+        self._forgotten[partition] = {user: before for user, before in of_partition.items() if before > update_offset}
+
+    def _drop_forgotten(self, partition: int) -> None:
+        of_partition = self._forgotten.get(partition)
+        if not of_partition:
+            return
+        for (_, of_source), queue in self._queues.items():
+            for pending in queue.updates if of_source == partition else ():
+                user_ids = [user for user, before in of_partition.items() if pending.update_offset < before]
+                pending.is_kept &= ~np.isin(pending.update.interactions.user_id, user_ids)
 
     def is_full(self) -> bool:
         """Whether a batch can be closed without waiting."""
@@ -138,41 +179,38 @@ class MicroBatcher:
         if not self.num_pending:
             return None
         sources = sorted(self._queues)
-        candidates, append_ms, source_of = self._merge(sources)
+        rows, order = self._merge(sources)
+        candidates = Interactions.concat(rows.interactions).take(order)
         num_rows = self._num_within_budget(candidates)
+        order, candidates = order[:num_rows], candidates.take(slice(0, num_rows))
+        is_kept, source_of = np.concatenate(rows.is_kept)[order], np.concatenate(rows.source)[order]
         positions: dict[SourcePartition, PartitionPosition] = {}
         headers: list[Headers] = []
-        for number, count in zip(*np.unique(source_of[:num_rows], return_counts=True), strict=True):
+        for number, count in zip(*np.unique(source_of, return_counts=True), strict=True):
             source = sources[int(number)]
             positions[source], of_messages = self._queues[source].drop(int(count))
             headers += of_messages
         self.num_pending -= num_rows
         return MicroBatch(
-            interactions=candidates.take(slice(0, num_rows)),
-            append_ms=append_ms[:num_rows],
+            interactions=candidates.take(is_kept),
+            append_ms=np.concatenate(rows.append_ms)[order][is_kept],
+            dropped=candidates.take(~is_kept),
             positions=positions,
             headers=tuple(headers),
         )
 
-    def _merge(self, sources: list[SourcePartition]) -> tuple[Interactions, NDArray[np.int64], NDArray[np.int64]]:
-        """Candidates for a batch, oldest append first: interactions, append times, numbers of their sources."""
-        interactions: list[Interactions] = []
-        append_ms: list[NDArray[np.int64]] = []
-        order_ms: list[NDArray[np.int64]] = []
-        numbers: list[NDArray[np.int64]] = []
+    def _merge(self, sources: list[SourcePartition]) -> tuple[_Rows, NDArray[np.intp]]:
+        """Candidates for a batch with the numbers of their sources, and their order: oldest append first."""
+        merged = _Rows()
         for number, source in enumerate(sources):
             peeked = self._queues[source].peek(self._max_interactions)
-            interactions += peeked[0]
-            append_ms += peeked[1]
-            order_ms += peeked[2]
-            numbers += [np.full(len(part), number) for part in peeked[2]]
+            merged.interactions += peeked.interactions
+            merged.append_ms += peeked.append_ms
+            merged.order_ms += peeked.order_ms
+            merged.is_kept += peeked.is_kept
+            merged.source += [np.full(len(part), number) for part in peeked.order_ms]
         # A stable sort keeps each partition's rows in source order.
-        order = np.argsort(np.concatenate(order_ms), kind="stable")[: self._max_interactions]
-        return (
-            Interactions.concat(interactions).take(order),
-            np.concatenate(append_ms)[order],
-            np.concatenate(numbers)[order],
-        )
+        return merged, np.argsort(np.concatenate(merged.order_ms), kind="stable")[: self._max_interactions]
 
     def _num_within_budget(self, candidates: Interactions) -> int:
         """Rows until the token budget is spent, or a user has more new interactions than one history row holds.

@@ -24,6 +24,7 @@ from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
 from online_trainer.config import TrainerConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.look_ahead import forgotten_ahead
 from online_trainer.publisher import Publisher
 from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError
@@ -80,6 +81,7 @@ class TrainerDaemon:
         self._parts, self._config = parts, parts.config
         self._learner = self._resume()
         self._given_up: dict[int, int] = {}
+        self._has_looked_ahead = False
         self._publisher = Publisher(
             parts.snapshot_root,
             parts.model_name,
@@ -186,13 +188,19 @@ class TrainerDaemon:
                 await self._checkpoint()
 
     async def _read(self, reader: LogReader) -> None:
+        if not self._has_looked_ahead:
+            for ahead in await forgotten_ahead(self._parts.log, await self._starts(reader)):
+                self._batcher.forget(ahead.partition, ahead.user_ids, ahead.offset)
+            self._has_looked_ahead = True
         if self._batcher.num_pending >= self._config.max_pending_interactions:
             return
         timeout_ms = 0 if self._batch_is_due() else _IDLE_POLL_MS
         for record in await reader.poll(timeout_ms=timeout_ms, max_records=self._config.poll_records):
             update = HistoryUpdate.decode(record.value)
             if update.forgotten:
+                self._batcher.forget(record.partition, update.forgotten, record.offset)
                 await self._in_compute_thread(lambda users=update.forgotten: self._learner.forget(users))  # type: ignore[misc]
+            self._batcher.read_up_to(record.partition, record.offset)
             self._batcher.add(update, record.offset, record.headers)
         if self._batcher.num_pending and self._waiting_since_s is None:
             self._waiting_since_s = self._parts.clock.monotonic_s()
@@ -221,7 +229,8 @@ class TrainerDaemon:
         self._learned.add(len(batch.interactions))
         event_time_ms = batch.interactions.event_time_ms
         self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
-        self._publisher.learned(event_time_ms, batch.append_ms, self._learner.ledger.num_interactions)
+        num_taken = self._learner.ledger.num_interactions
+        self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped))
 
     async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> bool:
         """Run the step; histories are read before anything changes, so a step can be tried again.
@@ -341,6 +350,7 @@ class TrainerDaemon:
             "first": ledger.num_first,
             "out_of_reach": ledger.num_out_of_reach,
             "quarantined": ledger.num_quarantined,
+            "forgotten": ledger.num_forgotten,
             "steps": ledger.num_steps,
             "pending": self._batcher.num_pending,
             "repeated": self._batcher.num_repeated,

@@ -33,14 +33,15 @@ class Examples:
     num_first: int
     """New interactions without an earlier one: they enter the history, nothing predicts them."""
     num_out_of_reach: int
-    """New interactions older than the newest `max_len`: they arrived too late to be predicted."""
+    """New interactions older than the newest `max_len`: they arrived too late to be predicted. Or one of the same step
+    that arrived after them happened before them: it is in their history by now, and was not when they happened."""
 
 
 def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: int) -> Examples:
     """Examples for the `new` interactions, which `histories` (the newest max_len + 1 of each user) already contain."""
     lengths = histories.lengths()
     row_of = np.repeat(np.arange(histories.num_users), lengths)
-    is_new = _contains(histories, row_of, new)
+    is_target = _contains(histories, row_of, new) & ~_overtaken(histories, row_of)
     is_first_of_row = np.zeros(histories.num_interactions, bool)
     is_first_of_row[histories.offsets[:-1][lengths > 0]] = True
     # Inputs are all interactions but each row's last; the next interaction is the one after in the same row.
@@ -48,9 +49,9 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
     is_input[histories.offsets[1:][lengths > 0] - 1] = False
     inputs = np.flatnonzero(is_input)
     input_offsets = np.concatenate([[0], np.cumsum(np.maximum(lengths - 1, 0))]).astype(np.int64)
-    positions = np.flatnonzero(is_new[inputs + 1])
+    positions = np.flatnonzero(is_target[inputs + 1])
     # The head of a full row has predecessors outside the window, so it counts as out of reach.
-    num_first = int((is_new & is_first_of_row & (lengths[row_of] <= max_len)).sum())
+    num_first = int((is_target & is_first_of_row & (lengths[row_of] <= max_len)).sum())
     return Examples(
         item_id=histories.item_id[inputs],
         event_time_ms=histories.event_time_ms[inputs],
@@ -70,3 +71,9 @@ def _contains(histories: JaggedHistories, row_of: NDArray[np.int64], new: Intera
     keys = row_of.astype(np.uint64) << np.uint64(32) | histories.seq.astype(np.uint64)
     new_keys = row_of_new.astype(np.uint64) << np.uint64(32) | new.seq.astype(np.uint64)
     return np.isin(keys, new_keys)
+
+
+def _overtaken(histories: JaggedHistories, row_of: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[T] whether something before an interaction in its history arrived after it: nobody could have known it then."""
+    numbers = row_of.astype(np.int64) << np.int64(32) | histories.seq.astype(np.int64)
+    return numbers < np.maximum.accumulate(numbers)

@@ -68,6 +68,11 @@ class OnlineLearner:
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""
         new = batch.interactions
+        if len(new):
+            self._learn(new)
+        self.ledger.record(batch)
+
+    def _learn(self, new: Interactions) -> None:
         # The ledger's watermark: after a restart it is what it was, and with it what had expired.
         self._hot.apply(new, watermark_ms=self.ledger.watermark_ms)
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
@@ -80,7 +85,6 @@ class OnlineLearner:
         self._observe(new)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
-        self.ledger.record(batch)
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""

@@ -32,17 +32,21 @@ class Ledger:
     """... too late to be predicted: older than the newest max_len of their user."""
     num_quarantined: int = 0
     """... in batches whose loss was not finite: weights stayed as they were."""
+    num_forgotten: int = 0
+    """... whose users were forgotten before they were learned from."""
     num_steps: int = 0
     watermark_ms: int = 0
 
     def record(self, batch: MicroBatch) -> None:
         """Take a finished step's batch into the account."""
         self.positions.update(batch.positions)
-        self.num_interactions += len(batch.interactions)
-        keys = int(np.add.reduce(batch.interactions.event_key, dtype=np.uint64))
-        self.fingerprint = (self.fingerprint + keys) % _MODULUS
+        for taken in (batch.interactions, batch.dropped):
+            self.num_interactions += len(taken)
+            keys = int(np.add.reduce(taken.event_key, dtype=np.uint64))
+            self.fingerprint = (self.fingerprint + keys) % _MODULUS
+        self.num_forgotten += len(batch.dropped)
         self.num_steps += 1
-        self.watermark_ms = max(self.watermark_ms, int(batch.interactions.event_time_ms.max()))
+        self.watermark_ms = max(self.watermark_ms, int(batch.interactions.event_time_ms.max(initial=0)))
 
     def lineage(self) -> Lineage:
         """Which events are inside, as manifests state it."""

@@ -89,13 +89,15 @@ class Publisher:
             logger.warning("the newest snapshot cannot be read, an anchor will replace it: %s", error)
             return 0
 
-    def learned(self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], num_interactions: int) -> None:
-        """Note what a step learned from; `num_interactions` is the ledger's total after it.
+    def learned(
+        self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], num_interactions: int, num_dropped: int
+    ) -> None:
+        """Note what a step learned from or dropped; `num_interactions` is the ledger's total after it.
 
         After a restart from a checkpoint, the interactions learned again are in a published snapshot already:
         they are neither counted again nor published until the trainer has passed that snapshot.
         """
-        num_new = min(len(event_time_ms), num_interactions - self._num_already_published)
+        num_new = min(len(event_time_ms) + num_dropped, num_interactions - self._num_already_published)
         if num_new <= 0:
             return
         self._event_times.append(event_time_ms[-num_new:])

@@ -21,11 +21,12 @@ import typer
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
 from online_trainer.errors import CheckpointMismatchError
-from ops.command_line import ConfigOption, open_store, say, settings_of
+from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.log_commands import log_app
 from ops.settings import Settings
 from ops.store_commands import store_app
+from ops.user_commands import user_app
 from serving.errors import PortTakenError
 from stream.errors import LogResetError, StreamError
 
@@ -52,7 +53,6 @@ config_app = typer.Typer(help="Show the settings in effect, or print the comment
 app.add_typer(config_app, name="config")
 dlq_app = typer.Typer(help="Dead letters: list them, look at one, send them back.", no_args_is_help=True)
 app.add_typer(dlq_app, name="dlq")
-user_app = typer.Typer(help="What is stored about one user.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
 app.add_typer(store_app, name="store")
 app.add_typer(log_app, name="log")
@@ -154,27 +154,6 @@ def dlq_redrive(
     query = _checked(lambda: LetterQuery(reason=reason, limit=limit))
     report = asyncio.run(send_back(settings_of(config), query, is_dry_run=dry_run, say=say))
     print(report_sentence(report, is_dry_run=dry_run))
-
-
-@user_app.command("show")
-def user_show(
-    user_id: Annotated[str, typer.Argument(metavar="ID", help="A number, or the text that producers use.")],
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many interactions.")] = 20,
-    config: ConfigOption = None,
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Print a user's history in event order; exit 1 if there is none."""
-    from ops.user_history import show_user
-    from stream.events import EventRules
-
-    settings = settings_of(config)
-    with open_store(settings) as store:
-        shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
-    if shown is None:
-        say(f"headrace: user {user_id!r} has no history")
-        raise typer.Exit(1)
-    print(shown.to_json() if as_json else shown.to_text())
 
 
 @app.command()

@@ -27,6 +27,7 @@ from serving.messages import (
     ErrorAnswer,
     ErrorBody,
     EventsAccepted,
+    ForgetAccepted,
     RankedCandidates,
     RankRequest,
     Recommendation,
@@ -34,6 +35,7 @@ from serving.messages import (
 )
 from serving.worker import ServingWorker
 from stream.events import Event
+from stream.messages import id_as_written
 
 _tracer = trace.get_tracer("headrace.serving")
 
@@ -87,6 +89,20 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
         """One event, or a list of them: all are in the log, or none was sent."""
         return await _respond(worker, request, "/v1/events", events, status=202)
 
+    @app.delete("/v1/users/{user_id}", status_code=202)
+    async def delete_user(request: Request, user_id: str, *, text: bool = False) -> Response:
+        """Have everything about a user removed. `text`: the id is a text, although it looks like a number."""
+
+        async def forget(_body: bytes, request_id: str) -> ForgetAccepted:
+            try:
+                meant = id_as_written(user_id, as_text=text)
+            except ValueError as error:
+                raise InvalidRequestError(str(error), field="user_id") from error
+            await worker.removal.forget(meant)
+            return ForgetAccepted(request_id=request_id, user_id=meant)
+
+        return await _respond(worker, request, "/v1/users/{user_id}", forget, status=202)
+
 
 def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
     @app.get("/livez")
@@ -133,7 +149,7 @@ async def _respond(worker: ServingWorker, request: Request, route: str, work: _W
         "headrace.serving.request",
         context=_parent(request),
         kind=SpanKind.SERVER,
-        attributes={"http.request.method": "POST", "http.route": route, "headrace.request.id": request_id},
+        attributes={"http.request.method": request.method, "http.route": route, "headrace.request.id": request_id},
     ) as span:
         try:
             done = await work(await _read_body(request, worker.config.body_max_bytes), request_id)

@@ -7,7 +7,8 @@ ServingError
 │   ├── QueueFullError           429: more requests wait than can be answered in time
 │   ├── DeadlineExceededError    504: accepted, but not answered before its deadline
 │   ├── DrainingError            503: this worker is stopping
-│   └── EventsUnavailableError   503: the log did not acknowledge the events
+│   └── LogAwayError             503: the log did not acknowledge what was to be sent
+│       └── EventsUnavailableError
 ├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
 └── PortTakenError             another process listens on the port
 """
@@ -82,12 +83,16 @@ class DrainingError(RequestError):
     retry_after_s = 1
 
 
-class EventsUnavailableError(RequestError):
-    """The log is away, so events cannot be accepted durably."""
+class LogAwayError(RequestError):
+    """The log is away, so nothing can be accepted durably."""
 
     status = 503
     code = "log_unavailable"
     retry_after_s = 1
+
+
+class EventsUnavailableError(LogAwayError):
+    """Events could not be sent."""
 
 
 class SnapshotRefusedError(ServingError):

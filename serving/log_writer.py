@@ -27,7 +27,9 @@ class SharedWriter:
             self.is_open = False
             await self._writer.stop()
 
-    async def send(self, topic: str, value: bytes, *, key: bytes, headers: Headers = ()) -> Awaitable[object]:
+    async def send(
+        self, topic: str, value: bytes, *, key: bytes | None = None, headers: Headers = ()
+    ) -> Awaitable[object]:
         """See LogWriter.send."""
         if not self.is_open:
             raise LogUnavailableError("this worker is not connected to the broker")

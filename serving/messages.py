@@ -88,6 +88,13 @@ class EventsAccepted(msgspec.Struct, frozen=True, kw_only=True):
     event_ids: list[str]
 
 
+class ForgetAccepted(msgspec.Struct, frozen=True, kw_only=True):
+    """`DELETE /v1/users/{user_id}`: the log holds the command."""
+
+    request_id: str
+    user_id: int | str
+
+
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong, for programs (`code`) and for people (`message`)."""
 

@@ -21,6 +21,7 @@ from serving.broker_watch import BrokerWatch
 from serving.config import ServingConfig
 from serving.event_intake import EventIntake
 from serving.first_answers import FirstAnswers
+from serving.forgetting import UserRemoval
 from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
 from serving.instruments import ServingInstruments
@@ -111,6 +112,7 @@ class ServingWorker:
             else None
         )
         self.intake = EventIntake(config, parts.rules, self._writer, parts.log.topics.interactions, parts.clock)
+        self.removal = UserRemoval(config, self._writer, parts.log.topics.commands)
         self.answering = Answering(
             config,
             AnswerParts(

@@ -22,7 +22,6 @@ from opentelemetry import metrics
 
 from feature_store.errors import IdCollisionError, StoreUnavailableError
 from feature_store.ids import stable_id
-from feature_store.interactions import Interactions
 from feature_store.records import Item
 from feature_store.store import FeatureStore
 from stream.clock import Clock
@@ -35,7 +34,7 @@ from stream.kafka import KafkaConfig, KafkaLog
 from stream.label_rules import ImpressionRules, LabelConfig
 from stream.label_service import LabelService
 from stream.labels import LabelJoiner
-from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, start_when_available
+from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, reading, start_when_available
 from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
 from stream.pruning import Sweeper
 
@@ -43,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _ITEMS_PER_TRANSACTION = 1_000
 _ITEMS_WAIT_S = 0.25
+_COMMANDS_AT_ONCE = 1_000
+_COMMANDS_WAIT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +226,7 @@ class LowRateAgents:
     def __init__(self, store: FeatureStore, writer: LogWriter, log: KafkaLog, clock: Clock) -> None:
         self._store, self._writer, self._log = store, writer, log
         self._dead_letters = DeadLetterWriter(writer, log.topics.dead_letters, clock)
+        self._must_erase = False
 
     async def items(self, stream: Any) -> AsyncIterator[None]:
         """Keep item metadata current; a record without value retires the item."""
@@ -235,10 +237,12 @@ class LowRateAgents:
             yield None
 
     async def commands(self, stream: Any) -> AsyncIterator[None]:
-        """Carry out operator commands, one at a time."""
-        async for event in stream.noack().events():
-            await self._until_durable(self._apply_command, [event])
-            await stream.ack(event)
+        """Carry out operator commands: what came within a moment shares what is slow about forgetting."""
+        async for events in stream.noack_take(_COMMANDS_AT_ONCE, within=_COMMANDS_WAIT_S):
+            await self._until_durable(self._apply_commands, events)
+            await self._until_durable(self._erase, events)
+            for event in events:
+                await stream.ack(event)
             yield None
 
     async def _until_durable(self, apply: Any, events: Sequence[EventT[bytes]]) -> None:
@@ -282,34 +286,39 @@ class LowRateAgents:
             if retired:
                 transaction.retire_items(np.array(retired, np.int64))
 
-    async def _apply_command(self, events: Sequence[EventT[bytes]]) -> None:
-        event = events[0]
-        try:
-            command = decode_message(Command, event.message.value)
-        except MessageFormatError as error:
-            await self._refuse(event, error)
+    async def _apply_commands(self, events: Sequence[EventT[bytes]]) -> None:
+        forgotten: set[int] = set()
+        for event in events:
+            try:
+                command = decode_message(Command, event.message.value)
+            except MessageFormatError as error:
+                await self._refuse(event, error)
+                continue
+            forgotten.add(stable_id(command.user_id) if isinstance(command.user_id, str) else command.user_id)
+        if not forgotten:
             return
-        user_id = stable_id(command.user_id) if isinstance(command.user_id, str) else command.user_id
-        await asyncio.to_thread(self._forget, user_id)
-        # Durable first, announced second: the command is acknowledged after both, and doing it twice is harmless.
-        update = HistoryUpdate(
-            log_id=self._log.log_id,
-            partition=0,
-            first_offset=-1,
-            last_offset=-1,
-            watermark_ms=0,
-            offsets=np.empty(0, np.int64),
-            append_ms=np.empty(0, np.int64),
-            interactions=Interactions.empty(),
-            forgotten=(user_id,),
-        )
-        sent = await self._writer.send(self._log.topics.history_updates, update.encode(), partition=0)
-        await acknowledged([sent])
+        # Durable first, announced second: commands are acknowledged after both, and doing them twice is harmless.
+        user_ids = tuple(sorted(forgotten))
+        await asyncio.to_thread(self._forget, user_ids)
+        # On every partition, behind all that was announced of these users before: each tells what it ends.
+        topic = self._log.topics.history_updates
+        async with reading(self._log) as reader:
+            partitions = await reader.partitions(topic)
+        updates = [HistoryUpdate.forgetting(self._log.log_id, partition, user_ids) for partition in partitions]
+        sends = [await self._writer.send(topic, one.encode(), partition=one.partition) for one in updates]
+        await acknowledged(sends)
 
-    def _forget(self, user_id: int) -> None:
+    def _forget(self, user_ids: tuple[int, ...]) -> None:
         with self._store.transaction() as transaction:
-            num_forgotten = transaction.forget_users(np.array([user_id], np.int64))
-        logger.info("forgot user %d%s", user_id, "" if num_forgotten else ", who had no history")
+            num_forgotten = transaction.forget_users(np.array(user_ids, np.int64))
+        self._must_erase = True
+        # Not who: logs are kept, too.
+        logger.info("forgot %d users, of whom %d had a history", len(user_ids), num_forgotten)
+
+    async def _erase(self, _events: Sequence[EventT[bytes]]) -> None:
+        if self._must_erase:
+            await asyncio.to_thread(self._store.erase_deleted)
+            self._must_erase = False
 
     async def _refuse(self, event: EventT[bytes], error: MessageFormatError) -> None:
         message = event.message

@@ -72,9 +72,7 @@ class KafkaConfig:
         if self.replication_factor < 1:
             raise ValueError(f"log.replication_factor = {self.replication_factor}: must be at least 1")
         if not 1 <= len(self.log_id) <= 100:
-            raise ValueError(
-                f"log.log_id = {self.log_id!r}: positions belong to a log with a name of 1 to 100 characters"
-            )
+            raise ValueError("log.log_id is empty or longer than 100 characters: positions belong to a named log")
         for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
             path = getattr(self, name)
             if path and not Path(path).is_file():

@@ -74,7 +74,22 @@ class HistoryUpdate:
     """[N] when the broker appended the source record, epoch ms."""
     interactions: Interactions
     forgotten: tuple[int, ...] = ()
-    """Users removed from the feature store: drop what you hold of them."""
+    """Users removed from the feature store: drop what you hold of them, and what this partition has told before."""
+
+    @classmethod
+    def forgetting(cls, log_id: str, partition: int, user_ids: tuple[int, ...]) -> HistoryUpdate:
+        """Tells the readers of a partition that everything about these users, up to here, is gone."""
+        return cls(
+            log_id=log_id,
+            partition=partition,
+            first_offset=-1,
+            last_offset=-1,
+            watermark_ms=0,
+            offsets=np.empty(0, np.int64),
+            append_ms=np.empty(0, np.int64),
+            interactions=Interactions.empty(),
+            forgotten=user_ids,
+        )
 
     def encode(self) -> bytes:
         """Msgpack bytes."""
@@ -226,6 +241,20 @@ class ForgetUser(msgspec.Struct, frozen=True, kw_only=True, tag="forget_user", t
 
 Command = ForgetUser
 """Every command on the `commands` topic (a tagged union: later commands join it)."""
+
+
+def id_as_written(text: str, *, as_text: bool = False) -> int | str:
+    """The id that a person or a URL means: digits are the number, everything else (or `as_text`) the text.
+
+    Raises ValueError for what no producer can have sent.
+    """
+    if not as_text and text.isascii() and text.isdigit():
+        if int(text[:20]) > INT64_MAX:
+            raise ValueError(f"user id {text[:20]}: the largest number is {INT64_MAX}")
+        return int(text)
+    if not 1 <= len(text) <= 256:
+        raise ValueError(f"a user id that is a text has 1 to 256 characters, not {len(text)}")
+    return text
 
 
 def encode_message(message: SnapshotPointer | Impression | Labels | ItemMessage | Command) -> bytes:

@@ -112,6 +112,37 @@ def test_partitions_are_merged_by_append_time() -> None:
     assert second.interactions.item_id.tolist() == [20, 125]
 
 
+def test_what_was_announced_of_a_user_before_it_was_forgotten_is_taken_but_not_learned() -> None:
+    batcher = batcher_of(max_interactions=3)
+    batcher.add(update_of([0, 1, 2], users=[7, 8, 7]), 5)
+    batcher.add(update_of([0, 1, 2], users=[7, 8, 7], partition=1), 5)
+    batcher.forget(0, (7,), 6)
+    batcher.read_up_to(0, 6)
+    batcher.add(update_of([3, 4, 5], users=[7, 8, 7]), 7)  # of a new history
+    batches = drain(batcher)
+    kept = [item for batch in batches for item in batch.interactions.item_id.tolist()]
+    dropped = [item for batch in batches for item in batch.dropped.item_id.tolist()]
+    assert sorted(kept) == [1, 3, 4, 5, 100, 101, 102]
+    assert sorted(dropped) == [0, 2]
+    assert all(len(batch.append_ms) == len(batch.interactions) for batch in batches)
+    assert {source: at for batch in batches for source, at in batch.positions.items()} == {
+        ("main", 0): PartitionPosition(8, 6),
+        ("main", 1): PartitionPosition(6, 3),
+    }
+
+
+def test_a_user_who_is_forgotten_further_on_is_dropped_up_to_there() -> None:
+    batcher = batcher_of(max_interactions=100)
+    batcher.forget(0, (7,), 6)
+    for number in range(4, 9):
+        batcher.read_up_to(0, number)
+        batcher.add(update_of([number], users=[7]), number)
+    (batch,) = drain(batcher)
+    assert batch.dropped.item_id.tolist() == [4, 5]
+    assert batch.interactions.item_id.tolist() == [6, 7, 8]
+    assert batcher._forgotten == {0: {}}
+
+
 def test_offsets_of_two_logs_are_told_apart() -> None:
     batcher = batcher_of(p0=3)
     batcher.add(update_of([1, 2, 3]), 0)

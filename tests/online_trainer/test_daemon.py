@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from feature_store.config import FeatureStoreConfig
-from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from model.config import LossConfig, OptimizerConfig
 from model.recommender import Recommender
@@ -241,20 +240,44 @@ async def test_forgetting_a_user_does_not_stop_training(site: Site) -> None:
         await until(lambda: daemon.status()["interactions"] == 100)
         with site.store.transaction() as transaction:
             transaction.forget_users(np.array([3], np.int64))
-        forgotten = HistoryUpdate(
-            log_id="main",
-            partition=0,
-            first_offset=-1,
-            last_offset=-1,
-            watermark_ms=0,
-            offsets=np.empty(0, np.int64),
-            append_ms=np.empty(0, np.int64),
-            interactions=Interactions.empty(),
-            forgotten=(3,),
-        )
-        site.send([forgotten, *updates[2:]])
+        site.send([HistoryUpdate.forgetting("main", 0, (3,)), *updates[2:]])
         await until(lambda: daemon.status()["interactions"] == 200)
     assert int(str(daemon.status()["out_of_reach"])) > 0
+
+
+async def test_a_trainer_that_comes_late_learns_nothing_of_a_forgotten_user_but_everything_of_the_new_history(
+    site: Site,
+) -> None:
+    before = walks(200, num_users=5)
+    updates = record_stream(site.store, before, poll=5).updates  # too many for one read
+    learned_and_dropped = site.store.totals().fingerprint
+    num_forgotten = int((before.user_id == 3).sum())
+    with site.store.transaction() as transaction:
+        transaction.forget_users(np.array([3], np.int64))
+    # The user comes back, and has fewer interactions by now than were announced before: numbers mean others now.
+    back = walks(40, num_users=5, seed=1)
+    back = back.take(back.user_id == 3)
+    back = replace(back, event_time_ms=back.event_time_ms + 1_000_000)
+    with site.store.transaction() as transaction:
+        result = transaction.append(back)
+    assert 2 <= len(back) < num_forgotten
+    new_history = replace(
+        updates[-1],
+        first_offset=200,
+        last_offset=199 + len(back),
+        offsets=np.arange(200, 200 + len(back)),
+        append_ms=np.arange(len(back)) + 2_000_000,
+        interactions=result.accepted_from(back),
+    )
+    site.send([*updates, HistoryUpdate.forgetting("main", 0, (3,)), new_history])
+    daemon = site.daemon()
+    status = await learn(daemon, 200 + len(back))
+    assert status["forgotten"] == num_forgotten
+    assert status["out_of_reach"] == 0
+    assert status["supervised"] == 200 - num_forgotten - 4 + len(back) - 1
+    keys = int(np.add.reduce(back.event_key, dtype=np.uint64))
+    assert status["fingerprint"] == str((learned_and_dropped + keys) % 2**64)
+    assert site.store.totals().num_interactions == 200 - num_forgotten + len(back)
 
 
 async def test_readiness_says_what_it_waits_for(site: Site) -> None:

@@ -78,6 +78,13 @@ def test_a_late_interaction_is_predicted_from_what_lies_before_it() -> None:
     assert examples.target_item_id.tolist() == [13]
 
 
+def test_what_is_overtaken_by_something_earlier_in_its_own_step_is_not_predicted_from_it() -> None:
+    # seq 2 and 3 are new; 3 arrived last and happened before 2, so the history of 2 holds what nobody knew at its time.
+    examples = build({1: [0, 1, 3, 2], 2: [0, 1]}, (1, 2), (1, 3), (2, 1))
+    assert examples.target_item_id.tolist() == [13, 21]
+    assert (examples.num_first, examples.num_out_of_reach) == (0, 1)
+
+
 def test_what_no_longer_fits_the_window_is_counted_as_out_of_reach() -> None:
     # The window holds max_len + 1; its head has lost its predecessors, and seq 0 fell out altogether.
     examples = build({1: [1, 2, 3, 4, 5]}, (1, 0), (1, 1), (1, 5))
@@ -93,6 +100,7 @@ def test_every_new_interaction_is_accounted_for_once(rows: dict[int, list[int]],
     stored = [(user, seq) for user, row in rows.items() for seq in row]
     new = data.draw(st.lists(st.sampled_from(stored), unique=True, min_size=1))
     examples = build(rows, *new)
-    heads = {(user, row[0]) for user, row in rows.items()}
-    assert sorted(examples.target_item_id.tolist()) == sorted(10 * u + s for u, s in new if (u, s) not in heads)
+    # Predicted is what has something before it, all of which had arrived before it.
+    predicted = [(u, s) for u, s in new if (before := rows[u][: rows[u].index(s)]) and max(before) < s]
+    assert sorted(examples.target_item_id.tolist()) == sorted(10 * u + s for u, s in predicted)
     assert len(examples.positions) + examples.num_first + examples.num_out_of_reach == len(new)

@@ -77,6 +77,11 @@ def test_a_history_is_printed_in_event_order_with_names(headrace: Headrace, url:
     ]
 
 
+def test_only_what_can_be_a_user_is_forgotten(headrace: Headrace) -> None:
+    assert_refused(headrace("user", "forget", "9" * 19), "the largest number is")
+    assert_refused(headrace("user", "forget", "x" * 257), "1 to 256 characters")
+
+
 def test_a_limit_shows_the_newest_and_says_so(headrace: Headrace, url: str) -> None:
     ran = headrace("user", "show", "5", "--limit", "1", HEADRACE_STORE__URL=url)
     heading, _, row = ran.stdout.splitlines()

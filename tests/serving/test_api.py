@@ -21,7 +21,7 @@ from serving.api import build_api
 from serving.ranker import FALLBACK_REASONS
 from stream.errors import LogUnavailableError
 from stream.memory_log import MemoryLog, MemoryWriter
-from stream.messages import Impression
+from stream.messages import Command, Impression, decode_message
 from stream.tracing import Headers
 from tests.serving.building import MODEL, NOW_MS, SERVING, Town, eventually, ids_of, is_connected, scores_of, to_id
 
@@ -326,6 +326,23 @@ async def test_a_list_of_events_is_sent_in_its_order(town: Town) -> None:
         assert [json.loads(record.value or b"")["event_id"] for record in records] == [f"e-{n}" for n in range(10)]
 
 
+@pytest.mark.parametrize(("path", "meant"), [("7", 7), ("anna", "anna"), ("7?text=true", "7"), ("a%20b%40c", "a b@c")])
+async def test_deleting_a_user_sends_the_command_to_forget_it(town: Town, path: str, meant: int | str) -> None:
+    async with town.worker(version=1) as served:
+        response = await served.client.delete(f"/v1/users/{path}")
+        assert (response.status_code, response.json()["user_id"]) == (202, meant)
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+        (record,) = town.log.records((town.log.topics.commands, 0))
+        assert decode_message(Command, record.value).user_id == meant
+
+
+async def test_a_user_that_cannot_exist_is_not_deleted(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        response = await served.client.delete(f"/v1/users/{2**63}")
+        assert (response.status_code, response.json()["error"]["field"]) == (422, "user_id")
+        assert town.log.records((town.log.topics.commands, 0)) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "reason", "field"),
     [
@@ -549,6 +566,7 @@ async def test_the_api_documents_its_bodies(town: Town) -> None:
         "/v1/recommend",
         "/v1/rank",
         "/v1/events",
+        "/v1/users/{user_id}",
         "/livez",
         "/readyz",
         "/metrics",

@@ -83,19 +83,7 @@ async def test_a_forgotten_user_is_a_stranger(town: Town) -> None:
         assert not (await served.recommend("anna"))["fallback"]
         with town.store.transaction() as transaction:
             transaction.forget_users(np.array([to_id("anna")]))
-        town.announce(
-            HistoryUpdate(
-                log_id="memory",
-                partition=0,
-                first_offset=-1,
-                last_offset=-1,
-                watermark_ms=0,
-                offsets=np.empty(0, np.int64),
-                append_ms=np.empty(0, np.int64),
-                interactions=Interactions.empty(),
-                forgotten=(to_id("anna"),),
-            )
-        )
+        town.announce(HistoryUpdate.forgetting("memory", 0, (to_id("anna"),)))
         town.happen([(8, 1, NOW_MS)])
         await served.until_applied(1)
         assert (await served.recommend("anna"))["fallback_reason"] == "no_history"

@@ -9,7 +9,16 @@ import pytest
 
 from feature_store.interactions import Interactions
 from stream.errors import MessageFormatError
-from stream.messages import Command, ForgetUser, HistoryUpdate, ItemMessage, Topics, decode_message, encode_message
+from stream.messages import (
+    Command,
+    ForgetUser,
+    HistoryUpdate,
+    ItemMessage,
+    Topics,
+    decode_message,
+    encode_message,
+    id_as_written,
+)
 
 
 def update_of(num_rows: int, *, first_offset: int = 10) -> HistoryUpdate:
@@ -88,3 +97,25 @@ def test_a_large_update_is_split_into_messages_that_follow_one_another() -> None
 
 def test_an_update_without_content_needs_no_message() -> None:
     assert update_of(0).split(10) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "as_text", "meant"),
+    [
+        ("17", False, 17),
+        ("17", True, "17"),
+        ("0", False, 0),
+        (str(2**63 - 1), False, 2**63 - 1),
+        ("anna", False, "anna"),
+        ("-3", False, "-3"),
+        ("²", False, "²"),
+    ],
+)
+def test_an_id_as_a_person_writes_it(text: str, as_text: bool, meant: int | str) -> None:
+    assert id_as_written(text, as_text=as_text) == meant
+
+
+@pytest.mark.parametrize("text", ["", "x" * 257, str(2**63), "9" * 5_000])
+def test_an_id_that_no_producer_can_have_sent_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="user id"):
+        id_as_written(text)
