@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,7 @@ def decode_batch(
     """
     refusals: dict[int, Refusal] = {}
     rows, events = _parse(source, decoder, refusals)
-    times, values, is_suspect = _checked_columns(events, decoder, now_ms)
+    columns, is_suspect = _checked_columns(events, decoder, now_ms)
     for place in np.flatnonzero(is_suspect).tolist():
         refusal = decoder.judge(events[place], now_ms)
         if refusal is not None:
@@ -108,17 +109,13 @@ def decode_batch(
     for ids, name in ((users.ids, "user_id"), (items.ids, "item_id")):
         for place in np.flatnonzero(ids == _NO_ID).tolist():
             refusals.setdefault(int(rows[place]), _collision(name))
-    keys = event_keys(event.event_id for event in events)
-    actions = np.array([decoder.action_bits.get(event.action, 0) for event in events], np.uint32)
     interactions = Interactions(
         user_id=users.ids,
         item_id=items.ids,
-        event_time_ms=times,
-        action=actions,
-        value=values,
-        event_key=keys,
+        event_key=event_keys([event.event_id for event in events]),
         seq=np.zeros(len(events), np.uint32),
         arrival_ms=np.full(len(events), now_ms, np.int64),
+        **columns,
     )
     if refusals:
         is_good = ~np.isin(rows, list(refusals))
@@ -141,25 +138,26 @@ def decode_batch(
 
 def _parse(
     source: RecordBatch, decoder: EventDecoder, refusals: dict[int, Refusal]
-) -> tuple[NDArray[np.int64], list[Event]]:
+) -> tuple[NDArray[np.int64], Sequence[Event]]:
     """The rows that are events, and the events; why the others are not goes into `refusals`."""
-    parsed = list(decoder.parse_many(source.values))
-    for row in [row for row, event in enumerate(parsed) if event is None]:
-        alone = decoder.parse(source.values[row])
-        if isinstance(alone, Refusal):
-            refusals[row] = alone
+    parsed = decoder.parse_many(source.values)
+    if all(parsed):
+        return np.arange(len(parsed)), cast("Sequence[Event]", parsed)
+    rows, events = [], []
+    for row, found in enumerate(parsed):
+        event = decoder.parse(source.values[row]) if found is None else found
+        if isinstance(event, Refusal):
+            refusals[row] = event
         else:
-            parsed[row] = alone
-    if not refusals:
-        return np.arange(len(parsed)), [event for event in parsed if event is not None]
-    rows = np.array([row for row in range(len(parsed)) if row not in refusals], np.int64)
-    return rows, [event for event in parsed if event is not None]
+            rows.append(row)
+            events.append(event)
+    return np.array(rows, np.int64), events
 
 
 def _checked_columns(
-    events: list[Event], decoder: EventDecoder, now_ms: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
-    """Event times, values, and which of the N events `EventDecoder.judge` has to judge (all it would refuse)."""
+    events: Sequence[Event], decoder: EventDecoder, now_ms: int
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
+    """Columns `event_time_ms`, `value`, `action`; which of the N events `EventDecoder.judge` would refuse or count."""
     raw_times = [event.event_time for event in events]
     if {int}.issuperset(map(type, raw_times)):
         times = np.array(raw_times, np.int64)
@@ -171,11 +169,11 @@ def _checked_columns(
         )
     with np.errstate(over="ignore"):  # what overflows is refused below
         values = np.array([event.value for event in events], np.float64).astype(np.float32)
-    actions = decoder.action_bits
-    is_suspect = (times < 0) | (times - now_ms > decoder.rules.max_future_skew_ms) | np.isinf(values)
-    is_suspect |= np.array([event.action not in actions for event in events], np.bool_)
+    bit_of = decoder.action_bits.get
+    actions = np.array([bit_of(event.action, 0) for event in events], np.uint32)
+    is_suspect = (times < 0) | (times - now_ms > decoder.rules.max_future_skew_ms) | np.isinf(values) | (actions == 0)
     is_suspect |= np.array([event.schema_version != NEWEST_SCHEMA_VERSION for event in events], np.bool_)
-    return times, values, is_suspect
+    return {"event_time_ms": times, "value": values, "action": actions}, is_suspect
 
 
 def _keep_names(ids: _Ids, kept: NDArray[np.int64]) -> None:
