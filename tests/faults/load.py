@@ -9,6 +9,7 @@ import asyncio
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
@@ -25,6 +26,7 @@ OBSERVER: Final = "observer"
 _BASE_MS: Final = 1_700_000_000_000
 _TICK_S: Final = 0.02
 _NUM_USERS: Final = 40
+_BACKLOG_MAX: Final = 3_000
 
 
 @dataclass(slots=True)
@@ -103,7 +105,10 @@ class EventSource:
 
 
 class Load:
-    """Sends records at a steady rate from a thread of its own until it is stopped, whatever happens to the broker."""
+    """Sends records at a steady rate from a thread of its own until it is stopped, whatever happens to the broker.
+
+    With `num_applied` it waits while thousands of its records are still to be applied.
+    """
 
     def __init__(
         self,
@@ -113,6 +118,7 @@ class Load:
         num_partitions: int = 1,
         rate_per_s: int = 300,
         padding_bytes: int = 0,
+        num_applied: Callable[[], int] | None = None,
     ) -> None:
         self.source = EventSource(seed, num_partitions=num_partitions, padding_bytes=padding_bytes)
         self.num_sent = 0
@@ -120,6 +126,7 @@ class Load:
             bootstrap_servers=bootstrap_servers, num_partitions=num_partitions, request_timeout_ms=2_000
         )
         self._rate_per_s = rate_per_s
+        self._num_applied = num_applied
         self._stopping, self._paused, self._idle = threading.Event(), threading.Event(), threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
@@ -183,10 +190,14 @@ class Load:
                 num_due_before = num_due
                 if self._paused.is_set():
                     self._idle.set()
-                else:
+                elif not self._is_far_ahead():
                     await self._deliver(producer, [self.source.draw() for _ in range(num_now)])
         finally:
             await producer.stop()
+
+    def _is_far_ahead(self) -> bool:
+        """Whether enough waits to be applied: on a busy machine the backlog of a long fault would take minutes."""
+        return self._num_applied is not None and self.num_sent - self._num_applied() > _BACKLOG_MAX
 
     async def _deliver(self, producer: Any, records: list[Sent]) -> None:
         """Send records until the broker has them: what fails is sent again, and may then be in the log twice."""

@@ -38,6 +38,10 @@ class PositionSampler:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="positions", daemon=True)
 
+    def num_applied(self) -> int:
+        """Records applied so far, of all partitions."""
+        return sum(self.samples[-1].values()) if self.samples else 0
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -188,7 +192,7 @@ def ends_of(log: list[Record]) -> dict[int, int]:
     return ends
 
 
-def wait_until_applied(installation: Installation, *, timeout_s: float = 60) -> list[Record]:
+def wait_until_applied(installation: Installation, *, timeout_s: float = 180) -> list[Record]:
     """Wait until everything on `interactions` has been applied, which is returned; nothing may be sent meanwhile."""
     log = read_topic(installation.kafka, TOPICS.interactions)
     ends = ends_of(log)
@@ -233,7 +237,7 @@ def assert_exactly_once(
     sampler: PositionSampler | None = None,
     *,
     seed: int,
-    timeout_s: float = 60,
+    timeout_s: float = 180,
 ) -> Verdict:
     """Wait until everything is applied; then nothing may be lost and nothing may count twice."""
     log = wait_until_applied(installation, timeout_s=timeout_s)

@@ -31,7 +31,7 @@ from tests.faults.observing import (
 from tests.faults.proxy import ProxiedBroker
 from tests.feature_store.databases import migrated_database
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 REQUEST_TIMEOUT_S = 2.0
 SEED = 20_260_802
@@ -58,7 +58,7 @@ def installation(tmp_path: Path, broker: ProxiedBroker) -> Iterator[Installation
         yield made
 
 
-def become_not_ready(installation: Installation, ingest: Daemon, *words: str, timeout_s: float = 15) -> None:
+def become_not_ready(installation: Installation, ingest: Daemon, *words: str, timeout_s: float = 60) -> None:
     def says_so() -> bool:
         is_ready, why = ingest.readiness()
         return not is_ready and all(word in why for word in words)
@@ -69,7 +69,9 @@ def become_not_ready(installation: Installation, ingest: Daemon, *words: str, ti
 def test_cut_off_from_the_broker_it_waits_and_goes_on(installation: Installation, broker: ProxiedBroker) -> None:
     with (
         PositionSampler(installation) as sampler,
-        Load(broker.bootstrap_servers, seed=SEED, num_partitions=2, rate_per_s=600) as load,
+        Load(
+            broker.bootstrap_servers, seed=SEED, num_partitions=2, rate_per_s=600, num_applied=sampler.num_applied
+        ) as load,
     ):
         ingest = installation.start_ready("ingest")
         time.sleep(1)
@@ -88,7 +90,9 @@ def test_cut_off_from_the_broker_it_waits_and_goes_on(installation: Installation
 def test_a_broker_that_stops_answering_is_waited_for(installation: Installation, broker: ProxiedBroker) -> None:
     with (
         PositionSampler(installation) as sampler,
-        Load(broker.bootstrap_servers, seed=SEED + 1, num_partitions=2, rate_per_s=600) as load,
+        Load(
+            broker.bootstrap_servers, seed=SEED + 1, num_partitions=2, rate_per_s=600, num_applied=sampler.num_applied
+        ) as load,
     ):
         ingest = installation.start_ready("ingest")
         time.sleep(1)
@@ -113,7 +117,9 @@ def test_a_broker_restarted_with_its_log_is_read_on_from_the_stored_position(
 ) -> None:
     with (
         PositionSampler(installation) as sampler,
-        Load(broker.bootstrap_servers, seed=SEED + 2, num_partitions=2, rate_per_s=2_000) as load,
+        Load(
+            broker.bootstrap_servers, seed=SEED + 2, num_partitions=2, rate_per_s=5_000, num_applied=sampler.num_applied
+        ) as load,
         UpdatesReader(installation) as reader,
     ):
         ingest = installation.start_ready("ingest")

@@ -17,7 +17,7 @@ from tests.faults.load import Load
 from tests.faults.observing import PositionSampler, assert_exactly_once
 from tests.feature_store.databases import migrated_database
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 SEED = 20_260_806
 FULL_S = 4.0
@@ -36,7 +36,7 @@ def goes_on_when_there_is_room(
         migrated_database("sqlite", database) as url,
         Installation(root, broker.bootstrap_servers, url) as installation,
         PositionSampler(installation) as sampler,
-        Load(broker.bootstrap_servers, seed=seed) as load,
+        Load(broker.bootstrap_servers, seed=seed, num_applied=sampler.num_applied) as load,
     ):
         ingest = installation.start_ready("ingest")
         installation.wait_for_a_batch(ingest)

@@ -13,7 +13,7 @@ from tests.faults.load import Load
 from tests.faults.observing import PositionSampler, assert_exactly_once
 from tests.feature_store.databases import Backend, migrated_database
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 SEED = 20_260_803
 INGEST_FAIL_POINTS = [name for name in FAIL_POINTS if name.startswith("ingest.")]
@@ -27,7 +27,7 @@ def test_killed_at_each_step_of_the_commit_it_loses_and_doubles_nothing(
         migrated_database(backend, tmp_path) as url,
         Installation(tmp_path, fresh_broker.bootstrap_servers, url) as installation,
         PositionSampler(installation) as sampler,
-        Load(fresh_broker.bootstrap_servers, seed=SEED) as load,
+        Load(fresh_broker.bootstrap_servers, seed=SEED, num_applied=sampler.num_applied) as load,
     ):
         for number, name in enumerate(INGEST_FAIL_POINTS):
             # The first, the second and the third time, so that an empty and a running store are both met.

@@ -13,7 +13,7 @@ from tests.faults.locks import writers_kept_waiting
 from tests.faults.observing import PositionSampler, assert_exactly_once
 from tests.feature_store.databases import Backend, migrated_database
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 SEED = 20_260_808
 ABANDONS = "partitions revoked while a batch is still being committed"
@@ -27,7 +27,7 @@ def test_two_workers_that_both_own_a_partition_fence_each_other(
         migrated_database(backend, tmp_path) as url,
         Installation(tmp_path, fresh_broker.bootstrap_servers, url) as installation,
         PositionSampler(installation) as sampler,
-        Load(fresh_broker.bootstrap_servers, seed=SEED, rate_per_s=500) as load,
+        Load(fresh_broker.bootstrap_servers, seed=SEED, rate_per_s=500, num_applied=sampler.num_applied) as load,
     ):
         # Two groups: the broker gives the partition to both.
         left = installation.start("ingest", HEADRACE_INGEST__GROUP_ID="left")

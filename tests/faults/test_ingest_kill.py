@@ -14,7 +14,7 @@ from tests.faults.load import Load
 from tests.faults.observing import PositionSampler, assert_exactly_once
 from tests.feature_store.databases import Backend, migrated_database
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 BACKENDS: tuple[Backend, ...] = ("sqlite", "postgresql")
 SEED = 20_260_801
@@ -26,7 +26,7 @@ def kill_at_random_moments(backend: Backend, root: Path, broker: LocalBroker, *,
         migrated_database(backend, root) as url,
         Installation(root, broker.bootstrap_servers, url, num_partitions=2) as installation,
         PositionSampler(installation) as sampler,
-        Load(broker.bootstrap_servers, seed=seed, num_partitions=2) as load,
+        Load(broker.bootstrap_servers, seed=seed, num_partitions=2, num_applied=sampler.num_applied) as load,
     ):
         for number in range(num_kills):
             ingest = installation.start("ingest")
@@ -50,7 +50,7 @@ def test_killed_at_random_moments_it_loses_and_doubles_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_killed_many_times_it_loses_and_doubles_nothing(
     backend: Backend, tmp_path: Path, fresh_broker: LocalBroker
