@@ -58,7 +58,7 @@ def test_sasl_without_tls_and_tls_without_sasl() -> None:
         ({"sasl_mechanism": "GSSAPI"}, "log.sasl_mechanism = 'GSSAPI'"),
         ({"ssl_cafile": "/no/such/ca.pem"}, "log.ssl_cafile = '/no/such/ca.pem': there is no such file"),
         ({"num_partitions": 0}, "log.num_partitions = 0"),
-        ({"log_id": ""}, "1 to 100 characters"),
+        ({"log_id": ""}, "log.log_id is empty"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings: dict[str, object], message: str) -> None:
