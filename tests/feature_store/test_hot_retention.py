@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from feature_store.arena import working_set_bytes
 from feature_store.config import HotHistoriesConfig
 from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions
@@ -17,6 +18,7 @@ from tests.feature_store.truth import Row, batch, random_rows, rows_of
 
 OpenStore = Callable[..., FeatureStore]
 MAX_LEN = 6
+SMALLEST_BUDGET = 2 * working_set_bytes(MAX_LEN)
 NUM_USERS = 6
 EVERYONE = np.arange(NUM_USERS)
 LIMITS = [
@@ -98,7 +100,7 @@ def test_what_expires_in_memory_is_not_looked_for_in_sql(open_store: OpenStore) 
     assert hot.stats.misses == misses + 1
 
 
-@pytest.mark.parametrize(("behind", "budget_bytes"), [(1, 1 << 20), (20, 1 << 12)])
+@pytest.mark.parametrize(("behind", "budget_bytes"), [(1, 1 << 20), (20, SMALLEST_BUDGET)])
 def test_a_reader_that_is_behind_reads_what_one_that_was_not_has_read(
     open_store: OpenStore, behind: int, budget_bytes: int
 ) -> None:
