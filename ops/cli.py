@@ -349,6 +349,7 @@ def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:
 
 def _log_to_stderr(settings: Settings) -> None:
     from ops.config import HeadraceConfig
+    from ops.log_limits import RepetitionFilter
 
     level = settings.get(HeadraceConfig).log_level.upper()
     logging.Formatter.converter = time.gmtime
@@ -363,6 +364,9 @@ def _log_to_stderr(settings: Settings) -> None:
         # What they tell at this level (joins, subscriptions, start of each service) is for their own developers.
         for library in ("aiokafka", "alembic", "faust", "mode", "httpx"):
             logging.getLogger(library).setLevel(logging.WARNING)
+    if level != "DEBUG":
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RepetitionFilter("aiokafka"))
 
 
 def _checked(build: Callable[[], Any]) -> Any:
