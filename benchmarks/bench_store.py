@@ -172,9 +172,8 @@ def measure_gather(directory: Path, *, quick: bool) -> list[Result]:
             timed["memcpy, one piece"].call(whole[start : start + num_bytes].copy)
             timed["memcpy, scattered pieces"].call(take_rows, list(source.values()), users)
     results = []
-    print(
-        f"\ngather {B} × {L}{'':<12}{'wall p50':>12}{'wall best':>12}{'CPU p50':>12}{'GB/s p50':>10}   gather is (CPU p50, best)"
-    )
+    header = f"{'wall p50':>12}{'wall best':>12}{'CPU p50':>12}{'GB/s p50':>10}"
+    print(f"\ngather {B} × {L}{'':<12}{header}   gather is (CPU p50, best)")
     for name, one in timed.items():
         p50_s, best_s, cpu_s = float(np.median(one.wall_s)), min(one.wall_s), float(np.median(one.cpu_s))
         result = {

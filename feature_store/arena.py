@@ -13,11 +13,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from feature_store.column_rows import ColumnRows
 from feature_store.config import SLOT_BYTES
 from feature_store.interactions import BYTES_PER_INTERACTION, Columns
 from feature_store.jagged import concat_ranges, offsets_of
 from feature_store.merging import Places
-from feature_store.packed import PackedColumns
 from feature_store.slot_table import SlotTable
 
 _MIN_CAPACITY: Final = 8
@@ -41,7 +41,7 @@ class HistoryArena:
         # More than asked for: a query as of a moment ago still finds max_len interactions before that moment here.
         self.max_kept = max_len + max_len // 2
         self.budget_bytes = budget_bytes
-        self._rows = PackedColumns(budget_bytes // BYTES_PER_INTERACTION)
+        self._rows = ColumnRows(budget_bytes // BYTES_PER_INTERACTION)
         self.num_evictions = 0
         self._index = SlotTable()
         self._free = list(range(_FIRST_SLOTS - 1, -1, -1))
