@@ -171,9 +171,7 @@ class HistoryArena:
 
     def drop(self, user_ids: NDArray[np.int64]) -> None:
         """Make users not resident, and remember nothing of them."""
-        slots = np.unique(self._index.find(user_ids))
-        self._free.extend(slots[slots >= 0].tolist())
-        self._index.remove(user_ids)
+        self._free.extend(self._index.remove(user_ids).tolist())
         self._unremember(user_ids)
 
     def _first_row_at(
@@ -264,9 +262,8 @@ class HistoryArena:
         bounds = np.searchsorted(starts, np.arange(0, starts[-1] + _MOVE_ROWS, _MOVE_ROWS))
         for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             part = slots[low:high]
-            # Whole blocks, so that what is written lies in one piece.
-            blocks = self._rows.copy(self.start[part], self.capacity[part])
-            self._rows.write(starts[low : low + 1], self.capacity[part].sum(keepdims=True), blocks)
+            content = self._rows.copy(self.start[part], self.length[part])
+            self._rows.write(starts[low : min(high, len(slots))], self.length[part], content)
         self.start[slots] = starts[:-1]
         self._num_rows_used = int(starts[-1])
 
