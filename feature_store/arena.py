@@ -13,11 +13,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from feature_store.column_rows import ColumnRows
 from feature_store.config import SLOT_BYTES
 from feature_store.interactions import BYTES_PER_INTERACTION, Columns
 from feature_store.jagged import concat_ranges, offsets_of
 from feature_store.merging import Places
-from feature_store.packed import PackedColumns
 from feature_store.slot_table import SlotTable
 
 _MIN_CAPACITY: Final = 8
@@ -41,7 +41,7 @@ class HistoryArena:
         # More than asked for: a query as of a moment ago still finds max_len interactions before that moment here.
         self.max_kept = max_len + max_len // 2
         self.budget_bytes = budget_bytes
-        self._rows = PackedColumns(budget_bytes // BYTES_PER_INTERACTION)
+        self._rows = ColumnRows(budget_bytes // BYTES_PER_INTERACTION)
         self.num_evictions = 0
         self._index = SlotTable()
         self._free = list(range(_FIRST_SLOTS - 1, -1, -1))
@@ -183,9 +183,7 @@ class HistoryArena:
 
     def drop(self, user_ids: NDArray[np.int64]) -> None:
         """Make users not resident, and remember nothing of them."""
-        slots = np.unique(self._index.find(user_ids))
-        self._free.extend(slots[slots >= 0].tolist())
-        self._index.remove(user_ids)
+        self._free.extend(self._index.remove(user_ids).tolist())
         self._unremember(user_ids)
 
     def _first_row_at(
@@ -276,9 +274,8 @@ class HistoryArena:
         bounds = np.searchsorted(starts, np.arange(0, starts[-1] + _MOVE_ROWS, _MOVE_ROWS))
         for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             part = slots[low:high]
-            # Whole blocks, so that what is written lies in one piece.
-            blocks = self._rows.copy(self.start[part], self.capacity[part])
-            self._rows.write(starts[low : low + 1], self.capacity[part].sum(keepdims=True), blocks)
+            content = self._rows.copy(self.start[part], self.length[part])
+            self._rows.write(starts[low : min(high, len(slots))], self.length[part], content)
         self.start[slots] = starts[:-1]
         self._num_rows_used = int(starts[-1])
 

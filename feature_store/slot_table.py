@@ -48,14 +48,16 @@ class SlotTable:
             self._add(kept_ids, kept_slots)
         self._add(user_ids, slots)
 
-    def remove(self, user_ids: NDArray[np.int64]) -> None:
-        """Take the slots of users away; users without one are left out."""
-        cells = self._cells_of(user_ids)
-        cells = np.unique(cells[self._slots[cells] >= 0])
+    def remove(self, user_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Take the slots of users away and return them, in no order; users without one are left out."""
+        cells = np.sort(self._cells_of(user_ids))
+        cells = cells[(self._slots[cells] >= 0) & (np.diff(cells, prepend=-1) > 0)]
+        slots = self._slots[cells]
         # Not empty: probes for other users must go on past it.
         self._keys[cells] = _REMOVED
         self._slots[cells] = -1
         self._num_users -= len(cells)
+        return slots
 
     def _set_size(self, num_cells: int) -> None:
         self._keys = np.full(num_cells, _EMPTY)

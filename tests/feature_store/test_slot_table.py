@@ -21,7 +21,8 @@ def test_it_finds_what_a_dictionary_finds(steps: list[tuple[bool, list[int]]]) -
             table.add(np.array(new, np.int64), np.array(slots, np.int64))
             truth |= dict(zip(new, slots, strict=True))
         else:
-            table.remove(np.array(users, np.int64))
+            freed = table.remove(np.array(users + users, np.int64))
+            assert sorted(freed.tolist()) == sorted(truth[user] for user in users if user in truth)
             truth = {user: slot for user, slot in truth.items() if user not in users}
         asked = [*truth, *users, 31, 2**62 + 1]
         assert table.find(np.array(asked, np.int64)).tolist() == [truth.get(user, -1) for user in asked]
