@@ -36,6 +36,8 @@ async def forgotten_ahead(log: EventLog, starts: Mapping[PartitionId, Start]) ->
         bounds = await reader.bounds(log.topics.history_updates)
         first = {at: start if isinstance(start, int) else bounds[at[1]].start for at, start in starts.items()}
         wanted: dict[PartitionId, Start] = {at: start for at, start in first.items() if start < bounds[at[1]].end}
+        if not wanted:
+            return []  # aiokafka does not come back from an assignment of nothing
         await reader.assign(wanted)
         behind = {partition for _, partition in wanted}
         # The last offsets of a partition may hold no record (a transaction's marker): then silence ends it.

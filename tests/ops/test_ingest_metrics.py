@@ -83,6 +83,7 @@ def test_dead_letters_are_counted_by_reason_and_source_whoever_refused_them(inst
     assert counted(text, "headrace_ingest_events_total") == {
         frozenset({("outcome", "accepted")}): 6.0,
         frozenset({("outcome", "duplicate")}): 1.0,
+        frozenset({("outcome", "expired")}): 0.0,
         frozenset({("outcome", "refused"), ("reason", "malformed_json")}): 3.0,
         frozenset({("outcome", "refused"), ("reason", "unknown_action")}): 1.0,
     }
