@@ -8,7 +8,9 @@ whether an event is learned from does not depend on how many were polled with it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,9 @@ from feature_store.retention import Retention
 from feature_store.tails import TailCache
 
 _NO_FLOOR = np.iinfo(np.int64).min
+ROWS_AT_ONCE: Final = 32_768
+_MIXER: Final = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 over the golden ratio: multiplying by it spreads numbers over the upper bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +83,13 @@ class Appending:
     """Where to look for tails before SQL."""
     written: list[ChunkWrite] = field(default_factory=list)
     """What was written so far."""
-    removals: int = 0
-    """What had been forgotten and pruned when the tails were looked up."""
+    removals: int | None = None
+    """What had been forgotten and pruned when this transaction first looked tails up."""
 
     def keep_tails(self) -> None:
         """Let later transactions find what this one wrote; to be called once it is committed."""
         for write in self.written:
+            assert self.removals is not None
             self.tails.keep(write, self.retention.chunk_len, self.removals)
 
 
@@ -97,19 +103,33 @@ def append(appending: Appending, interactions: Interactions, source: str) -> App
         # Shared by appends, exclusive against forget_users: no append can write back a history it read before that.
         connection.execute(text("LOCK TABLE history_chunk IN ROW EXCLUSIVE MODE"))
     horizon_ms = retention.horizon_ms(load_watermark(connection)) if retention.max_age_ms else None
-    if horizon_ms is not None and interactions.event_time_ms.min(initial=horizon_ms) < horizon_ms:
-        recent = np.flatnonzero(interactions.event_time_ms >= horizon_ms)
-        result = _append_recent(appending, interactions.take(recent), source)
-        return result.spread(recent, len(interactions))
-    return _append_recent(appending, interactions, source)
+    rows = np.arange(len(interactions))
+    if horizon_ms is not None:
+        rows = np.flatnonzero(interactions.event_time_ms >= horizon_ms)
+    result = AppendResult.of_expired(len(interactions))
+    for group in _groups_of_users(interactions.user_id, rows):
+        result.put(group, _append_users(appending, interactions.take(group), source))
+    return result
 
 
-def _append_recent(appending: Appending, interactions: Interactions, source: str) -> AppendResult:
-    """Append rows that are not before the horizon."""
+def _groups_of_users(user_id: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The rows in groups of about `ROWS_AT_ONCE` that have no user in common.
+
+    An append needs some forty times the memory of its rows, for what is stored of their users.
+    """
+    num_groups = 1 + len(rows) // ROWS_AT_ONCE
+    # Mixed, because the users of one batch may all have the same remainder: that of their partition.
+    mixed = (user_id[rows].astype(np.uint64) * _MIXER) >> np.uint64(32)
+    group = mixed % np.uint64(num_groups)
+    for number in range(num_groups):
+        found = rows[group == number]
+        if len(found):
+            yield found
+
+
+def _append_users(appending: Appending, interactions: Interactions, source: str) -> AppendResult:
+    """Append all rows that a batch has of some users, none of them before the horizon."""
     connection, retention = appending.connection, appending.retention
-    if len(interactions) == 0:
-        none = np.empty(0, np.bool_)
-        return AppendResult(accepted=none, seq=np.empty(0, np.uint32), late=none, expired=none)
     # Step 1: read the end of each history, as far back as the new interactions reach.
     ids, group = np.unique(interactions.user_id, return_inverse=True)
     first_new_ms = np.full(len(ids), np.iinfo(np.int64).max)
@@ -121,7 +141,8 @@ def _append_recent(appending: Appending, interactions: Interactions, source: str
     stored_places = Places.of(np.repeat(chunks.pos, chunks.length), stored)
     new_places = Places.of(group, interactions.columns)
     kept = np.flatnonzero(~_are_expired(users, stored_places, new_places, retention.max_history))
-    if len(kept) < len(interactions):
+    num_rows = len(interactions)
+    if len(kept) < num_rows:
         interactions, group = interactions.take(kept), group[kept]
     merged = merge(stored_places, new_places.take(kept), len(ids))
     seq = _assign_seq(group, merged.accepted, users.next_seq)
@@ -136,10 +157,10 @@ def _append_recent(appending: Appending, interactions: Interactions, source: str
     # Step 4: remove what these histories have left behind.
     if retention.is_on:
         _remove_left_behind(connection, users, merged, retention, source)
-    result = AppendResult(
-        accepted=merged.accepted, seq=seq, late=merged.late, expired=np.zeros(len(merged.accepted), np.bool_)
-    )
-    return result if len(kept) == len(new_places) else result.spread(kept, len(new_places))
+    result = AppendResult.of_expired(num_rows)
+    is_expired = np.zeros(len(kept), np.bool_)
+    result.put(kept, AppendResult(accepted=merged.accepted, seq=seq, late=merged.late, expired=is_expired))
+    return result
 
 
 def _are_expired(users: _Users, stored: Places, new: Places, max_history: int) -> NDArray[np.bool_]:
@@ -191,12 +212,17 @@ def _load_ends(appending: Appending, user_ids: NDArray[np.int64], first_new_ms: 
 
 
 def _load_tails(appending: Appending, user_ids: NDArray[np.int64]) -> ChunkRows:
-    if appending.written:  # an append before this one is not in the cache yet
-        return newest_chunks(appending.connection, user_ids, 1)
-    appending.removals = count_removals(appending.connection)
-    known, unknown = appending.tails.find(user_ids, appending.removals)
-    read = newest_chunks(appending.connection, user_ids[unknown], 1)
-    return known.replaced(np.zeros(len(known), np.bool_), read.moved_to(unknown[read.pos]))
+    if appending.removals is None:
+        appending.removals = count_removals(appending.connection)
+    is_written = np.zeros(len(user_ids), np.bool_)
+    for write in appending.written:  # by this transaction: not kept yet
+        is_written |= np.isin(user_ids, write.user_id)
+    asked = np.flatnonzero(~is_written)
+    known, unknown = appending.tails.find(user_ids[asked], appending.removals)
+    unread = np.concatenate([np.flatnonzero(is_written), asked[unknown]])
+    read = newest_chunks(appending.connection, user_ids[unread], 1)
+    known = known.moved_to(asked[known.pos])
+    return known.replaced(np.zeros(len(known), np.bool_), read.moved_to(unread[read.pos]))
 
 
 def _assign_seq(

@@ -159,7 +159,8 @@ def _sqlite_connection_setup(config: FeatureStoreConfig) -> Any:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {config.sqlite_synchronous}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {config.sqlite_wal_pages}")
-        connection.execute("PRAGMA cache_size = -65536")  # KiB: the upper levels of a big table stay in memory
+        # KiB: the upper levels of a big table stay in memory. Four times as much made appends 2 to 5 % faster.
+        connection.execute("PRAGMA cache_size = -16384")
         connection.execute("PRAGMA temp_store = MEMORY")
 
     return set_up

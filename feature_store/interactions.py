@@ -155,12 +155,20 @@ class AppendResult:
     """bool[N]: not accepted, because retention would not keep it, or has removed what was there: whether it was stored
     before is not known any more."""
 
-    def spread(self, rows: NDArray[np.int64], num_rows: int) -> AppendResult:
-        """This result of the given rows of a larger batch as the whole batch's; the other rows are expired."""
-        accepted, late = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
-        seq, expired = np.zeros(num_rows, np.uint32), np.ones(num_rows, np.bool_)
-        accepted[rows], seq[rows], late[rows], expired[rows] = self.accepted, self.seq, self.late, self.expired
-        return AppendResult(accepted=accepted, seq=seq, late=late, expired=expired)
+    @staticmethod
+    def of_expired(num_rows: int) -> AppendResult:
+        """Of N rows that have all expired."""
+        return AppendResult(
+            accepted=np.zeros(num_rows, np.bool_),
+            seq=np.zeros(num_rows, np.uint32),
+            late=np.zeros(num_rows, np.bool_),
+            expired=np.ones(num_rows, np.bool_),
+        )
+
+    def put(self, rows: NDArray[np.int64], part: AppendResult) -> None:
+        """Replace what became of some of the rows (i64[M])."""
+        for column in fields(self):
+            getattr(self, column.name)[rows] = getattr(part, column.name)
 
     def rows(self, part: slice) -> AppendResult:
         """What became of some of the rows."""

@@ -13,6 +13,7 @@ Full tails are not kept: the chunk after a full one is inserted, and nothing wou
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Final
 
 import numpy as np
@@ -34,7 +35,8 @@ class TailCache:
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._num_bytes = 0
-        self._tails: dict[int, _Tail] = {}
+        # In a plain dict, finding the oldest entry walks over the places that all older ones have left empty.
+        self._tails: OrderedDict[int, _Tail] = OrderedDict()
         self._removals: int | None = None
         self._lock = threading.Lock()
 

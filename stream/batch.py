@@ -141,17 +141,11 @@ def _parse(
 ) -> tuple[NDArray[np.int64], Sequence[Event]]:
     """The rows that are events, and the events; why the others are not goes into `refusals`."""
     parsed = decoder.parse_many(source.values)
-    if all(parsed):
-        return np.arange(len(parsed)), cast("Sequence[Event]", parsed)
-    rows, events = [], []
-    for row, found in enumerate(parsed):
-        event = decoder.parse(source.values[row]) if found is None else found
-        if isinstance(event, Refusal):
-            refusals[row] = event
-        else:
-            rows.append(row)
-            events.append(event)
-    return np.array(rows, np.int64), events
+    refusals |= {row: found for row, found in enumerate(parsed) if isinstance(found, Refusal)}
+    rows = np.arange(len(parsed))
+    if not refusals:
+        return rows, cast("Sequence[Event]", parsed)
+    return np.delete(rows, list(refusals)), [found for found in parsed if isinstance(found, Event)]
 
 
 def _checked_columns(

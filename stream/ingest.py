@@ -38,10 +38,10 @@ class IngestConfig:
 
     group_id: str = "headrace-ingest"
     """Consumer group that shares the partitions of `interactions` between workers; also the Faust app's id."""
-    max_batch_records: int = 50_000
+    max_batch_records: int = 65_536
     """Records of one poll, shared by the partitions, and so of one transaction. A poll takes what is there, so this
     only counts when the worker is behind: large batches then catch up faster, small ones show their events sooner."""
-    max_bytes_in_flight: int = 67_108_864
+    max_bytes_in_flight: int = 33_554_432
     """Records held in memory before they are durable (bytes): what is fetched ahead takes at most half of it."""
     pause_after_ms: int = 1_000
     """A commit that takes longer than this (ms), because the database or the broker does not keep up, pauses the
@@ -181,7 +181,7 @@ class IngestWorker(ConsumerRebalanceListener):
                 continue  # being assigned: the seek to its stored position will bring these again
             self._fetched[partition] = records[-1].offset + 1
             # Step 2: decode and validate.
-            batches.append(self._committer.decode(batch_of(records)))
+            batches.append(self._committer.decode(batch_of(topic_partition, records)))
         share = self._config.max_batch_records // max(1, len(self._fetched))
         return batches, any(len(batch.source) >= share for batch in batches)
 

@@ -8,10 +8,10 @@ import ssl
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, Protocol
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
 from aiokafka.helpers import create_ssl_context
@@ -245,7 +245,7 @@ class KafkaReader:
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
         refuse_reset(self._consumer, self._next)
-        return [_record(raw) for records in fetched.values() for raw in records]
+        return [_record(partition, raw) for partition, records in fetched.items() for raw in records]
 
     async def _refuse_loss(self, error: OffsetOutOfRangeError) -> Never:
         """Raise LogResetError with what was lost at the offsets that an OffsetOutOfRangeError names."""
@@ -327,17 +327,26 @@ class KafkaWriter:
         return sent
 
 
-async def fetch_fairly(
-    consumer: Any, *, timeout_ms: int, max_records: int
-) -> dict[TopicPartition, list[ConsumerRecord]]:
+class RawRecord(Protocol):
+    """What a fetched record must have: aiokafka's `ConsumerRecord` has it, and so has what it is made of."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[RawRecord]]:
     """Poll an aiokafka consumer with an equal share of `max_records` for every assigned partition.
 
     Left alone, it drains one partition before it turns to the next, so that a consumer that catches up would run
     far ahead in some partitions and stand still in the others.
     """
+    _leave_records_raw(consumer)
     partitions = sorted(consumer.assignment())
     share = max(1, max_records // max(1, len(partitions)))
-    fetched: dict[TopicPartition, list[ConsumerRecord]] = {}
+    fetched: dict[TopicPartition, list[RawRecord]] = {}
     for partition in partitions:
         if partition in consumer.assignment():  # a rebalance may take it away while we wait for another
             fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
@@ -346,16 +355,32 @@ async def fetch_fairly(
     return fetched
 
 
-def batch_of(records: list[ConsumerRecord]) -> RecordBatch:
+def _leave_records_raw(consumer: Any) -> None:
+    """Spare what lies fetched in the consumer the making of a `ConsumerRecord` of every record.
+
+    That takes as long as reading the record, and three times its memory. There is no API for it. Should these inner
+    names ever change, ConsumerRecords come instead, and only time is lost (a test would tell).
+    """
+    for waiting in getattr(getattr(consumer, "_fetcher", None), "_records", {}).values():
+        records: Any = getattr(waiting, "_partition_records", None)
+        if hasattr(records, "_consumer_record"):
+            records._consumer_record = _as_it_is  # noqa: SLF001
+
+
+def _as_it_is(_partition: TopicPartition, raw: RawRecord) -> RawRecord:
+    return raw
+
+
+def batch_of(partition: TopicPartition, records: Sequence[RawRecord]) -> RecordBatch:
     """What one poll brought of one partition, as columns."""
     return RecordBatch(
-        topic=records[0].topic,
-        partition=records[0].partition,
+        topic=partition.topic,
+        partition=partition.partition,
         offsets=np.array([raw.offset for raw in records], np.int64),
         timestamps_ms=np.array([raw.timestamp for raw in records], np.int64),
         keys=[raw.key for raw in records],
         values=[raw.value for raw in records],
-        headers=[raw.headers for raw in records],
+        headers=[tuple(raw.headers) for raw in records],
     )
 
 
@@ -392,7 +417,7 @@ class PositionGuard:
         self,
         consumer: Any,
         positions: Mapping[TopicPartition, int],
-        fetched: Mapping[TopicPartition, Sequence[ConsumerRecord]],
+        fetched: Mapping[TopicPartition, Sequence[RawRecord]],
     ) -> None:
         """Raise LogResetError if records are missing at these positions; 0 means that nothing was read yet.
 
@@ -414,5 +439,6 @@ class PositionGuard:
         self._looked_at = set(positions)
 
 
-def _record(raw: ConsumerRecord) -> Record:
-    return Record(raw.topic, raw.partition, raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers or ()))
+def _record(partition: TopicPartition, raw: RawRecord) -> Record:
+    topic, number = partition
+    return Record(topic, number, raw.offset, raw.timestamp, raw.key, raw.value, tuple(raw.headers))

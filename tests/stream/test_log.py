@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock, WallClock
 from stream.errors import LogResetError, LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaLog
+from stream.kafka import KafkaConfig, KafkaLog, batch_of, fetch_fairly
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
 from stream.log_bounds import LogBounds
 from stream.memory_log import MemoryLog
@@ -182,3 +183,30 @@ async def test_a_missing_broker_is_named_and_waited_for(caplog: pytest.LogCaptur
     assert started is False
     assert "127.0.0.1:9" in caplog.text
     assert "trying again" in caplog.text
+
+
+async def test_records_that_lie_fetched_are_not_made_into_consumer_records(fresh_broker: LocalBroker) -> None:
+    log = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, num_partitions=1))
+    await log.create_topics()
+    writer = log.writer()
+    await writer.start()
+    topic = log.topics.history_updates
+    sends = [
+        await writer.send(topic, value, key=key, headers=headers)
+        for value, key, headers in [(b"a", b"k", ()), (None, b"k", (("h", b"1"),)), (b"c", None, ())]
+    ]
+    await acknowledged(sends)
+    await writer.stop()
+    consumer = AIOKafkaConsumer(auto_offset_reset="earliest", **log.config.client_options())
+    await consumer.start()
+    partition = TopicPartition(topic, 0)
+    consumer.assign([partition])
+    first = await fetch_fairly(consumer, timeout_ms=5_000, max_records=1)
+    assert [record.value for record in first[partition]] == [b"a"]
+    rest = await fetch_fairly(consumer, timeout_ms=5_000, max_records=10)
+    await consumer.stop()
+    assert not any(isinstance(record, ConsumerRecord) for record in rest[partition]), "aiokafka has new inner names"
+    batch = batch_of(partition, rest[partition])
+    assert (batch.topic, batch.partition, batch.offsets.tolist()) == (topic, 0, [1, 2])
+    assert (batch.keys, batch.values, batch.headers) == ([b"k", None], [None, b"c"], [(("h", b"1"),), ()])
+    assert (batch.timestamps_ms > 0).all()
