@@ -15,12 +15,13 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from feature_store.config import FeatureStoreConfig, parse_url
 from feature_store.engine import build_engine, reading, writing
-from feature_store.errors import SchemaDriftError, SchemaRevisionError, StoreUnavailableError
-from feature_store.tables import SCHEMA_REVISION, metadata
+from feature_store.errors import SchemaDriftError, StoreUnavailableError
+from feature_store.revision import current_revision, require_revision
+from feature_store.tables import metadata
 
 _MIGRATION_LOCK: Final = 0x68656164  # any constant: processes that migrate one PostgreSQL database queue on it
 
@@ -77,22 +78,6 @@ def check(url: str) -> None:
     if differences:
         listed = "; ".join(map(repr, differences))
         raise SchemaDriftError(f"the database's tables differ from feature_store.tables: {listed}; add a revision")
-
-
-def current_revision(connection: Connection) -> str | None:
-    """The revision of the database behind a connection."""
-    return MigrationContext.configure(connection).get_current_revision()
-
-
-def require_revision(connection: Connection) -> None:
-    """Raise SchemaRevisionError unless the database behind a connection is at this code's revision."""
-    found = current_revision(connection)
-    if found != SCHEMA_REVISION:
-        state = "has no schema yet" if found is None else f"is at schema revision {found}"
-        where = connection.engine.url.render_as_string(hide_password=True)
-        raise SchemaRevisionError(
-            f"the feature store at {where} {state}, this code needs {SCHEMA_REVISION}: run `headrace migrate`"
-        )
 
 
 @contextmanager

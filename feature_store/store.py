@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, select, text
 
-from feature_store import audit, catalogue, publications, reading, redriven, removing, schema
+from feature_store import audit, catalogue, publications, reading, redriven, removing
 from feature_store.appending import Appending
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine, erase_deleted
@@ -37,6 +37,7 @@ from feature_store.records import (
     StoreTotals,
 )
 from feature_store.retention import Retention
+from feature_store.revision import require_revision
 from feature_store.tables import store_property
 from feature_store.tails import TailCache
 from feature_store.transaction import StoreTransaction
@@ -77,7 +78,7 @@ class FeatureStore:
             StoreUnavailableError: the database is away.
         """
         with read_transaction(self._engine) as connection:
-            schema.require_revision(connection)
+            require_revision(connection)
             self._check_layout(connection)
 
     @contextmanager
