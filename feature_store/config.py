@@ -46,7 +46,7 @@ class FeatureStoreConfig:
     sqlite_wal_pages: int = 16_384
     """Pages of 4 KiB the write-ahead log may reach before it is moved into the database: 64 MiB. Small values make
     every large commit pay for a move (measured here: 1,000 pages cost a quarter of the append rate)."""
-    tail_cache_bytes: int = 33_554_432
+    tail_cache_bytes: int = 16_777_216
     """Memory for the ends of histories that an ingest process wrote last (bytes), which the next append need not read
     back. Processes that only read use none of it."""
     pool_size: int = 5
