@@ -27,9 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +39,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.environment import environment
 from feature_store import schema
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.hot import HotHistories
@@ -329,13 +328,6 @@ def measure_growth(directory: Path, *, quick: bool) -> tuple[Result, GrowthStore
     return shape | {"measured": measured, "flat_within": flatness}, stores[1]
 
 
-def commit() -> str:
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="appends and reads of histories")
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, fewer repetitions")
@@ -358,13 +350,7 @@ def main() -> int:
         json.dumps(
             {
                 "benchmark": "store",
-                "commit": commit(),
-                "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-                "versions": {
-                    "python": platform.python_version(),
-                    "numpy": np.__version__,
-                    "sqlite": sqlite3.sqlite_version,
-                },
+                **environment(),
                 "shape": {"users": B, "interactions": L, "bytes_per_interaction": BYTES_PER_INTERACTION},
                 "quick": args.quick,
                 **found,

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.environment import environment
 from model.config import ModelConfig
 from model.manifest import Manifest, SnapshotKind
 from model.recommender import Recommender
@@ -132,13 +131,6 @@ def busy_thread(*, wanted: bool) -> Iterator[None]:
             thread.join()
 
 
-def commit() -> str:
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip() or "unknown"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="the pause of a hot swap")
     parser.add_argument("--items", type=int, default=16_000, help="rows of the catalogue")
@@ -161,13 +153,7 @@ def main() -> int:
         json.dumps(
             {
                 "benchmark": "swap",
-                "commit": commit(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "numpy": np.__version__,
-                },
-                "machine": platform.processor() or platform.machine(),
+                **environment(),
                 "items": args.items,
                 "embedding_dim": ModelConfig().embedding_dim,
                 "swaps": args.swaps,

@@ -29,6 +29,7 @@ from feature_store.tails import TailCache
 
 _NO_FLOOR = np.iinfo(np.int64).min
 ROWS_AT_ONCE: Final = 32_768
+"""Rows of a batch that are appended together, about: what is stored of their users is in memory at the same time."""
 _MIXER: Final = np.uint64(0x9E3779B97F4A7C15)
 """2^64 over the golden ratio: multiplying by it spreads numbers over the upper bits."""
 
@@ -115,7 +116,7 @@ def append(appending: Appending, interactions: Interactions, source: str) -> App
 def _groups_of_users(user_id: NDArray[np.int64], rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     """The rows in groups of about `ROWS_AT_ONCE` that have no user in common.
 
-    An append needs some forty times the memory of its rows, for what is stored of their users.
+    What is stored of the users, held several times over, is most of the memory of an append.
     """
     num_groups = 1 + len(rows) // ROWS_AT_ONCE
     # Mixed, because the users of one batch may all have the same remainder: that of their partition.

@@ -1,6 +1,6 @@
 """The tail chunks that this process wrote last, so that the next append need not read them back.
 
-Reading the tails costs a third of an append, and a worker that owns its users' partitions would only read what it
+Reading the tails costs a fifth of an append, and a worker that owns its users' partitions would only read what it
 wrote. What is kept here may be out of date, and is safe all the same: a tail is overwritten only if its `next_seq` is
 still the one expected, so a tail that another writer has changed since makes the append fail with
 ConcurrentAppendError, after which everything here is dropped. Two changes leave `next_seq` as it was or start it again:

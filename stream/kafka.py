@@ -358,8 +358,9 @@ async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> d
 def _leave_records_raw(consumer: Any) -> None:
     """Spare what lies fetched in the consumer the making of a `ConsumerRecord` of every record.
 
-    That takes as long as reading the record, and three times its memory. There is no API for it. Should these inner
-    names ever change, ConsumerRecords come instead, and only time is lost (a test would tell).
+    That takes as long as reading the record; besides key and value, a `ConsumerRecord` holds 232 bytes, and what it is
+    made of 144 (aiokafka 0.14, Python 3.11, no headers). There is no API for it. Should these inner names ever change,
+    ConsumerRecords come instead, and only time and memory are lost (a test would tell).
     """
     for waiting in getattr(getattr(consumer, "_fetcher", None), "_records", {}).values():
         records: Any = getattr(waiting, "_partition_records", None)

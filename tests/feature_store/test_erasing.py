@@ -15,6 +15,7 @@ from feature_store.errors import StoreBusyError
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from tests.feature_store.databases import migrated_database
+from tests.feature_store.truth import rows_of
 
 NUM_USERS = 1_000
 
@@ -87,5 +88,14 @@ def test_a_reader_that_holds_on_is_named(sqlite_store: FeatureStore) -> None:
     sqlite_store.erase_deleted()
 
 
-def test_either_database_can_be_asked(store: FeatureStore) -> None:
+def test_either_database_can_be_asked_and_keeps_its_histories(store: FeatureStore) -> None:
+    poll = polls(1)[0]
+    ids = np.unique(poll.user_id)
+    with store.transaction() as transaction:
+        transaction.append(poll)
+    with store.transaction() as transaction:
+        assert transaction.forget_users(ids[::2]) == len(ids[::2])
+    kept = rows_of(store.read(ids, max_len=len(poll)))
+    assert sum(map(len, kept)) == np.isin(poll.user_id, ids[1::2]).sum()
     store.erase_deleted()
+    assert rows_of(store.read(ids, max_len=len(poll))) == kept
