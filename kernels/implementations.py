@@ -6,7 +6,6 @@ under Triton's interpreter) and, where it pays, `cpu.py`.
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -28,7 +27,7 @@ def choose(kernel: KernelName, device: torch.device, *, has_cpu_path: bool) -> I
     """
     if kernel not in get_args(KernelName):
         raise ValueError(f"kernel is {kernel!r}; it must be one of {', '.join(get_args(KernelName))}")
-    host = "cpu" if has_cpu_path else "reference"
+    host: Implementation = "cpu" if has_cpu_path else "reference"
     if kernel == "reference":
         return "reference"
     if kernel == "cpu" or (kernel == "auto" and device.type != "cuda"):

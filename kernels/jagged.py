@@ -105,23 +105,23 @@ def position_index(offsets: Tensor, num_values: int) -> Tensor:
     return torch.arange(num_values, device=offsets.device) - starts
 
 
-def check_offsets_shape(offsets: Tensor, values: Tensor) -> None:
-    """ValueError unless offsets is int64[B + 1] on the device of values; reads no element."""
+def check_offsets_shape(offsets: Tensor, values: Tensor, *, name: str = "offsets") -> None:
+    """ValueError unless offsets is int64[B + 1] on the device of values; reads no element. name: as the caller's."""
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be int64[B + 1], got {offsets.dtype} of shape {tuple(offsets.shape)}")
+        raise ValueError(f"{name} must be int64[B + 1], got {offsets.dtype} of shape {tuple(offsets.shape)}")
     if values.dim() < 1:
         raise ValueError("values must have at least one dimension, the packed one")
     if values.device != offsets.device:
-        raise ValueError(f"values are on {values.device} and offsets on {offsets.device}; move them together")
+        raise ValueError(f"values are on {values.device} and {name} on {offsets.device}; move them together")
 
 
-def check_offsets(offsets: Tensor, *, num_values: int, max_len: int) -> None:
+def check_offsets(offsets: Tensor, *, num_values: int, max_len: int, name: str = "offsets") -> None:
     """ValueError unless offsets ascend from 0 to num_values in steps of at most max_len; reads them."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != num_values:
-        raise ValueError(f"offsets run from {first} to {last}; they must run from 0 to the {num_values} values")
+        raise ValueError(f"{name} run from {first} to {last}; they must run from 0 to the {num_values} values")
     lengths = offsets.diff()
     if lengths.numel() and int(lengths.min()) < 0:
-        raise ValueError("offsets descend; each must be at least the one before it")
+        raise ValueError(f"{name} descend; each must be at least the one before it")
     if lengths.numel() and int(lengths.max()) > max_len:
         raise ValueError(f"the longest row has {int(lengths.max())} values; max_len is {max_len}: truncate the rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,21 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """True if TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, slowly."""
 
 
-def autotuned(configs: Sequence[triton.Config], key: Sequence[str], **options: Any) -> Callable[[Any], Any]:
+def autotuned(
+    configs: Sequence[triton.Config],
+    key: Sequence[str],
+    *,
+    interpreted: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Callable[[Any], Any]:
     """``triton.autotune`` whose choices are kept on disk, in Triton's cache folder (TRITON_CACHE_DIR).
 
-    Interpreted there is no device to time on: the first config is taken, which should therefore be the smallest.
+    Interpreted there is no device to time on: the constants ``interpreted`` are taken, or those of the first config,
+    which should then be the smallest.
     """
     if INTERPRETED:
-        return triton.heuristics({name: _constant(value) for name, value in configs[0].kwargs.items()})  # type: ignore[no-any-return]
+        constants = configs[0].kwargs if interpreted is None else interpreted
+        return triton.heuristics({name: _constant(value) for name, value in constants.items()})  # type: ignore[no-any-return]
     return triton.autotune(configs=list(configs), key=list(key), cache_results=True, **options)  # type: ignore[no-any-return]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import signal
@@ -30,9 +29,6 @@ logger = logging.getLogger(__name__)
 _STORE_RETRY_FIRST_S: Final = 0.2
 _STORE_RETRY_MAX_S: Final = 5.0
 _OBJECTS_BETWEEN_COLLECTIONS: Final = 200_000
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-"""Parameters of glibc's mallopt(3)."""
 
 
 def ingest(settings: Settings) -> int:
@@ -66,12 +62,13 @@ def ingest(settings: Settings) -> int:
 
 def train(settings: Settings) -> int:
     """Run the trainer until it is told to stop; returns the exit code."""
+    from kernels.host_memory import keep_freed_memory
     from model.config import LossConfig, ModelConfig, OptimizerConfig
     from online_trainer.config import TrainerConfig
     from online_trainer.daemon import TrainerDaemon, TrainerParts
 
     config = settings.get(HeadraceConfig)
-    _keep_large_buffers()
+    keep_freed_memory()
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.trainer_port, signals), _open_store(settings, report) as store:
@@ -137,17 +134,6 @@ def _current_log(settings: Settings, store: FeatureStore) -> KafkaConfig:
     """The broker's settings, under the name that the log's positions have now."""
     kafka = settings.get(KafkaConfig)
     return replace(kafka, log_id=store.current_log_id(kafka.log_id))
-
-
-def _keep_large_buffers() -> None:
-    """Let the C library reuse large buffers instead of giving them back to the kernel after every operation.
-
-    A training step allocates the same large temporaries again and again; without this, much of it is page faults.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc; other C libraries have their own ways
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _collect_rarely() -> None:
