@@ -12,10 +12,12 @@ from typing import Literal
 class ModelConfig:
     """What the model is. Two models exchange weights only if all of this is equal (``config_hash``)."""
 
+    kind: Literal["hstu", "sasrec"] = "hstu"
+    """Encoder of histories. hstu: pointwise attention. sasrec: a softmax Transformer, to compare with."""
     embedding_dim: int = 64
     """Width D of item embeddings and of the residual stream."""
     num_layers: int = 2
-    """HSTU layers; the research configuration for catalogues of this size."""
+    """Layers of the encoder; the research configuration for catalogues of this size."""
     num_heads: int = 2
     """Attention heads H of every layer."""
     attention_dim: int = 32
@@ -24,8 +26,25 @@ class ModelConfig:
     """Value and gate width V of one head."""
     max_len: int = 64
     """Newest interactions of a history that are read; also the constant N that attention sums are divided by."""
+    attention_activation: Literal["silu", "softmax"] = "silu"
+    """What turns a score into a weight. silu: pointwise, so that many related interactions weigh more than few.
+    softmax: normalised over the keys, without relative bias; for comparison."""
+    relative_bias: bool = True
+    """Add a learned number per distance and per bucket of the time gap to every attention score. Sees when the
+    request happens, so that a cached history stays valid for the next one."""
     num_time_buckets: int = 128
     """Highest bucket of the relative time bias; each bucket is 1.35 times as long as the one before."""
+    time_embedding: bool = False
+    """Add a learned embedding of each interaction's age when its history ends (production layer's substitute for the
+    relative bias). Where more than the newest position is supervised, the others so learn when the history ended."""
+    affine_norms: bool = False
+    """Give both norms of an HSTU layer learned scales and shifts (production layer)."""
+    gate_only_activation: bool = False
+    """SiLU on the gate alone, not on queries, keys and values (production layer)."""
+    scaled_scores: bool = False
+    """Divide attention scores by the root of attention_dim (production layer)."""
+    concat_output: bool = False
+    """Feed the output matrix [gate, attended, gated] instead of gated alone (production layer)."""
     input_dropout: float = 0.0
     """Share of input features dropped in training. 0: each interaction is learned once, so little is memorised."""
     linear_dropout: float = 0.0
@@ -51,6 +70,15 @@ class ModelConfig:
     """Seed of all initial weights; a new item's embedding is a function of this seed and its id."""
 
     def __post_init__(self) -> None:
+        _require_one_of(self, "kind", ("hstu", "sasrec"))
+        _require_one_of(self, "attention_activation", ("silu", "softmax"))
+        if self.attention_activation == "softmax" and self.relative_bias:
+            raise ValueError("attention_activation is softmax, which has no relative bias: set relative_bias to false")
+        if self.attention_activation == "softmax" and self.hidden_dim != self.attention_dim:
+            raise ValueError(
+                f"hidden_dim is {self.hidden_dim}; it must equal attention_dim ({self.attention_dim}) for softmax"
+                " attention: change hidden_dim in the settings"
+            )
         for name in ("embedding_dim", "num_layers", "num_heads", "attention_dim", "hidden_dim", "max_len"):
             _require(self, name, 1, 1 << 20)
         _require(self, "num_time_buckets", 1, 1024)
@@ -63,7 +91,7 @@ class ModelConfig:
         _require(self, "trend_coefficient", 0.0, 100.0)
         _require(self, "seed", 0, (1 << 63) - 1)
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict[str, int | float | str]:
         """Every field, as stored in a manifest."""
         return asdict(self)
 
@@ -85,10 +113,20 @@ class LossConfig:
     """Uniform negatives shared by the positions of a step; used by the sampled loss only."""
     positions_per_chunk: int = 256
     """Positions whose logits over the whole catalogue exist at once; bounds memory."""
+    stochastic_length_alpha: float = 0.0
+    """Read long histories in part while training, so that attention costs max_len to this power per user: above 1, at
+    most 2; 0: read them whole. Serving always does. The test before each step is made on the same shortened
+    histories, so prequential metrics then understate what is served."""
+    stochastic_length_selection: Literal["recent", "feature_weighted", "uniform"] = "feature_weighted"
+    """Which interactions a shortened history keeps besides those learned from. recent: the newest. uniform: any.
+    feature_weighted: any, the oldest with less weight."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "sampled"):
-            raise ValueError(f"kind is {self.kind!r}; it must be full or sampled")
+        _require_one_of(self, "kind", ("full", "sampled"))
+        alpha = self.stochastic_length_alpha
+        if alpha != 0 and not 1 < alpha <= 2:
+            raise ValueError(f"stochastic_length_alpha is {alpha}; it must be 0 (off) or above 1 and at most 2")
+        _require_one_of(self, "stochastic_length_selection", ("recent", "feature_weighted", "uniform"))
         _require(self, "num_hard_negatives", 0, 1 << 31)
         _require(self, "num_negatives", 1, 1 << 24)
         _require(self, "positions_per_chunk", 1, 1 << 20)
@@ -125,3 +163,9 @@ def _require(config: object, name: str, low: float, high: float) -> None:
     value = getattr(config, name)
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}; it must be between {low} and {high}: change {name} in the settings")
+
+
+def _require_one_of(config: object, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be {' or '.join(allowed)}: change {name} in the settings")

@@ -1,6 +1,8 @@
-"""HSTU, as in the authors' research code (arXiv 2402.17152); its attention is in kernels/hstu_attention/README.md.
+"""HSTU, as in the authors' research code (arXiv 2402.17152), and the production layer's differences as options.
 
-Shapes: L packed positions, D model width, H heads, A query/key width, V value width, N = max_len.
+Its attention is in kernels/hstu_attention/README.md.
+
+Shapes: L packed positions, D model width, H heads, A query/key width, V value width, G = H * V, N = max_len.
 """
 
 from __future__ import annotations
@@ -9,26 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.hstu_attention import AttentionPlan, KernelName, RelativeBias, hstu_attention, plan_attention
-from kernels.jagged import position_index
+from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
+from kernels.hstu_input import hstu_input
+from kernels.hstu_output import hstu_output
+from kernels.implementations import KernelName
+from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
-
-NORM_EPS = 1e-6
-INIT_STD = 0.02
-
-
-def dropped_out(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """The tensor with ``share`` of its elements zeroed, the rest scaled up; unchanged without a generator."""
-    if generator is None or share == 0.0:
-        return x
-    keep = torch.empty_like(x).bernoulli_(1.0 - share, generator=generator)
-    return x * keep.div_(1.0 - share)
+from model.history_input import HistoryInput
+from model.initial import NORM_EPS, dropout_seed, normal, xavier
 
 
 class HSTULayer(nn.Module):
     """One layer: ``x + W_o dropout(u * norm(attention(q, k, v)))`` with ``u, v, q, k = split(silu(W norm(x)))``.
 
-    Both norms have no learned parameters; they are required for stability, since nothing else bounds the sums.
+    The norms are required for stability, since nothing else bounds the sums. Options of ModelConfig: affine_norms,
+    gate_only_activation (only ``u`` passes through SiLU), scaled_scores, concat_output, relative_bias,
+    attention_activation.
     """
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
@@ -36,14 +34,16 @@ class HSTULayer(nn.Module):
         self.config = config
         gate, attention = config.num_heads * config.hidden_dim, config.num_heads * config.attention_dim
         self.split_sizes = [gate, gate, attention, attention]
-        self.uvqk = nn.Parameter(_normal(generator, config.embedding_dim, 2 * gate + 2 * attention))
-        bound = (6 / (gate + config.embedding_dim)) ** 0.5  # Xavier
+        self.uvqk = nn.Parameter(normal(generator, config.embedding_dim, 2 * gate + 2 * attention))
         self.output_weight = nn.Parameter(
-            torch.empty(gate, config.embedding_dim).uniform_(-bound, bound, generator=generator)
+            xavier(generator, gate * (3 if config.concat_output else 1), config.embedding_dim)
         )
         self.output_bias = nn.Parameter(torch.zeros(config.embedding_dim))
-        self.position_weight = nn.Parameter(_normal(generator, 2 * config.max_len - 1))
-        self.time_weight = nn.Parameter(_normal(generator, config.num_time_buckets + 1))
+        if config.relative_bias:
+            self.position_weight = nn.Parameter(normal(generator, 2 * config.max_len - 1))
+            self.time_weight = nn.Parameter(normal(generator, config.num_time_buckets + 1))
+        self.input_norm = _Affine(config.embedding_dim) if config.affine_norms else None
+        self.output_norm = _Affine(gate) if config.affine_norms else None
 
     def forward(
         self,
@@ -51,41 +51,92 @@ class HSTULayer(nn.Module):
         offsets: Tensor,
         times: tuple[Tensor, Tensor],
         *,
-        plan: AttentionPlan | None,
+        mask: AttentionMask = CAUSAL,
         dropout: torch.Generator | None,
         kernel: KernelName = "auto",
     ) -> Tensor:
-        """x_LD of the next layer. times: int64 seconds of each position and of its query."""
+        """x_LD of the next layer. times: int64 seconds of each position and of its query.
+
+        mask: silu attention only; softmax attention is always causal.
+        """
         config = self.config
-        normed_LD = functional.layer_norm(x_LD, (config.embedding_dim,), eps=NORM_EPS)
-        u_LG, v_LG, q_LG, k_LG = torch.split(functional.silu(normed_LD @ self.uvqk), self.split_sizes, dim=1)
-        o_LHV = hstu_attention(
-            q_LG.reshape(-1, config.num_heads, config.attention_dim),
-            k_LG.reshape(-1, config.num_heads, config.attention_dim),
-            v_LG.reshape(-1, config.num_heads, config.hidden_dim),
+        entered = hstu_input(
+            x_LD,
+            self.uvqk,
+            split_sizes=self.split_sizes,
+            norm_weight_D=None if self.input_norm is None else self.input_norm.weight,
+            norm_bias_D=None if self.input_norm is None else self.input_norm.bias,
+            eps=NORM_EPS,
+            activate="u" if config.gate_only_activation else "uvqk",
+            kernel=kernel,
+        )
+        o_LHV = self._attend(
+            entered.q_LA.view(-1, config.num_heads, config.attention_dim),
+            entered.k_LA.view(-1, config.num_heads, config.attention_dim),
+            entered.v_LG.view(-1, config.num_heads, config.hidden_dim),
             offsets,
-            max_len=config.max_len,
-            bias=RelativeBias(
+            times,
+            mask=mask,
+            kernel=kernel,
+        )
+        return hstu_output(
+            o_LHV.flatten(1),
+            entered.u_LG,
+            x_LD,
+            self.output_weight,
+            bias_D=self.output_bias,
+            norm_weight_G=None if self.output_norm is None else self.output_norm.weight,
+            norm_bias_G=None if self.output_norm is None else self.output_norm.bias,
+            eps=NORM_EPS,
+            concat=config.concat_output,
+            dropout_p=config.linear_dropout,
+            seed=None if dropout is None or config.linear_dropout == 0.0 else dropout_seed(dropout),
+            kernel=kernel,
+        )
+
+    def _attend(
+        self,
+        q_LHA: Tensor,
+        k_LHA: Tensor,
+        v_LHV: Tensor,
+        offsets: Tensor,
+        times: tuple[Tensor, Tensor],
+        *,
+        mask: AttentionMask,
+        kernel: KernelName,
+    ) -> Tensor:
+        config = self.config
+        if config.attention_activation == "softmax":
+            assert mask.is_causal_only, "softmax attention has no other mask"
+            return softmax_attention(q_LHA, k_LHA, v_LHV, offsets)
+        bias = None
+        if config.relative_bias:
+            bias = RelativeBias(
                 position_weight=self.position_weight,
                 time_weight=self.time_weight,
                 timestamps_s_L=times[0],
-                query_timestamps_s_L=times[1],
-            ),
+                query_timestamps_s_M=times[1],
+            )
+        return hstu_attention(
+            q_LHA,
+            k_LHA,
+            v_LHV,
+            offsets,
+            max_len=config.max_len,
+            alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
+            bias=bias,
+            mask=mask,
             kernel=kernel,
-            plan=plan,
         )
-        attended_LG = functional.layer_norm(o_LHV.flatten(1), (u_LG.shape[1],), eps=NORM_EPS)
-        gated_LG = dropped_out(u_LG * attended_LG, config.linear_dropout, dropout)
-        return x_LD + torch.addmm(self.output_bias, gated_LG, self.output_weight)
 
 
 class HSTU(nn.Module):
-    """Item embeddings of histories to one L2-normalised state per position."""
+    """The layers over jagged rows of embeddings, and what comes before the first one."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config = config
-        self.position_embedding = nn.Parameter(_normal(generator, config.max_len, config.embedding_dim))
+        self.input = HistoryInput(config, generator)
         self.layers = nn.ModuleList(HSTULayer(config, generator) for _ in range(config.num_layers))
 
     def forward(
@@ -98,27 +149,42 @@ class HSTU(nn.Module):
         dropout: torch.Generator | None = None,
         kernel: KernelName = "auto",
     ) -> Tensor:
-        """u_LD of unit length.
+        """u_LD of unit length, one state per position of a history.
 
         item_LD: float[L, D]. known_L: bool[L], False where the input is to read as zeros. times_ms: int64[L] epoch
         ms of each position, and of the next interaction or request. dropout: generator of a training pass, None
         for inference. ValueError if a row is longer than max_len.
         """
-        place_L = position_index(offsets, item_LD.shape[0])
-        times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
-        plan = plan_attention(
-            offsets,
-            num_positions=item_LD.shape[0],
-            max_len=self.config.max_len,
-            times=times_s,
-            num_buckets=self.config.num_time_buckets,
-        )
-        x_LD = item_LD * self.config.embedding_dim**0.5 + self.position_embedding.index_select(0, place_L)
-        x_LD = dropped_out(x_LD, self.config.input_dropout, dropout) * known_L[:, None]
-        for layer in self.layers:
-            x_LD = layer(x_LD, offsets, times_s, plan=plan, dropout=dropout, kernel=kernel)
+        x_LD = self.hidden_states(item_LD, known_L, offsets, times_ms, dropout=dropout, kernel=kernel)
         return functional.normalize(x_LD, dim=1, eps=NORM_EPS)
 
+    def hidden_states(
+        self,
+        item_LD: Tensor,
+        known_L: Tensor | None,
+        offsets: Tensor,
+        times_ms: tuple[Tensor, Tensor],
+        *,
+        places_L: Tensor | None = None,
+        mask: AttentionMask = CAUSAL,
+        dropout: torch.Generator | None = None,
+        kernel: KernelName = "auto",
+    ) -> Tensor:
+        """x_LD behind the last layer, of any length; arguments as ``forward``, known_L None where all are.
 
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.empty(*shape).normal_(std=INIT_STD, generator=generator)
+        places_L: int64[L], the place of each position in its row, as ``mask`` counts places; None: its index.
+        """
+        times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
+        x_LD: Tensor = self.input(item_LD, known_L, offsets, times_s, places_L=places_L, dropout=dropout)
+        for layer in self.layers:
+            x_LD = layer(x_LD, offsets, times_s, mask=mask, dropout=dropout, kernel=kernel)
+        return x_LD
+
+
+class _Affine(nn.Module):
+    """Scale and shift of a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))

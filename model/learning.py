@@ -1,4 +1,4 @@
-"""One supervised pass over a batch of histories: encode once, score, form the loss.
+"""One supervised pass over a batch of histories: shorten them if asked to, encode once, score, form the loss.
 
 Shapes: L packed positions, P supervised positions, V rows of the live catalogue.
 """
@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.softmax_loss import FormedSoftmax, OnLogits, form_full_softmax, sampled_softmax_loss
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig
-from model.hstu import NORM_EPS
+from model.initial import NORM_EPS
 from model.item_table import ActiveRows
-from model.losses import (
-    FormedSoftmax,
-    OnLogits,
-    attach_gradients,
-    candidate_log_q,
-    form_full_softmax,
-    sampled_softmax_loss,
-)
+from model.losses import attach_gradients, candidate_log_q
 from model.recommender import Recommender
+from model.stochastic_length import StochasticLength, shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +43,16 @@ def supervised_pass(
 ) -> SupervisedPass:
     """Run the model once and form the loss at the targets.
 
-    generator: dropout and negatives; part of a trainer's checkpoint. on_logits: sees the logits of the very same
-    pass over the whole live catalogue, for metrics taken before the update (test, then train).
+    generator: stochastic length, dropout and negatives; part of a trainer's checkpoint. on_logits: sees the logits of
+    the very same pass over the whole live catalogue, for metrics taken before the update (test, then train).
     """
+    if loss_config.stochastic_length_alpha:
+        rule = StochasticLength(
+            alpha=loss_config.stochastic_length_alpha,
+            max_len=recommender.config.max_len,
+            selection=loss_config.stochastic_length_selection,
+        )
+        batch, targets = shortened(batch, targets, rule, generator=generator)
     if loss_config.kind == "full":
         return _full_pass(recommender, batch, targets, loss_config, generator, on_logits)
     return _sampled_pass(recommender, batch, targets, loss_config, generator, on_logits)
@@ -67,11 +69,13 @@ def _full_pass(
     items = recommender.items
     active = items.activate()
     u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    catalogue = recommender.catalogue()
     formed = form_full_softmax(
         u_PD,
+        catalogue.unit_VD,
         targets.rows_P,
-        recommender.catalogue(),
-        recommender.scale,
+        scale=recommender.scale,
+        offset_V=catalogue.offset_V,
         positions_per_chunk=loss_config.positions_per_chunk,
         on_logits=on_logits,
     )
@@ -83,7 +87,7 @@ def _full_pass(
         (u_PD, formed.u_PD),
         (recommender.scale, formed.scale),
         (recommender.trend_coefficient, formed.offset_V @ items.log_popularity()),
-        (unit_SD, formed.unit_VD[stepped_S]),
+        (unit_SD, formed.item_VD[stepped_S]),
         (active.bias_R[stepped_S], formed.offset_V[stepped_S]),
     )
     return SupervisedPass(loss=loss, active=replace(active, stepped=stepped_S))
@@ -124,10 +128,18 @@ def _sampled_pass(
         num_negatives=loss_config.num_negatives,
         num_targets=targets.rows_P.shape[0],
     )
-    chosen = type(catalogue)(unit_VD=catalogue.unit_VD[index_C], offset_V=catalogue.offset_V[index_C])
     target_index_P = torch.searchsorted(candidates_C, targets.rows_P)
-    loss = sampled_softmax_loss(u_PD, target_index_P, chosen, recommender.scale, log_q_C)
-    return SupervisedPass(loss=loss, active=active)
+    found = sampled_softmax_loss(
+        u_PD,
+        catalogue.unit_VD[index_C],
+        target_index_P,
+        torch.arange(candidates_C.shape[0]),
+        scale=recommender.scale,
+        offset_V=catalogue.offset_V[index_C],
+        log_q_C=log_q_C,
+        log_q_target_P=log_q_C[target_index_P],
+    )
+    return SupervisedPass(loss=found.loss, active=active)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ class Manifest:
     kind: SnapshotKind
     parent: int | None
     config_hash: str
-    model_config: dict[str, int | float]
+    model_config: dict[str, int | float | str]
     num_items: int
     created_at_ms: int
     watermark_ms: int

@@ -42,7 +42,7 @@ def ranks(
     num_targets = target_rows_P.shape[0]
     num_rows = logits_PV.shape[-1] if num_known is None else num_known
     if num_rows == 0 or num_targets == 0:
-        return torch.full((num_targets,), MISS_RANK, dtype=torch.int64)
+        return torch.full((num_targets,), MISS_RANK, dtype=torch.int64, device=target_rows_P.device)
     inside_P = (target_rows_P >= 0) & (target_rows_P < num_rows)
     rows_P = torch.where(inside_P, target_rows_P, 0)
     shared = logits_PV.dim() == 1
@@ -71,11 +71,11 @@ def seen_before(rows_L: Tensor, offsets: Tensor, positions_P: Tensor) -> SeenRow
     """
     starts_P = offsets[torch.searchsorted(offsets, positions_P, right=True) - 1]
     lengths_P = positions_P + 1 - starts_P
-    bounds = torch.zeros(positions_P.shape[0] + 1, dtype=torch.int64)
+    bounds = torch.zeros(positions_P.shape[0] + 1, dtype=torch.int64, device=offsets.device)
     torch.cumsum(lengths_P, 0, out=bounds[1:])
     total = int(bounds[-1])
     place_S = row_index(bounds, total)
-    rows_S = rows_L[starts_P[place_S] + torch.arange(total) - bounds[place_S]]
+    rows_S = rows_L[starts_P[place_S] + torch.arange(total, device=offsets.device) - bounds[place_S]]
     kept = rows_S >= 0
     counts_P = torch.bincount(place_S[kept], minlength=positions_P.shape[0])
     bounds[1:] = counts_P.cumsum(0)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.hstu_attention import KernelName
+from kernels.implementations import KernelName
 from model.batch import HistoryBatch
 from model.config import ModelConfig
+from model.encoder import build_encoder
 from model.errors import StateMismatchError
-from model.hstu import HSTU, NORM_EPS
+from model.initial import NORM_EPS
 from model.item_table import ActiveRows, ItemTable
 
 
@@ -34,7 +35,7 @@ class Catalogue:
 
 
 class Recommender(nn.Module):
-    """Dense parameters (``hstu``, scale, trend coefficient) and ``items``, the table of everything per item.
+    """Dense parameters (``encoder``, scale, trend coefficient) and ``items``, the table of everything per item.
 
     snapshot_version: the snapshot whose weights these are, None before the first one is applied.
     """
@@ -43,7 +44,7 @@ class Recommender(nn.Module):
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
-        self.hstu = HSTU(config, generator)
+        self.encoder = build_encoder(config, generator)
         # The logarithm of the scale is learned: steps are relative, and it stays positive.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         self.trend_coefficient = nn.Parameter(torch.tensor(config.trend_coefficient))
@@ -76,7 +77,7 @@ class Recommender(nn.Module):
         else:
             item_LD = _take(self.items.weight, rows_L)
         times_ms = (batch.timestamps_ms_L, batch.query_times_ms_L)
-        encoded: Tensor = self.hstu(item_LD, known_L, batch.offsets, times_ms, dropout=dropout, kernel=kernel)
+        encoded: Tensor = self.encoder(item_LD, known_L, batch.offsets, times_ms, dropout=dropout, kernel=kernel)
         return encoded
 
     def scores(self, u_PD: Tensor, rows: Tensor | None = None, *, catalogue: Catalogue | None = None) -> Tensor:

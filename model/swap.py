@@ -238,7 +238,7 @@ def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
     recommender.snapshot_version = undo.version
 
 
-def _differences(recommender: Recommender, other: dict[str, int | float]) -> str:
+def _differences(recommender: Recommender, other: dict[str, int | float | str]) -> str:
     own = recommender.config.as_dict()
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     return ", ".join(f"{name} {other.get(name)} instead of {own.get(name)}" for name in differing)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.errors import ModelError
-from model.hstu import NORM_EPS
+from model.initial import NORM_EPS
 from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
 from model.recommender import Catalogue, Recommender

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from kernels.hstu_attention.bias import RelativeBias, time_bucket
-from kernels.hstu_attention.dispatch import KernelName, hstu_attention
-from kernels.hstu_attention.plan import AttentionPlan, plan_attention
+from kernels.hstu_attention.mask import CAUSAL, AttentionMask
+from kernels.hstu_attention.ops import hstu_attention
 
 __all__ = [
-    "AttentionPlan",
-    "KernelName",
+    "CAUSAL",
+    "AttentionMask",
     "RelativeBias",
     "hstu_attention",
-    "plan_attention",
     "time_bucket",
 ]

@@ -1,10 +1,11 @@
 """The relative attention bias: one learned number per distance in places, one per bucket of the gap in time.
 
-Shapes: L packed positions, N longest row, K = number of time buckets.
+Shapes: L packed keys, M packed queries (M = L unless the history is cached), N longest row, K time buckets.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +19,27 @@ BUCKET_WIDTH = 0.301
 class RelativeBias:
     """What is added to the score of query i and key j of one row, before the activation; shared by all heads.
 
-    ``position_weight[j - i + N - 1] + time_weight[time_bucket(query_timestamps_s[i] - timestamps_s[j])]``
+    ``position_weight[place(j) - place(i) + N - 1] + time_weight[time_bucket(query_timestamps_s[i] - timestamps_s[j])]``
 
     position_weight: float[2N - 1]. time_weight: float[K + 1]. timestamps_s_L: int64[L], seconds, when the
-    interaction at each position happened. query_timestamps_s_L: int64[L], seconds, when the *next* interaction
-    (the one to predict) happened. Source: the HSTU research code, see README.md.
+    interaction at each key happened. query_timestamps_s_M: int64[M], seconds, when the *next* interaction after each
+    query (the one to predict) happened. Places: see mask.py. Source: the HSTU research code, see README.md.
     """
 
     position_weight: Tensor
     time_weight: Tensor
     timestamps_s_L: Tensor
-    query_timestamps_s_L: Tensor
+    query_timestamps_s_M: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("timestamps_s_L", "query_timestamps_s_L"):
+        for name in ("timestamps_s_L", "query_timestamps_s_M"):
             times: Tensor = getattr(self, name)
             if times.dtype != torch.int64 or times.dim() != 1:
-                raise ValueError(f"{name} must be int64[L] seconds, got {times.dtype} of shape {tuple(times.shape)}")
-        if self.timestamps_s_L.shape != self.query_timestamps_s_L.shape:
-            raise ValueError("timestamps_s_L and query_timestamps_s_L must have the same length")
+                raise ValueError(f"{name} must be flat int64 seconds, got {times.dtype} of shape {tuple(times.shape)}")
+        for name in ("position_weight", "time_weight"):
+            table: Tensor = getattr(self, name)
+            if table.dim() != 1 or table.shape[0] == 0 or not table.is_floating_point():
+                raise ValueError(f"{name} must be a flat float table, got {table.dtype} of shape {tuple(table.shape)}")
 
     @property
     def num_buckets(self) -> int:
@@ -53,5 +56,10 @@ def time_bucket(gap_s: Tensor, num_buckets: int) -> Tensor:
     >>> time_bucket(torch.tensor([0, 1, 2, -60, 86_400]), 128).tolist()
     [0, 0, 2, 13, 37]
     """
-    steps = gap_s.abs().clamp_(min=1).to(torch.float64).log_().mul_(1 / BUCKET_WIDTH)
-    return steps.clamp_(max=num_buckets).to(torch.int32)
+    return bucket_steps_(gap_s.to(torch.float64), num_buckets).to(torch.int32)
+
+
+def bucket_steps_(gap_s: Tensor, num_buckets: int) -> Tensor:
+    """float64 gaps in seconds turned, in place, into numbers whose whole part is the bucket."""
+    longest_s = math.exp(BUCKET_WIDTH * (num_buckets + 0.5))  # anything in the highest bucket: no clamp after the log
+    return gap_s.abs_().clamp_(min=1.0, max=longest_s).log_().mul_(1 / BUCKET_WIDTH)

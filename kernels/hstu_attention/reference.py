@@ -1,90 +1,62 @@
-"""HSTU attention in plain PyTorch: the truth the other implementations are compared with, and the CPU path.
+"""HSTU attention in plain PyTorch, padded and differentiated by autograd: the truth, and the form most code has.
 
-Shapes: L packed positions, H heads, A query/key width, V value width, N = max_len, G rows of a group, n its longest.
+Shapes: L packed keys, M packed queries, B rows, H heads, A query/key width, V value width, N = max_len, n the longest
+row of keys, m the longest row of queries.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.hstu_attention.bias import RelativeBias
-from kernels.hstu_attention.plan import AttentionPlan, RowGroup, plan_attention
+from kernels.hstu_attention.bias import RelativeBias, time_bucket
+from kernels.hstu_attention.mask import AttentionMask
+from kernels.jagged import position_index, row_index
 
 
 def hstu_attention_reference(
-    q_LHA: Tensor,
+    q_MHA: Tensor,
     k_LHA: Tensor,
     v_LHV: Tensor,
     offsets: Tensor,
     *,
     max_len: int,
-    bias: RelativeBias | None = None,
-    plan: AttentionPlan | None = None,
+    alpha: float,
+    bias: RelativeBias | None,
+    mask: AttentionMask,
+    query_offsets: Tensor,
 ) -> Tensor:
-    """o_LHV of ``hstu_attention``; rows of similar length are padded together, never to max_len."""
-    if plan is None:
-        plan = plan_attention(
-            offsets,
-            num_positions=q_LHA.shape[0],
-            max_len=max_len,
-            times=None if bias is None else (bias.timestamps_s_L, bias.query_timestamps_s_L),
-            num_buckets=128 if bias is None else bias.num_buckets,
-        )
-    if not plan.groups:
-        return v_LHV * 0  # keeps the shape, dtype and gradient of an all-empty batch
-    outputs = [_attend(q_LHA, k_LHA, v_LHV, group, max_len, bias) for group in plan.groups]
-    return torch.cat(outputs)[plan.restore_L]
-
-
-def _attend(
-    q_LHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, group: RowGroup, max_len: int, bias: RelativeBias | None
-) -> Tensor:
-    """float[positions inside the group, H, V]."""
-    num_rows, longest = group.index_Gn.shape
-    flat = group.index_Gn.flatten()
-    q_GHnA, k_GHnA, v_GHnV = (
-        x.index_select(0, flat).view(num_rows, longest, *x.shape[1:]).transpose(1, 2) for x in (q_LHA, k_LHA, v_LHV)
-    )
-    score_GHnn = q_GHnA @ k_GHnA.transpose(2, 3)
+    """o_MHV of ``hstu_attention``; makes B * H * m * n scores."""
+    if q_MHA.shape[0] == 0:
+        return torch.cat([q_MHA.sum() * 0 + k_LHA.sum() * 0 + v_LHV * 0])[:0]
+    lengths_B, num_queries_B = offsets.diff(), query_offsets.diff()
+    n, m = int(lengths_B.max()), int(num_queries_B.max())
+    k_BHnA, v_BHnV = (_padded(x, offsets, n).transpose(1, 2) for x in (k_LHA, v_LHV))
+    q_BHmA = _padded(q_MHA, query_offsets, m).transpose(1, 2)
+    key_index_Bn = torch.arange(n, device=offsets.device).expand(len(lengths_B), n)
+    query_index_Bm = torch.arange(m, device=offsets.device) + (lengths_B - num_queries_B)[:, None]
+    query_index_Bm = torch.minimum(query_index_Bm, lengths_B[:, None] - 1)  # what is padded repeats the last query
+    score_BHmn = (q_BHmA @ k_BHnA.transpose(2, 3)) * alpha
+    num_targets_B = mask.num_targets_in(lengths_B)
     if bias is not None:
-        score_GHnn = score_GHnn + _group_bias(bias, group, max_len)[:, None]
+        end_B = mask.history_end(lengths_B, num_targets_B)
+        query_place_Bm = mask.places(query_index_Bm, end_B)
+        distance_Bmn = mask.places(key_index_Bn, end_B)[:, None, :] - query_place_Bm[:, :, None]
+        keys_s_Bn = _padded(bias.timestamps_s_L, offsets, n)
+        queries_s_Bm = _padded(bias.query_timestamps_s_M, query_offsets, m)
+        bucket_Bmn = time_bucket(queries_s_Bm[:, :, None] - keys_s_Bn[:, None, :], bias.num_buckets)
+        bias_Bmn = bias.position_weight[distance_Bmn + (max_len - 1)] + bias.time_weight[bucket_Bmn.long()]
+        score_BHmn = score_BHmn + bias_Bmn[:, None]
     # The mask comes after the activation: silu(-inf) is NaN, and a masked score must weigh exactly 0.
-    weight_nn = torch.ones(longest, longest, dtype=score_GHnn.dtype, device=score_GHnn.device).tril() / max_len
-    o_GnHV = ((functional.silu(score_GHnn) * weight_nn) @ v_GHnV).transpose(1, 2)
-    return o_GnHV[group.inside_Gn]
+    visible_Bmn = mask.visible(query_index_Bm, key_index_Bn, lengths_B, num_targets_B)
+    weight_BHmn = functional.silu(score_BHmn) / max_len * visible_Bmn[:, None]
+    o_BmHV = (weight_BHmn @ v_BHnV).transpose(1, 2)
+    return o_BmHV[row_index(query_offsets, q_MHA.shape[0]), position_index(query_offsets, q_MHA.shape[0])]
 
 
-def _group_bias(bias: RelativeBias, group: RowGroup, max_len: int) -> Tensor:
-    assert group.bucket_Gnn is not None, "the plan was made without times, but a bias is given"
-    longest = group.index_Gn.shape[1]
-    place_n = torch.arange(longest, device=group.index_Gn.device)
-    distance_nn = place_n[None, :] - place_n[:, None] + (max_len - 1)
-    return _look_up(bias.position_weight, distance_nn) + _look_up(bias.time_weight, group.bucket_Gnn)
-
-
-def _look_up(table_K: Tensor, index: Tensor) -> Tensor:
-    found: Tensor = _TableLookup.apply(table_K, index)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _TableLookup(torch.autograd.Function):
-    """``table[index]`` whose gradient is one counting pass: far faster than a scatter-add into a tiny table."""
-
-    @staticmethod
-    def forward(ctx: Any, table_K: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_entries = table_K.shape[0]
-        return table_K.index_select(0, index.flatten()).view(index.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        if grad.is_cuda:  # bincount with weights is not deterministic there, and no faster
-            table = grad.new_zeros(ctx.num_entries).index_add_(0, index.flatten(), grad.flatten())
-            return table, None
-        counted = torch.bincount(index.flatten(), weights=grad.flatten(), minlength=ctx.num_entries)
-        return counted.to(grad.dtype), None
+def _padded(values: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """[B, longest, ...], zero behind the end of each row."""
+    padded = values.new_zeros(offsets.shape[0] - 1, longest, *values.shape[1:])
+    index = row_index(offsets, values.shape[0]), position_index(offsets, values.shape[0])
+    return padded.index_put(index, values)

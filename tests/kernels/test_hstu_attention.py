@@ -1,20 +1,20 @@
-"""HSTU attention equals the formula, forward and in every gradient, on every awkward shape."""
+"""HSTU attention equals the formula, forward and in every gradient, on every awkward shape and under every mask."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.errors import KernelUnavailableError
-from kernels.hstu_attention import RelativeBias, hstu_attention, plan_attention, time_bucket
+from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention, ops, tiles, time_bucket
+from tests.kernels.attention_case import MASKED_LENGTHS, MASKS, MAX_LEN, Case, brute_force, double, make_case
 
-ATOL = {torch.float64: 1e-12, torch.float32: 2e-5}
-MAX_LEN = 37
+ATOL = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+HOST_KERNELS = ("reference", "cpu")
 
 SHAPES = {
     "mixed rows": [5, 0, 1, 17, 37, 8, 9, 3],
@@ -27,101 +27,88 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    tensors: dict[str, Tensor]
-    offsets: Tensor
-    timestamps_s: Tensor
-    query_timestamps_s: Tensor
-
-    def run(self, **named: Tensor) -> Tensor:
-        x = {**self.tensors, **named}
-        bias = None
-        if "position_weight" in x:
-            bias = RelativeBias(
-                position_weight=x["position_weight"],
-                time_weight=x["time_weight"],
-                timestamps_s_L=self.timestamps_s,
-                query_timestamps_s_L=self.query_timestamps_s,
-            )
-        return hstu_attention(x["q"], x["k"], x["v"], self.offsets, max_len=MAX_LEN, bias=bias)
+def check(case: Case, kernel: str) -> None:
+    want, got = brute_force(case), case.run(kernel)
+    torch.testing.assert_close(got, want, atol=ATOL[torch.float64], rtol=0)
+    want_gradients, got_gradients = case.gradients(want), case.gradients(got)
+    for name, gradient in got_gradients.items():
+        assert torch.allclose(gradient, want_gradients[name], atol=ATOL[torch.float64], rtol=0), f"gradient of {name}"
 
 
-def make_inputs(
-    lengths: list[int], *, dtype: torch.dtype = torch.float64, num_heads: int = 3, with_bias: bool = True
-) -> Inputs:
-    generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
-    num_positions = sum(lengths)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=dtype, generator=generator)
-
-    tensors = {
-        "q": normal(num_positions, num_heads, 5),
-        "k": normal(num_positions, num_heads, 5),
-        "v": normal(num_positions, num_heads, 7),
-    }
-    if with_bias:
-        tensors |= {"position_weight": normal(2 * MAX_LEN - 1), "time_weight": normal(129)}
-    gaps = (10 ** (torch.rand(num_positions, generator=generator) * 7)).long()
-    times = 1_400_000_000 + gaps.cumsum(0)
-    return Inputs(
-        tensors={name: tensor.requires_grad_() for name, tensor in tensors.items()},
-        offsets=torch.tensor([0, *lengths]).cumsum(0),
-        timestamps_s=times,
-        query_timestamps_s=times + torch.randint(0, 10**6, (num_positions,), generator=generator),
-    )
+@pytest.fixture(params=[True, False], ids=["small tiles", "default tiles"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as short as these fit into one tile; smaller tiles make them cross every border."""
+    if request.param:
+        monkeypatch.setattr(tiles, "SCORES_PER_TILE", 1 << 7)
+        monkeypatch.setattr(tiles, "QUERIES_PER_TILE", 5)
+        monkeypatch.setattr(tiles, "KEYS_PER_TILE_MIN", 7)
 
 
-def brute_force(inputs: Inputs, **named: Tensor) -> Tensor:
-    """The formula of the README, one pair of places at a time."""
-    x = {**inputs.tensors, **named}
-    _, num_heads, width = x["v"].shape
-    rows = []
-    bounds = inputs.offsets.tolist()
-    for start, end in itertools.pairwise(bounds):
-        for i in range(start, end):
-            total = x["v"].new_zeros(num_heads, width)
-            for j in range(start, i + 1):
-                score = (x["q"][i] * x["k"][j]).sum(-1)
-                if "position_weight" in x:
-                    gap = abs(int(inputs.query_timestamps_s[i] - inputs.timestamps_s[j]))
-                    bucket = min(max(int(math.log(max(gap, 1)) / 0.301), 0), 128)
-                    score = score + x["position_weight"][j - i + MAX_LEN - 1] + x["time_weight"][bucket]
-                total = total + (score * torch.sigmoid(score) / MAX_LEN)[:, None] * x["v"][j]
-            rows.append(total)
-    return torch.stack(rows) if rows else x["v"] * 0
-
-
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("lengths", SHAPES.values(), ids=SHAPES.keys())
-def test_output_and_every_gradient_equal_the_formula(lengths: list[int], *, with_bias: bool) -> None:
-    inputs = make_inputs(lengths, with_bias=with_bias)
-    want, got = brute_force(inputs), inputs.run()
-    torch.testing.assert_close(got, want, atol=ATOL[torch.float64], rtol=0)
-    upstream = torch.randn(want.shape, dtype=want.dtype, generator=torch.Generator().manual_seed(1))
-    leaves = list(inputs.tensors.values())
-    want_grads = torch.autograd.grad(want, leaves, upstream, materialize_grads=True, allow_unused=True)
-    got_grads = torch.autograd.grad(got, leaves, upstream, materialize_grads=True, allow_unused=True)
-    for name, want_grad, got_grad in zip(inputs.tensors, want_grads, got_grads, strict=True):
-        assert torch.allclose(got_grad, want_grad, atol=ATOL[torch.float64], rtol=0), f"gradient of {name}"
+def test_output_and_every_gradient_equal_the_formula(
+    lengths: list[int], kernel: str, small_tiles: None, *, with_bias: bool
+) -> None:
+    check(make_case(lengths, with_bias=with_bias, alpha=0.7), kernel)
 
 
-def test_single_precision_stays_close_to_double() -> None:
-    inputs = make_inputs(SHAPES["mixed rows"])
-    single = {name: tensor.float() for name, tensor in inputs.tensors.items()}
-    torch.testing.assert_close(inputs.run(**single).double(), inputs.run(), atol=ATOL[torch.float32], rtol=0)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_every_mask_equals_the_formula(mask: AttentionMask, kernel: str, small_tiles: None) -> None:
+    check(make_case(MASKED_LENGTHS, mask=mask), kernel)
 
 
-def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours() -> None:
-    inputs = make_inputs([4, 9, 6, 0, 9])
-    clean = inputs.run()
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_queries_of_the_newest_positions_alone_equal_the_formula(
+    mask: AttentionMask, kernel: str, small_tiles: None
+) -> None:
+    check(make_case(MASKED_LENGTHS, num_queries=[1, 0, 2, 6, 20, 0, 9, 3], mask=mask), kernel)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_any_number_of_heads_shares_the_bias(num_heads: int) -> None:
+    check(make_case([9, 30], num_heads=num_heads, widths=(4, 4)), "cpu")
+
+
+def test_cached_histories_give_what_the_whole_would() -> None:
+    whole = make_case([20, 33, 4], mask=AttentionMask(num_targets_B=torch.tensor([3, 5, 0]), max_attn_len=9))
+    newest = torch.tensor([*range(14, 20), *range(46, 53), *range(56, 57)])
+    cached = replace(
+        whole,
+        tensors={**whole.tensors, "q": whole.tensors["q"][newest]},
+        query_offsets=torch.tensor([0, 6, 13, 14]),
+        query_timestamps_s=whole.query_timestamps_s[newest],
+    )
+    torch.testing.assert_close(cached.run(), whole.run()[newest], atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
+def test_lower_precision_stays_close_to_double(dtype: torch.dtype, kernel: str) -> None:
+    case = make_case(SHAPES["mixed rows"], dtype=dtype)
+    got, exact = case.run(kernel), double(case)
+    want = exact.run("reference")
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, atol=ATOL[dtype], rtol=ATOL[dtype])
+    want_gradients = exact.gradients(want)
+    for name, gradient in case.gradients(got).items():
+        assert gradient.dtype == dtype, name
+        scale = float(want_gradients[name].abs().max())
+        assert float((gradient.double() - want_gradients[name]).abs().max()) < 10 * ATOL[dtype] * scale, name
+
+
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
+def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours(kernel: str) -> None:
+    case = make_case([4, 9, 6, 0, 9])
+    clean = case.run(kernel)
     poisoned = {}
     for name in ("q", "k", "v"):
-        tensor = inputs.tensors[name].detach().clone()
+        tensor = case.tensors[name].detach().clone()
         tensor[4:13] = float("nan")
         poisoned[name] = tensor.requires_grad_()
-    got = inputs.run(**poisoned)
+    got = case.run(kernel, **poisoned)
     others = torch.ones(28, dtype=torch.bool)
     others[4:13] = False
     assert torch.equal(got[others], clean[others])
@@ -133,46 +120,51 @@ def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours() -> None:
 
 
 def test_later_positions_do_not_change_earlier_outputs() -> None:
-    inputs = make_inputs([11, 37])
-    clean = inputs.run()
+    case = make_case([11, 37])
+    clean = case.run()
     changed = {}
     for name in ("q", "k", "v"):
-        tensor = inputs.tensors[name].detach().clone()
+        tensor = case.tensors[name].detach().clone()
         tensor[11 + 20 :] *= -3
         changed[name] = tensor
-    got = inputs.run(**changed)
+    got = case.run(**changed)
     assert torch.equal(got[: 11 + 20], clean[: 11 + 20])
     assert not torch.equal(got[11 + 20 :], clean[11 + 20 :])
 
 
 def test_a_row_gives_the_same_output_alone_as_in_a_batch() -> None:
-    inputs = make_inputs([9, 30, 2])
-    alone = Inputs(
-        tensors={n: t[9:39] if n in ("q", "k", "v") else t for n, t in inputs.tensors.items()},
+    case = make_case([9, 30, 2])
+    alone = replace(
+        case,
+        tensors={n: t[9:39] if n in ("q", "k", "v") else t for n, t in case.tensors.items()},
         offsets=torch.tensor([0, 30]),
-        timestamps_s=inputs.timestamps_s[9:39],
-        query_timestamps_s=inputs.query_timestamps_s[9:39],
+        timestamps_s=case.timestamps_s[9:39],
+        query_timestamps_s=case.query_timestamps_s[9:39],
     )
-    torch.testing.assert_close(alone.run(), inputs.run()[9:39], atol=1e-14, rtol=0)
+    torch.testing.assert_close(alone.run(), case.run()[9:39], atol=1e-14, rtol=0)
 
 
-def test_a_shared_plan_changes_nothing() -> None:
-    inputs = make_inputs(SHAPES["mixed rows"])
-    plan = plan_attention(
-        inputs.offsets,
-        num_positions=80,
-        max_len=MAX_LEN,
-        times=(inputs.timestamps_s, inputs.query_timestamps_s),
-    )
-    x = inputs.tensors
-    bias = RelativeBias(
-        position_weight=x["position_weight"],
-        time_weight=x["time_weight"],
-        timestamps_s_L=inputs.timestamps_s,
-        query_timestamps_s_L=inputs.query_timestamps_s,
-    )
-    got = hstu_attention(x["q"], x["k"], x["v"], inputs.offsets, max_len=MAX_LEN, bias=bias, plan=plan)
-    assert torch.equal(got, inputs.run())
+def test_targets_in_any_order_and_number_score_as_they_would_alone() -> None:
+    case = make_case([12], mask=AttentionMask(num_targets_B=torch.tensor([4])), num_heads=1)
+    together = case.run()[8:]
+    for target in range(4):
+        kept = torch.tensor([*range(8), 8 + target])
+        alone = replace(
+            case,
+            tensors={n: t[kept] if n in ("q", "k", "v") else t for n, t in case.tensors.items()},
+            offsets=torch.tensor([0, 9]),
+            timestamps_s=case.timestamps_s[kept],
+            query_timestamps_s=case.query_timestamps_s[kept],
+            mask=AttentionMask(num_targets_B=torch.tensor([1])),
+        )
+        torch.testing.assert_close(alone.run()[8], together[target], atol=1e-14, rtol=0)
+
+
+def test_slices_of_one_buffer_are_read_in_place() -> None:
+    case = make_case([5, 9], widths=(4, 4))
+    buffer = torch.cat([case.tensors[n].detach().flatten(1) for n in ("v", "q", "k")], dim=1)
+    v, q, k = (part.view(14, 3, 4) for part in torch.split(buffer, 12, dim=1))
+    assert torch.equal(case.run(q=q, k=k, v=v), case.run())
 
 
 def test_time_buckets_follow_the_formula_at_every_border() -> None:
@@ -183,27 +175,83 @@ def test_time_buckets_follow_the_formula_at_every_border() -> None:
     assert time_bucket(-torch.tensor(gaps), 128).tolist() == want
 
 
-def test_asking_for_triton_says_that_it_is_not_built() -> None:
-    inputs = make_inputs([3])
-    x = inputs.tensors
-    with pytest.raises(KernelUnavailableError, match="no Triton implementation"):
-        hstu_attention(x["q"], x["k"], x["v"], inputs.offsets, max_len=MAX_LEN, kernel="triton")
+def operator_arguments(case: Case) -> tuple[Any, ...]:
+    bias: RelativeBias = case.arguments()["bias"]
+    mask = case.mask
+    limits = [MAX_LEN, mask.contextual_len, mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys]
+    return (
+        *(case.tensors[n] for n in ("q", "k", "v")), case.offsets, case.query_offsets, mask.num_targets_B,
+        bias.position_weight, bias.time_weight, bias.timestamps_s_L, bias.query_timestamps_s_M, limits, case.alpha,
+        "cpu",
+    )  # fmt: skip
 
 
-def test_forcing_the_reference_equals_choosing_by_device() -> None:
-    inputs = make_inputs([3, 5], with_bias=False)
-    x = inputs.tensors
-    forced = hstu_attention(x["q"], x["k"], x["v"], inputs.offsets, max_len=MAX_LEN, kernel="reference")
-    assert torch.equal(forced, inputs.run())
+def test_the_operator_passes_torchs_own_checks() -> None:
+    case = make_case(MASKED_LENGTHS, mask=MASKS["everything"], num_queries=[1, 0, 2, 6, 20, 0, 9, 3])
+    torch.library.opcheck(ops.attention_forward.overload, operator_arguments(case))
 
 
-def test_a_row_longer_than_max_len_is_refused() -> None:
-    inputs = make_inputs([3, MAX_LEN + 1], with_bias=False)
-    with pytest.raises(ValueError, match="max_len is 37"):
-        inputs.run()
+def test_compiled_and_exported_code_calls_the_operator() -> None:
+    case = make_case([5, 9, 3])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return hstu_attention(**case.arguments(q=q, k=k, v=v)) * 2
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    inputs = [case.tensors[n] for n in ("q", "k", "v")]
+    got, want = compiled(*inputs), attend(*inputs)
+    assert torch.equal(got, want)
+    for name, gradient in case.gradients(got).items():
+        assert torch.equal(gradient, case.gradients(attend(*inputs))[name]), f"gradient of {name}"
 
 
-def test_bias_tables_of_the_wrong_length_are_refused() -> None:
-    inputs = make_inputs([3])
-    with pytest.raises(ValueError, match=r"needs \[73\]"):
-        inputs.run(position_weight=torch.zeros(12, dtype=torch.float64))
+def bad(**changes: Any) -> dict[str, Any]:
+    return {**make_case([3, 4]).arguments(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("max_len is 37", make_case([3, MAX_LEN + 1], with_bias=False).arguments()),
+        (r"needs \[73\]", make_case([3]).arguments(position_weight=torch.zeros(12, dtype=torch.float64))),
+        ("position_weight must be", None),
+        ("q and k must be", bad(q_MHA=torch.zeros(7, 3))),
+        ("v must be", bad(v_LHV=torch.zeros(6, 3, 7))),
+        ("share a float dtype", bad(q_MHA=torch.zeros(7, 3, 5, dtype=torch.float16))),
+        ("pass query_offsets", bad(q_MHA=torch.zeros(6, 3, 5, dtype=torch.float64))),
+        ("max_len is 0", bad(max_len=0, bias=None)),
+        ("offsets must be int64", bad(offsets=torch.tensor([0, 3, 7], dtype=torch.int32))),
+        ("offsets descend", bad(offsets=torch.tensor([0, 8, 7]))),
+        ("must run from 0 to the 7", bad(offsets=torch.tensor([0, 3, 6]))),
+        ("query_offsets has 1 rows", bad(query_offsets=torch.tensor([0, 7]))),
+        ("more queries than", bad(query_offsets=torch.tensor([0, 4, 7]))),
+        ("num_targets_B has 1 entries", bad(mask=AttentionMask(num_targets_B=torch.tensor([1])))),
+        ("row 0 has 3 positions", bad(mask=AttentionMask(num_targets_B=torch.tensor([4, 0])))),
+        ("negative entry", bad(mask=AttentionMask(num_targets_B=torch.tensor([-1, 0])))),
+        ("kernel is 'fast'", bad(kernel="fast")),
+    ],
+)
+def test_bad_input_is_named(message: str, arguments: dict[str, Any] | None) -> None:
+    with pytest.raises(ValueError, match=message):
+        hstu_attention(**arguments) if arguments else bad_bias()
+
+
+def bad_bias() -> None:
+    times = torch.arange(3)
+    RelativeBias(
+        position_weight=torch.zeros(2, 2),
+        time_weight=torch.zeros(129),
+        timestamps_s_L=times,
+        query_timestamps_s_M=times,
+    )
+
+
+@pytest.mark.parametrize("field", ["contextual_len", "max_attn_len", "min_full_attn_len", "num_oldest_keys"])
+def test_a_negative_limit_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} is -1"):
+        AttentionMask(**{field: -1})  # type: ignore[arg-type]
+
+
+def test_widening_a_window_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="set max_attn_len"):
+        AttentionMask(min_full_attn_len=3)

@@ -18,10 +18,14 @@ START_MS = 1_400_000_000_000
 class Study:
     """A recommender learning from a made-up stream, one step at a time; every step depends on its number only."""
 
-    def __init__(self, config: ModelConfig, *, kind: str = "full") -> None:
+    def __init__(self, config: ModelConfig, *, kind: str = "full", stochastic_length_alpha: float = 0.0) -> None:
         self.recommender = Recommender(config)
         self.optimizer = RecommenderOptimizer(self.recommender, OptimizerConfig(row_learning_rate=0.01))
-        self.loss_config = LossConfig(kind="sampled" if kind == "sampled" else "full", num_negatives=4)
+        self.loss_config = LossConfig(
+            kind="sampled" if kind == "sampled" else "full",
+            num_negatives=4,
+            stochastic_length_alpha=stochastic_length_alpha,
+        )
         self.generator = torch.Generator().manual_seed(7)
         self.num_steps = 0
 

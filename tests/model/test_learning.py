@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import LossConfig, OptimizerConfig
+from kernels.softmax_loss import OnLogits
+from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
 from model.learning import supervised_pass
-from model.losses import OnLogits
 from model.optimizer import RecommenderOptimizer
 from model.recommender import Recommender
+from model.stochastic_length import Selection, StochasticLength, shortened
 from tests.model.study import Study
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.2])
 @pytest.mark.parametrize("kind", ["full", "sampled"])
-def test_resuming_from_saved_state_continues_to_the_last_bit(make_study: Callable[[str], Study], kind: str) -> None:
-    whole = make_study(kind)
+def test_resuming_from_saved_state_continues_to_the_last_bit(
+    small_config: ModelConfig, kind: str, alpha: float
+) -> None:
+    whole = Study(small_config, kind=kind, stochastic_length_alpha=alpha)
     whole.learn(4)
-    resumed = make_study(kind)
+    resumed = Study(small_config, kind=kind, stochastic_length_alpha=alpha)
     resumed.recommender.load_dense_state(whole.recommender.dense_state())
     resumed.recommender.items.load_state_dict(whole.recommender.items.state_dict())
     resumed.optimizer.load_state_dict(whole.optimizer.state_dict())
@@ -179,3 +186,85 @@ def test_a_full_step_changes_the_rows_of_the_batch_and_the_hardest_negatives_onl
     assert set(changed) == set(items.dirty_rows().tolist())
     assert in_batch <= set(changed)
     assert len(changed) <= len(in_batch) + 7
+
+
+# Stochastic length
+
+
+def lengths_encoded(study: Study) -> list[int]:
+    """A list that gets the number of positions of every later pass."""
+    lengths: list[int] = []
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        lengths.append(inputs[0].shape[0])
+
+    study.recommender.encoder.register_forward_pre_hook(count)
+    return lengths
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+def test_histories_are_read_whole_unless_stochastic_length_is_on(small_config: ModelConfig, kind: str) -> None:
+    study = Study(small_config, kind=kind)
+    study.learn(3)
+    batch, targets = study.histories(3)
+    encoded = lengths_encoded(study)
+    state = study.generator.get_state()
+    loss = supervised_pass(study.recommender, batch, targets, study.loss_config, generator=study.generator).loss
+    assert encoded == [batch.num_positions]
+    # The selection alone changes nothing, nor does it draw.
+    config = replace(study.loss_config, stochastic_length_selection="uniform")
+    study.generator.set_state(state)
+    assert torch.equal(supervised_pass(study.recommender, batch, targets, config, generator=study.generator).loss, loss)
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled"])
+@pytest.mark.parametrize("selection", get_args(Selection))
+def test_a_shortened_pass_is_the_pass_over_the_shortened_batch(
+    small_config: ModelConfig, kind: str, selection: Selection
+) -> None:
+    study = Study(small_config, kind=kind)
+    study.learn(3)
+    batch, targets = study.histories(5)
+    config = replace(study.loss_config, stochastic_length_alpha=1.2, stochastic_length_selection=selection)
+    encoded = lengths_encoded(study)
+    shown: list[torch.Tensor] = []
+    generator = torch.Generator().manual_seed(8)
+    got = supervised_pass(study.recommender, batch, targets, config, generator=generator, on_logits=keep(shown))
+    assert encoded[0] < batch.num_positions
+    assert bool(got.loss.isfinite())
+
+    generator.manual_seed(8)
+    rule = StochasticLength(alpha=1.2, max_len=study.recommender.config.max_len, selection=selection)
+    short, moved = shortened(batch, targets, rule, generator=generator)
+    assert short.num_positions == encoded[0]
+    shown_short: list[torch.Tensor] = []
+    want = supervised_pass(
+        study.recommender,
+        short,
+        moved,
+        replace(config, stochastic_length_alpha=0.0),
+        generator=generator,
+        on_logits=keep(shown_short),
+    )
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(torch.cat(shown), torch.cat(shown_short))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"stochastic_length_alpha": 1.0}, "stochastic_length_alpha is 1.0"),
+        ({"stochastic_length_alpha": 2.5}, "stochastic_length_alpha is 2.5"),
+        ({"stochastic_length_alpha": float("nan")}, "stochastic_length_alpha is nan"),
+        ({"stochastic_length_alpha": -1.5}, "stochastic_length_alpha is -1.5"),
+        ({"stochastic_length_selection": "oldest"}, "stochastic_length_selection is 'oldest'"),
+    ],
+)
+def test_settings_of_stochastic_length_outside_their_range_are_refused(setting: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LossConfig(**setting)
+
+
+def test_the_setting_offers_every_selection_there_is() -> None:
+    setting = get_type_hints(LossConfig)["stochastic_length_selection"]
+    assert set(get_args(setting)) == set(get_args(Selection))

@@ -1,13 +1,11 @@
-"""The chunked softmax equals the plain one, and the sampled one estimates it."""
+"""Attached gradients are those of the loss, and the sampled softmax estimates the full one."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from torch.nn import functional
 
-from model.losses import attach_gradients, candidate_log_q, form_full_softmax, sampled_softmax_loss
-from model.recommender import Catalogue
+from kernels.softmax_loss import form_full_softmax, sampled_softmax_loss
+from model.losses import attach_gradients, candidate_log_q
 
 
 def leaves(num_positions: int, num_items: int) -> list[torch.Tensor]:
@@ -16,53 +14,34 @@ def leaves(num_positions: int, num_items: int) -> list[torch.Tensor]:
     return [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
 
 
-@pytest.mark.parametrize(("num_positions", "chunk"), [(13, 4), (4, 4), (1, 8), (13, 100)])
-def test_chunked_softmax_and_every_gradient_equal_cross_entropy(num_positions: int, chunk: int) -> None:
-    u, unit, offset, scale = leaves(num_positions, 11)
-    targets = torch.arange(num_positions) * 7 % 11
-    seen: list[tuple[slice, torch.Tensor]] = []
-    formed = form_full_softmax(
-        u,
-        targets,
-        Catalogue(unit_VD=unit, offset_V=offset),
-        scale,
-        positions_per_chunk=chunk,
-        on_logits=lambda part, logits: seen.append((part, logits.clone())),
-    )
-    got = attach_gradients(
-        formed.loss, (u, formed.u_PD), (unit, formed.unit_VD), (offset, formed.offset_V), (scale, formed.scale)
-    )
-    logits = scale * u @ unit.T + offset
-    want = functional.cross_entropy(logits, targets)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.cat([shown for _, shown in seen]), logits.detach())
-    got_grads = torch.autograd.grad(got * 3, [u, unit, offset, scale])
-    want_grads = torch.autograd.grad(want * 3, [u, unit, offset, scale])
-    for name, a, b in zip(("u", "unit", "offset", "scale"), got_grads, want_grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-12), f"gradient of {name}"
-
-
-def test_no_positions_give_a_loss_and_gradient_of_zero() -> None:
-    u, unit, offset, scale = leaves(0, 11)
-    none = torch.empty(0, dtype=torch.int64)
-    catalogue = Catalogue(unit_VD=unit, offset_V=offset)
-    formed = form_full_softmax(u, none, catalogue, scale)
-    full = attach_gradients(formed.loss, (u, formed.u_PD), (unit, formed.unit_VD))
-    for loss in (full, sampled_softmax_loss(u, none, catalogue, scale, torch.zeros(11))):
-        assert float(loss.detach()) == 0.0
-        torch.autograd.backward(loss)
+def test_attached_gradients_reach_their_tensors_scaled_by_what_comes_from_above() -> None:
+    u, unit, _, _ = leaves(3, 4)
+    value, of_u, of_unit = torch.tensor(2.5), torch.ones_like(u), torch.full_like(unit, 2)
+    attached = attach_gradients(value, (u, of_u), (unit, of_unit))
+    assert float(attached.detach()) == 2.5
+    torch.autograd.backward(attached * 3)
+    assert u.grad is not None
     assert unit.grad is not None
-    assert not bool(unit.grad.any())
+    assert torch.equal(u.grad, 3 * of_u)
+    assert torch.equal(unit.grad, 3 * of_unit)
 
 
 def test_sampling_nearly_everything_gives_nearly_the_full_softmax() -> None:
     u, unit, offset, scale = leaves(13, 11)
     targets = torch.arange(13) % 11
-    catalogue = Catalogue(unit_VD=unit, offset_V=offset)
     log_q = candidate_log_q(torch.full((11,), 1 / 11), num_items=11, num_negatives=500, num_targets=13)
-    got = sampled_softmax_loss(u, targets, catalogue, scale, log_q)
-    want = form_full_softmax(u, targets, catalogue, scale).loss
-    torch.testing.assert_close(got.detach(), want, atol=1e-6, rtol=0)
+    got = sampled_softmax_loss(
+        u,
+        unit,
+        targets,
+        torch.arange(11),
+        scale=scale,
+        offset_V=offset,
+        log_q_C=log_q.double(),
+        log_q_target_P=log_q.double()[targets],
+    )
+    want = form_full_softmax(u, unit, targets, scale=scale, offset_V=offset).loss
+    torch.testing.assert_close(got.loss.detach(), want, atol=1e-6, rtol=0)
 
 
 def test_the_chance_of_being_a_candidate_matches_drawing() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -82,7 +83,8 @@ class LearningInstallation(Installation):
         asyncio.run(produce())
 
     def checkpoint(self, data_dir: Path) -> Checkpoint:
-        config = ModelConfig(**{name.lower(): int(value) for name, value in MODEL.items()})
+        sizes: dict[str, Any] = {name.lower(): int(value) for name, value in MODEL.items()}
+        config = ModelConfig(**sizes)
         found = read_newest_checkpoint(data_dir / "checkpoints" / "default", config_hash=config.config_hash())
         assert found is not None
         return found
