@@ -1,0 +1,223 @@
+"""Ranking in the generative formulation (HSTU, arXiv 2402.17152): what a user will do with an item, from one sequence.
+
+The candidate enters the encoder as the last token of the user's history, so that every layer compares the two; small
+heads read its output. See sequence.py for the two forms of tokens.
+
+Shapes: B users, L interactions, C candidates, T tokens, D width, K tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.hstu_attention import AttentionMask
+from kernels.implementations import KernelName
+from model.action_encoder import ActionEncoder, ActionEncoderConfig
+from model.action_heads import ActionHeads, ActionLabels, ActionTask
+from model.config import ModelConfig
+from model.hstu import HSTU
+from model.initial import NORM_EPS
+from model.sequence import Candidates, Interactions, TokenSequence, interleaved, merged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankingConfig:
+    """What a ranking network adds to the encoder that ModelConfig describes."""
+
+    tasks: tuple[ActionTask, ...]
+    """What is predicted about a candidate."""
+    num_actions: int
+    """Kinds of action in a history; kind k is bit k of an interaction's actions."""
+    tokens: Literal["interleaved", "merged"] = "interleaved"
+    """interleaved: item and action are two tokens, and every item predicts its action. merged: one token, a quarter
+    of the attention; only candidates predict."""
+    value_thresholds: tuple[float, ...] = ()
+    """Thresholds of an interaction's value that its action's embedding tells apart (ActionEncoderConfig)."""
+    action_dim: int = 8
+    """Width of the learned vector of one kind of action, before the matrix to the model's width."""
+    task_hidden_dim: int = 64
+    """Width of the hidden layer that the tasks share."""
+    max_candidates: int = 64
+    """Candidates of one user in one pass at most. With the tokens of the longest history it is the constant that
+    attention sums are divided by, so weights belong to one value of it."""
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("interleaved", "merged"):
+            raise ValueError(f"tokens is {self.tokens!r}; it must be interleaved or merged")
+        for name in ("task_hidden_dim", "max_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for task in self.tasks:
+            if task.action_bit is not None and task.action_bit >= self.num_actions:
+                raise ValueError(
+                    f"action_bit of task {task.name!r} is {task.action_bit}; num_actions is {self.num_actions}"
+                )
+
+    def encoder_config(self, model: ModelConfig) -> ModelConfig:
+        """The encoder over tokens: ``model``, whose max_len counts interactions, with max_len in tokens.
+
+        ValueError for an encoder that cannot keep candidates from seeing each other.
+        """
+        if model.kind != "hstu" or model.attention_activation != "silu":
+            raise ValueError(
+                f"kind is {model.kind!r} with attention_activation {model.attention_activation!r}; ranking needs hstu"
+                " with silu, whose attention keeps candidates apart"
+            )
+        tokens_per_interaction = 2 if self.tokens == "interleaved" else 1
+        return replace(model, max_len=tokens_per_interaction * model.max_len + self.max_candidates)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engagements:
+    """Histories of B users in event-time order: items, and what was done with them.
+
+    item_LD: float[L, D]. actions_L: int64[L], a bit for each kind of action. timestamps_ms_L: int64[L], epoch
+    milliseconds. offsets: int64[B + 1]. values_L: float[L], NaN where unknown; needed where there are thresholds.
+    """
+
+    item_LD: Tensor
+    actions_L: Tensor
+    timestamps_ms_L: Tensor
+    offsets: Tensor
+    values_L: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionPredictions:
+    """Logits of bce tasks and values of mse tasks, a column for each.
+
+    candidates_CK: float[C, K]. interactions_LK: float[L, K], what was to be expected of each interaction of a history
+    when its item was met; None of merged tokens, which know their own action.
+    """
+
+    candidates_CK: Tensor
+    interactions_LK: Tensor | None
+
+
+class RankingNetwork(nn.Module):
+    """Histories and candidates, as embeddings of their items, to predictions of every task.
+
+    The item embeddings are the caller's. model: the encoder and its width; its max_len counts interactions.
+    """
+
+    def __init__(self, model: ModelConfig, config: RankingConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.config = config
+        self.max_len = model.max_len
+        self.actions = ActionEncoder(
+            ActionEncoderConfig(
+                num_actions=config.num_actions,
+                embedding_dim=model.embedding_dim,
+                value_thresholds=config.value_thresholds,
+                action_dim=config.action_dim,
+            ),
+            generator,
+        )
+        self.encoder = HSTU(config.encoder_config(model), generator)
+        self.heads = ActionHeads(
+            config.tasks,
+            embedding_dim=model.embedding_dim,
+            hidden_dim=config.task_hidden_dim,
+            generator=generator,
+        )
+
+    def forward(
+        self,
+        engagements: Engagements,
+        candidates: Candidates | None = None,
+        *,
+        dropout: torch.Generator | None = None,
+        kernel: KernelName = "auto",
+    ) -> ActionPredictions:
+        """Candidates see the history and themselves, never each other: each is scored as if it were alone.
+
+        dropout: generator of a training pass, None for inference. ValueError for a history longer than max_len or
+        more candidates of a user than max_candidates (where reading the offsets needs no device synchronisation).
+        """
+        self._check_lengths(engagements, candidates)
+        sequence = self._tokens(engagements, candidates)
+        x_TD = self.encoder.hidden_states(
+            sequence.x_TD,
+            None,
+            sequence.offsets,
+            # What a token predicts happens at its own time.
+            (sequence.timestamps_ms_T, sequence.timestamps_ms_T),
+            places_L=sequence.places(),
+            mask=AttentionMask(num_targets_B=sequence.num_targets_B),
+            dropout=dropout,
+            kernel=kernel,
+        )
+        return ActionPredictions(
+            candidates_CK=self._predict(x_TD, sequence.candidate_positions_C),
+            interactions_LK=None if self.config.tokens == "merged" else self._predict(x_TD, sequence.item_positions_L),
+        )
+
+    def loss(
+        self,
+        predictions: ActionPredictions,
+        *,
+        candidates: ActionLabels | None = None,
+        interactions: ActionLabels | None = None,
+    ) -> Tensor:
+        """Scalar: each task's mean loss over all that is labelled, weighted and summed (``ActionHeads.loss``).
+
+        candidates, interactions: from ``heads.labels``; None: not learned from. ValueError for labels of interactions
+        whose tokens are merged: to learn from one, pass it as a candidate behind the history before it.
+        """
+        if interactions is not None and predictions.interactions_LK is None:
+            raise ValueError(
+                "interactions have labels, but merged tokens know their own action: pass them as candidates"
+            )
+        pairs = [
+            (predicted, labels)
+            for predicted, labels in (
+                (predictions.candidates_CK, candidates),
+                (predictions.interactions_LK, interactions),
+            )
+            if predicted is not None and labels is not None
+        ]
+        if not pairs:
+            raise ValueError("there are no labels: pass candidates, interactions or both")
+        return self.heads.loss(
+            torch.cat([predicted for predicted, _ in pairs]),
+            ActionLabels(
+                values_PK=torch.cat([labels.values_PK for _, labels in pairs]),
+                labelled_PK=torch.cat([labels.labelled_PK for _, labels in pairs]),
+            ),
+        )
+
+    def _tokens(self, engagements: Engagements, candidates: Candidates | None) -> TokenSequence:
+        history = Interactions(
+            item_LD=engagements.item_LD,
+            action_LD=self.actions(engagements.actions_L, engagements.values_L),
+            timestamps_ms_L=engagements.timestamps_ms_L,
+            offsets=engagements.offsets,
+        )
+        if self.config.tokens == "interleaved":
+            return interleaved(history, candidates)
+        return merged(history, candidates, self.actions.no_action())
+
+    def _predict(self, x_TD: Tensor, positions_P: Tensor) -> Tensor:
+        # The layers add up without bound; the heads read directions, at the scale they start out for.
+        state_PD = functional.layer_norm(x_TD.index_select(0, positions_P), x_TD.shape[1:], eps=NORM_EPS)
+        predictions_PK: Tensor = self.heads(state_PD)
+        return predictions_PK
+
+    def _check_lengths(self, engagements: Engagements, candidates: Candidates | None) -> None:
+        _check_longest("interactions", engagements.offsets, "max_len", self.max_len)
+        if candidates is not None:
+            _check_longest("candidates", candidates.offsets, "max_candidates", self.config.max_candidates)
+
+
+def _check_longest(what: str, offsets: Tensor, setting: str, most: int) -> None:
+    lengths_B = offsets.diff()
+    if offsets.device.type == "cpu" and lengths_B.numel() and int(lengths_B.max()) > most:
+        raise ValueError(f"a user has {int(lengths_B.max())} {what}; {setting} is {most}")
+
+
+__all__ = ["ActionPredictions", "Engagements", "RankingConfig", "RankingNetwork"]
