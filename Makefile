@@ -9,10 +9,10 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults check fix gpu bench-ingest bench-store bench-swap docs clean
+.PHONY: help setup demo test test-long test-faults check fix gpu bench-gpu table-ml1m bench-model bench-dirichlet bench-ingest bench-store bench-swap docs clean
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP):
 	@PYTHON="$(PYTHON)" .ci/setup "$@"
@@ -45,10 +45,22 @@ fix: $(STAMP) ## mend what lint and format can mend by themselves
 	$(BIN)/ruff format .
 
 gpu: ## kernel and model tests on a CUDA machine, with that machine's own Python (PYTHON=…)
-	$(PYTHON) -m pytest -c tests/gpu.ini --rootdir . tests/kernels tests/model $(ARGS)
+	$(PYTHON) -m pytest -c tests/gpu.ini --rootdir . --confcutdir . tests/kernels tests/model $(ARGS)
+
+bench-gpu: ## the kernels on a CUDA machine, with its own Python (PYTHON=…); ARGS="--only attention --seconds 240"
+	@$(PYTHON) -m benchmarks.bench_gpu $(ARGS)
 
 bench-ingest: $(STAMP) ## events a second from broker to durable, on one core; ARGS="--arms sqlite-full postgresql"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_ingest.py $(ARGS)
+
+table-ml1m: $(STAMP) ## SASRec, HSTU, HSTU-large on MovieLens-1M beside the published rows; hours on a CPU, resumable; ARGS="--data ml-1m --arms hstu"
+	@PYTHONPATH=. $(BIN)/python benchmarks/table_ml1m.py --results benchmarks/results/ml-1m.json $(ARGS)
+
+bench-model: $(STAMP) ## training steps and attention on a CPU, packed against padded; ARGS="--only attention"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_model.py $(ARGS)
+
+bench-dirichlet: $(STAMP) ## pointwise against softmax attention on a Dirichlet-process stream
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_dirichlet.py $(ARGS)
 
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)

@@ -1,0 +1,86 @@
+"""The yardstick of bench_model: HSTU and its loss as most public code writes them, padded and eager.
+
+Every row is padded to the longest place there is; scores, biases and their time buckets are [B, N, N] tensors that
+autograd keeps; the negatives of every position are gathered into [B, N, C, D]. It computes what model/hstu.py does,
+with the same parameters.
+
+Shapes: B users, N = max_len places, D width, H heads, A query/key width, V value width, C negatives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.leave_one_out import NextItemModel, Windows
+from model.hstu import HSTULayer
+from model.initial import NORM_EPS
+
+COLLISION_LOGIT = -5e4
+
+
+def padded_loss(model: NextItemModel, batch: Windows, negative_rows_LC: Tensor, *, dropout: bool = False) -> Tensor:
+    """The scalar that ``sampled_softmax_loss`` gives for the same batch and negatives (dropout aside)."""
+    config = model.config
+    num_places = config.max_len
+    lengths_B = batch.offsets.diff()
+    inside_BN = torch.arange(num_places) < lengths_B[:, None]
+    rows_BN, targets_BN = padded(batch.rows_L, inside_BN), padded(batch.target_rows_L, inside_BN)
+    times_BN, query_times_BN = padded(batch.times_s_L, inside_BN), padded(batch.query_times_s_L, inside_BN)
+    x_BND = functional.embedding(rows_BN, model.item_weight) * config.embedding_dim**0.5
+    x_BND = x_BND + model.encoder.input.position_embedding
+    x_BND = functional.dropout(x_BND, config.input_dropout, training=dropout) * inside_BN[:, :, None]
+    causal_NN = torch.ones(num_places, num_places).tril()
+    for layer in model.encoder.layers:
+        assert isinstance(layer, HSTULayer)
+        x_BND = padded_layer(layer, x_BND, times_BN, query_times_BN, causal_NN, dropout=dropout)
+    u_BND = functional.normalize(x_BND, dim=-1, eps=NORM_EPS)
+    negative_rows_BNC = padded(negative_rows_LC, inside_BN)
+    positive_BND = functional.normalize(functional.embedding(targets_BN, model.item_weight), dim=-1, eps=NORM_EPS)
+    negative_BNCD = functional.normalize(
+        functional.embedding(negative_rows_BNC, model.item_weight), dim=-1, eps=NORM_EPS
+    )
+    positive_BN1 = (u_BND * positive_BND).sum(-1, keepdim=True)
+    negative_BNC = (negative_BNCD @ u_BND[..., None])[..., 0]
+    negative_BNC = torch.where(negative_rows_BNC == targets_BN[..., None], COLLISION_LOGIT, negative_BNC)
+    logits = torch.cat([positive_BN1, negative_BNC], dim=-1) / config.temperature
+    loss_BN = -functional.log_softmax(logits, dim=-1)[..., 0]
+    return (loss_BN * inside_BN).sum() / inside_BN.sum()
+
+
+def padded_layer(
+    layer: HSTULayer, x_BND: Tensor, times_BN: Tensor, query_times_BN: Tensor, causal_NN: Tensor, *, dropout: bool
+) -> Tensor:
+    config = layer.config
+    num_rows, num_places, _ = x_BND.shape
+    normed_BND = functional.layer_norm(x_BND, x_BND.shape[-1:], eps=NORM_EPS)
+    u_BNG, v_BNG, q_BNE, k_BNE = torch.split(functional.silu(normed_BND @ layer.uvqk), layer.split_sizes, dim=-1)
+    q_BNHA = q_BNE.view(num_rows, num_places, config.num_heads, config.attention_dim)
+    k_BNHA = k_BNE.view(num_rows, num_places, config.num_heads, config.attention_dim)
+    v_BNHV = v_BNG.view(num_rows, num_places, config.num_heads, config.hidden_dim)
+    score_BHNN = torch.einsum("bnha,bmha->bhnm", q_BNHA, k_BNHA)
+    if config.relative_bias:
+        score_BHNN = score_BHNN + relative_bias(layer, times_BN, query_times_BN)[:, None]
+    weight_BHNN = functional.silu(score_BHNN) / num_places * causal_NN
+    o_BNG = torch.einsum("bhnm,bmhv->bnhv", weight_BHNN, v_BNHV).reshape(num_rows, num_places, -1)
+    gated_BNG = u_BNG * functional.layer_norm(o_BNG, o_BNG.shape[-1:], eps=NORM_EPS)
+    gated_BNG = functional.dropout(gated_BNG, config.linear_dropout, training=dropout)
+    return x_BND + gated_BNG @ layer.output_weight + layer.output_bias
+
+
+def relative_bias(layer: HSTULayer, times_BN: Tensor, query_times_BN: Tensor) -> Tensor:
+    """[B, N, N]."""
+    num_places = times_BN.shape[1]
+    place_N = torch.arange(num_places)
+    position_NN = layer.position_weight[place_N[None, :] - place_N[:, None] + num_places - 1]
+    gap_BNN = (query_times_BN[:, :, None] - times_BN[:, None, :]).abs().clamp(min=1)
+    bucket_BNN = (gap_BNN.log() / 0.301).long().clamp(max=layer.config.num_time_buckets)
+    return position_NN + layer.time_weight[bucket_BNN]
+
+
+def padded(packed: Tensor, inside_BN: Tensor) -> Tensor:
+    """[B, N, ...] of packed [L, ...], zeros behind the end of each row."""
+    out = packed.new_zeros(*inside_BN.shape, *packed.shape[1:])
+    out[inside_BN] = packed
+    return out
