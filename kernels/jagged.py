@@ -60,8 +60,12 @@ class JaggedTensor:
         return self.offsets.diff()
 
     def checked(self) -> JaggedTensor:
-        """Return self after reading the offsets (synchronises the device); ValueError if they are inconsistent."""
+        """Return self after reading offsets and values (synchronises the device).
+
+        ValueError if the offsets are inconsistent, or a value is not a number.
+        """
         check_offsets(self.offsets, num_values=self.num_values, max_len=self.max_len)
+        check_numbers(self.values, name="values")
         return self
 
     def row_index(self) -> Tensor:
@@ -103,6 +107,13 @@ def position_index(offsets: Tensor, num_values: int) -> Tensor:
     """int64[L]: the place of each packed value inside its row."""
     starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=num_values)
     return torch.arange(num_values, device=offsets.device) - starts
+
+
+def check_numbers(values: Tensor, *, name: str) -> None:
+    """ValueError if floating values [L, ...] hold one that is not a number; reads them. name: as the caller's."""
+    if values.is_floating_point() and bool(values.isnan().any()):
+        place = int(values.isnan().nonzero()[0, 0])
+        raise ValueError(f"{name}[{place}] is not a number")
 
 
 def check_offsets_shape(offsets: Tensor, values: Tensor, *, name: str = "offsets") -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.jagged import check_offsets
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryBatch:
@@ -33,6 +35,19 @@ class HistoryBatch:
                 raise ValueError(f"{name} must be a flat int64 tensor, got {tensor.dtype} {tuple(tensor.shape)}")
         if not self.rows_L.shape == self.timestamps_ms_L.shape == self.query_times_ms_L.shape:
             raise ValueError("rows_L, timestamps_ms_L and query_times_ms_L must have the same length")
+
+    def checked(self, *, num_items: int, max_len: int) -> HistoryBatch:
+        """Return self after reading the tensors (synchronises the device).
+
+        ValueError if the offsets are inconsistent, a row is longer than max_len, or an item row is none of -1 and
+        0 … num_items - 1.
+        """
+        check_offsets(self.offsets, num_values=self.num_positions, max_len=max_len)
+        outside = ((self.rows_L < -1) | (self.rows_L >= num_items)).nonzero()
+        if outside.numel():
+            place = int(outside[0])
+            raise ValueError(f"rows_L[{place}] is {int(self.rows_L[place])}; the table has {num_items} items")
+        return self
 
     @property
     def num_positions(self) -> int:

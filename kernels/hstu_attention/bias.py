@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.jagged import check_numbers
+
 BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural-log seconds: each is 1.35 times as long as the one before."""
 
@@ -40,6 +42,12 @@ class RelativeBias:
             table: Tensor = getattr(self, name)
             if table.dim() != 1 or table.shape[0] == 0 or not table.is_floating_point():
                 raise ValueError(f"{name} must be a flat float table, got {table.dtype} of shape {tuple(table.shape)}")
+
+    def checked(self) -> RelativeBias:
+        """Return self after reading both tables (synchronises the device); ValueError if one holds a NaN."""
+        check_numbers(self.position_weight, name="position_weight")
+        check_numbers(self.time_weight, name="time_weight")
+        return self
 
     @property
     def num_buckets(self) -> int:

@@ -43,7 +43,7 @@ class Side:
 
     @staticmethod
     def of(starts_G: Tensor, lengths_G: Tensor) -> Side:
-        """longest: n."""
+        """starts_G, lengths_G: int64[G], first packed position and length of each row."""
         places_n = torch.arange(int(lengths_G.max()))
         index_Gn = starts_G[:, None] + torch.minimum(places_n, lengths_G[:, None] - 1)
         inside = (places_n < lengths_G[:, None]).flatten().nonzero().flatten()
@@ -84,6 +84,7 @@ class Tile:
 
     @staticmethod
     def of(rows: slice, queries: slice, keys: slice, num_heads: int) -> Tile:
+        """The tile of these ranges, all heads of a row together."""
         x = slice(rows.start * num_heads, rows.stop * num_heads)
         shape = (x.stop - x.start, queries.stop - queries.start, keys.stop - keys.start)
         return Tile(rows=rows, queries=queries, keys=keys, x=x, shape=shape)

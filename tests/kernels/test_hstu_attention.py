@@ -255,3 +255,15 @@ def test_a_negative_limit_is_refused(field: str) -> None:
 def test_widening_a_window_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="set max_attn_len"):
         AttentionMask(min_full_attn_len=3)
+
+
+def test_a_bias_table_that_holds_a_nan_is_refused() -> None:
+    times = torch.arange(3)
+    bias = RelativeBias(
+        position_weight=torch.tensor([0.0, torch.nan, 0.0]),
+        time_weight=torch.zeros(129),
+        timestamps_s_L=times,
+        query_timestamps_s_M=times,
+    )
+    with pytest.raises(ValueError, match=r"position_weight\[1\] is not a number"):
+        bias.checked()

@@ -44,3 +44,11 @@ def test_inconsistent_offsets_are_refused(offsets: list[int], max_len: int, says
 def test_offsets_of_another_dtype_are_refused_on_construction() -> None:
     with pytest.raises(ValueError, match="int64"):
         JaggedTensor(values=torch.zeros(3), offsets=torch.tensor([0, 3], dtype=torch.int32), max_len=3)
+
+
+def test_a_value_that_is_no_number_is_named() -> None:
+    values = torch.ones(4, 2)
+    values[2, 1] = torch.nan
+    jagged = JaggedTensor(values=values, offsets=torch.tensor([0, 4]), max_len=4)
+    with pytest.raises(ValueError, match=r"values\[2\] is not a number"):
+        jagged.checked()

@@ -129,3 +129,21 @@ def test_an_impossible_learning_rate_is_refused_by_name() -> None:
 def test_the_configuration_hash_tells_configurations_apart(small_config: ModelConfig) -> None:
     assert small_config.config_hash() == dataclasses.replace(small_config).config_hash()
     assert small_config.config_hash() != dataclasses.replace(small_config, max_len=13).config_hash()
+
+
+@pytest.mark.parametrize(
+    ("rows", "offsets", "message"),
+    [
+        ([0, 5], [0, 2], r"rows_L\[1\] is 5; the table has 5 items"),
+        ([-2, 0], [0, 2], r"rows_L\[0\] is -2"),
+        ([0, 0], [0, 1], "must run from 0 to the 2"),
+        ([0, 0, 0, 0], [0, 4], "max_len is 3"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_table_is_refused(rows: list[int], offsets: list[int], message: str) -> None:
+    times = torch.arange(len(rows))
+    batch = HistoryBatch(
+        rows_L=torch.tensor(rows), timestamps_ms_L=times, query_times_ms_L=times, offsets=torch.tensor(offsets)
+    )
+    with pytest.raises(ValueError, match=message):
+        batch.checked(num_items=5, max_len=3)
