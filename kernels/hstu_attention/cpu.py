@@ -122,7 +122,7 @@ class _Scores:
         sum_XpW += torch.bmm(left, right, out=self.array("product", shape))
 
     def add_bias_gradients(self, group: Group, tile: Tile, dhalf_Xps: Tensor, found: AttentionGradients) -> None:
-        """Add what a tile contributes to the gradients of both halved tables."""
+        """Add what a tile contributes to the gradients of both halved tables; after its ``half``."""
         if self._bias is None:
             return
         _, num_queries, num_keys = tile.shape
@@ -130,7 +130,8 @@ class _Scores:
         if self._num_heads > 1:
             by_head = dhalf_Xps.view(-1, self._num_heads, num_queries, num_keys)
             dbias_Rps = torch.sum(by_head, 1, out=self.array("bias", self._rows_shape(tile)))
-        _count(dbias_Rps, self._buckets(group, tile, self._bias), found.time_weight)
+        bucket_Rps = self.array("bucket", self._rows_shape(tile))  # as ``half`` left them for this tile
+        _count(dbias_Rps, bucket_Rps, found.time_weight)
         if not group.shared:
             distance = group.distance_index(tile, self._problem.mask, self._problem.max_len)
             _count(dbias_Rps, distance, found.position_weight)
