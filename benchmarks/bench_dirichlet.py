@@ -1,6 +1,6 @@
 """Pointwise against softmax attention on a stream whose categories get richer as they are chosen.
 
-    python benchmarks/bench_dirichlet.py [--records 40000] [--items 5000]
+    python benchmarks/bench_dirichlet.py [--records 24000] [--items 20000]
 
 The HSTU paper's synthetic check (papers 2402.17152, table 2 and appendix C): a one-pass stream of sequences from a
 Dirichlet process over a vocabulary that grows, evaluated on its last tenth. Published: HR@10 .0617 with softmax, .0893
@@ -160,8 +160,8 @@ def ideal(stream: StreamConfig, items: Int64s) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pointwise against softmax attention on a Dirichlet-process stream.")
-    parser.add_argument("--records", type=int, default=40_000)
-    parser.add_argument("--items", type=int, default=5_000)
+    parser.add_argument("--records", type=int, default=24_000)
+    parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--width", type=int, default=50)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=128, help="records of a step")

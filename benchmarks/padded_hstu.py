@@ -1,10 +1,12 @@
 """The yardstick of bench_model: HSTU and its loss as most public code writes them, padded and eager.
 
 Every row is padded to the longest place there is; scores, biases and their time buckets are [B, N, N] tensors that
-autograd keeps; the negatives of every position are gathered into [B, N, C, D]. It computes what model/hstu.py does,
+autograd keeps. The loss is taken at positions that exist, and gathers the negatives of each into [L, C, D]; items are
+normalised before they are gathered, which is cheaper than what most code does. It computes what model/hstu.py does,
 with the same parameters.
 
-Shapes: B users, N = max_len places, D width, H heads, A query/key width, V value width, C negatives.
+Shapes: B users, N = max_len places, L positions that exist, D width, H heads, A query/key width, V value width,
+C negatives.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def padded_loss(model: NextItemModel, batch: Windows, negative_rows_LC: Tensor, 
     num_places = config.max_len
     lengths_B = batch.offsets.diff()
     inside_BN = torch.arange(num_places) < lengths_B[:, None]
-    rows_BN, targets_BN = padded(batch.rows_L, inside_BN), padded(batch.target_rows_L, inside_BN)
+    rows_BN = padded(batch.rows_L, inside_BN)
     times_BN, query_times_BN = padded(batch.times_s_L, inside_BN), padded(batch.query_times_s_L, inside_BN)
     x_BND = functional.embedding(rows_BN, model.item_weight) * config.embedding_dim**0.5
     x_BND = x_BND + model.encoder.input.position_embedding
@@ -35,18 +37,13 @@ def padded_loss(model: NextItemModel, batch: Windows, negative_rows_LC: Tensor, 
     for layer in model.encoder.layers:
         assert isinstance(layer, HSTULayer)
         x_BND = padded_layer(layer, x_BND, times_BN, query_times_BN, causal_NN, dropout=dropout)
-    u_BND = functional.normalize(x_BND, dim=-1, eps=NORM_EPS)
-    negative_rows_BNC = padded(negative_rows_LC, inside_BN)
-    positive_BND = functional.normalize(functional.embedding(targets_BN, model.item_weight), dim=-1, eps=NORM_EPS)
-    negative_BNCD = functional.normalize(
-        functional.embedding(negative_rows_BNC, model.item_weight), dim=-1, eps=NORM_EPS
-    )
-    positive_BN1 = (u_BND * positive_BND).sum(-1, keepdim=True)
-    negative_BNC = (negative_BNCD @ u_BND[..., None])[..., 0]
-    negative_BNC = torch.where(negative_rows_BNC == targets_BN[..., None], COLLISION_LOGIT, negative_BNC)
-    logits = torch.cat([positive_BN1, negative_BNC], dim=-1) / config.temperature
-    loss_BN = -functional.log_softmax(logits, dim=-1)[..., 0]
-    return (loss_BN * inside_BN).sum() / inside_BN.sum()
+    u_LD = functional.normalize(x_BND[inside_BN], dim=-1, eps=NORM_EPS)
+    unit_VD = model.unit_items()
+    positive_L1 = (u_LD * functional.embedding(batch.target_rows_L, unit_VD)).sum(-1, keepdim=True)
+    negative_LC = (functional.embedding(negative_rows_LC, unit_VD) @ u_LD[:, :, None])[:, :, 0]
+    negative_LC = torch.where(negative_rows_LC == batch.target_rows_L[:, None], COLLISION_LOGIT, negative_LC)
+    logits_LC1 = torch.cat([positive_L1, negative_LC], dim=-1) / config.temperature
+    return -functional.log_softmax(logits_LC1, dim=-1)[:, 0].mean()
 
 
 def padded_layer(

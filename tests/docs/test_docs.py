@@ -125,8 +125,8 @@ def test_variables_named_in_the_documentation_exist() -> None:
 
 
 def test_make_targets_named_in_the_documentation_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", TEXT)) | set(
-        re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", TEXT, re.MULTILINE)
+    targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z0-9-]+)", TEXT)) | set(
+        re.findall(r"^\s*(?:\$ )?make ([a-z0-9-]+)", TEXT, re.MULTILINE)
     )
     assert not sorted(named - targets)

@@ -80,7 +80,7 @@ def test_tests_use_fakes_not_mocks() -> None:
 
 
 def test_test_folders_mirror_the_rooms() -> None:
-    allowed = {*ROOMS, "docs", "contracts", "faults", "whole"}
+    allowed = {*ROOMS, "benchmarks", "docs", "contracts", "faults", "whole"}
     folders = {
         path.parent.relative_to(REPOSITORY / "tests").parts[0] for path in REPOSITORY.glob("tests/*/**/test_*.py")
     }
