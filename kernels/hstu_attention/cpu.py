@@ -9,6 +9,8 @@ and n the group's longest rows of queries and keys, R rows of one tile, p and s 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -24,7 +26,7 @@ def forward(q_MHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProbl
     out_MHV = v_LHV.new_empty(q_MHA.shape[0], *v_LHV.shape[1:])
     q_MHA, k_LHA, v_LHV = (_computable(x) for x in (q_MHA, k_LHA, v_LHV))
     scores = _Scores(problem, q_MHA)
-    for group in plan(problem, num_heads=q_MHA.shape[1]):
+    for group in scores.groups:
         q_XmA = group.queries.take(q_MHA).mul_(problem.alpha / 2)
         k_XnA, v_XnV = group.keys.take(k_LHA), group.keys.take(v_LHV)
         o_XmV = q_XmA.new_zeros(*q_XmA.shape[:2], v_XnV.shape[2])
@@ -44,7 +46,7 @@ def backward(
     found = _no_gradients(q_MHA, k_LHA, v_LHV, problem)
     grad_MHV, q_MHA, k_LHA, v_LHV = (_computable(x) for x in (grad_MHV, q_MHA, k_LHA, v_LHV))
     scores = _Scores(problem, q_MHA)
-    for group in plan(problem, num_heads=q_MHA.shape[1]):
+    for group in scores.groups:
         q_XmA = group.queries.take(q_MHA).mul_(problem.alpha / 2)
         k_XnA, v_XnV = group.keys.take(k_LHA), group.keys.take(v_LHV)
         do_XmV = group.queries.take_zero_padded(grad_MHV).div_(problem.max_len)
@@ -71,6 +73,50 @@ def backward(
     return found
 
 
+PAIRS_KEPT_MAX = 1 << 22
+"""Pairs of query and key whose time buckets are kept from pass to pass: 16 MiB for each thread that computes."""
+
+
+class _KeptBuckets(threading.local):
+    """Time buckets of the pass before, the first PAIRS_KEPT_MAX of them.
+
+    The layers of a model and their backward passes ask for the same ones. What they are made from is held, so that
+    nothing else can come to stand at its address, and tensors count the times they are written to.
+    """
+
+    def __init__(self) -> None:
+        self._made_from: tuple[tuple[Group, ...], RelativeBias, tuple[int, ...]] | None = None
+        self._bucket = torch.empty(0, dtype=torch.int32)
+        self._num_made = 0
+
+    def start(self, groups: tuple[Group, ...], bias: RelativeBias) -> None:
+        """Before the tiles of a pass are asked for, in the order of the plan."""
+        times = (bias.timestamps_s_L, bias.query_timestamps_s_M)
+        if any(t.is_inference() for t in times):  # those do not count
+            self._made_from, self._num_made = None, 0
+            return
+        key = (*(part for t in times for part in (t.data_ptr(), t.stride(0), t._version)), bias.num_buckets)  # noqa: SLF001
+        if self._made_from is None or self._made_from[0] is not groups or self._made_from[2] != key:
+            self._made_from, self._num_made = (groups, bias, key), 0
+            num_pairs = min(sum(tile.num_pairs for group in groups for tile in group.tiles), PAIRS_KEPT_MAX)
+            if self._bucket.shape[0] < num_pairs:
+                self._bucket = torch.empty(num_pairs, dtype=torch.int32)
+
+    def of(self, tile: Tile, make: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """int32, flat: the buckets of a tile, which ``make`` writes the first time; None where they are not kept."""
+        end = tile.first_pair + tile.num_pairs
+        if self._made_from is None or end > self._bucket.shape[0]:
+            return None
+        bucket = self._bucket[tile.first_pair : end]
+        if self._num_made <= tile.first_pair:
+            make(bucket)
+            self._num_made = end
+        return bucket
+
+
+_kept_buckets = _KeptBuckets()
+
+
 class _Scores:
     """Scores of one pass, a tile at a time, in arrays that every tile uses again.
 
@@ -82,6 +128,9 @@ class _Scores:
         self._bias = None if problem.bias is None else _halved(problem.bias)
         self._num_heads, self._dtype = q_MHA.shape[1], q_MHA.dtype
         self._arrays: dict[str, Tensor] = {}
+        self.groups = plan(problem, num_heads=self._num_heads)
+        if problem.bias is not None:
+            _kept_buckets.start(self.groups, problem.bias)
 
     def array(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype | None = None) -> Tensor:
         """An array of this shape with arbitrary content: the same memory for the same name, made anew only to grow."""
@@ -130,8 +179,7 @@ class _Scores:
         if self._num_heads > 1:
             by_head = dhalf_Xps.view(-1, self._num_heads, num_queries, num_keys)
             dbias_Rps = torch.sum(by_head, 1, out=self.array("bias", self._rows_shape(tile)))
-        bucket_Rps = self.array("bucket", self._rows_shape(tile))  # as ``half`` left them for this tile
-        _count(dbias_Rps, bucket_Rps, found.time_weight)
+        _count(dbias_Rps, self._buckets(group, tile, self._bias), found.time_weight)
         if not group.shared:
             distance = group.distance_index(tile, self._problem.mask, self._problem.max_len)
             _count(dbias_Rps, distance, found.position_weight)
@@ -144,8 +192,7 @@ class _Scores:
         found.position_weight[self._first_distance(tile) :][:width] += by_distance
 
     def _put_bias(self, group: Group, tile: Tile, bias: RelativeBias, out_Rps: Tensor) -> None:
-        bucket_Rps = self._buckets(group, tile, bias)
-        torch.index_select(bias.time_weight, 0, bucket_Rps.view(-1), out=out_Rps.view(-1))
+        torch.index_select(bias.time_weight, 0, self._buckets(group, tile, bias), out=out_Rps.view(-1))
         if not group.shared:
             distance = group.distance_index(tile, self._problem.mask, self._problem.max_len)
             out_Rps.add_(bias.position_weight[distance])
@@ -155,13 +202,19 @@ class _Scores:
         out_Rps.add_(distances.unfold(0, num_keys, 1).flip(0))
 
     def _buckets(self, group: Group, tile: Tile, bias: RelativeBias) -> Tensor:
-        """int32[R, p, s]: the bucket of every pair's gap in time, as ``time_bucket`` says."""
-        queries_s_Rp = bias.query_timestamps_s_M[group.queries.index_Gn[tile.rows, tile.queries]].double()
-        keys_s_Rs = bias.timestamps_s_L[group.keys.index_Gn[tile.rows, tile.keys]].double()
-        gap_Rps = self.array("gap", self._rows_shape(tile), torch.float64)
-        torch.sub(queries_s_Rp[:, :, None], keys_s_Rs[:, None, :], out=gap_Rps)
-        bucket_Rps = self.array("bucket", self._rows_shape(tile), torch.int32)
-        return bucket_Rps.copy_(bucket_steps_(gap_Rps, bias.num_buckets))
+        """int32[R * p * s]: the bucket of every pair's gap in time, as ``time_bucket`` says."""
+
+        def make(out: Tensor) -> Tensor:
+            queries_s_Rp = bias.query_timestamps_s_M[group.queries.index_Gn[tile.rows, tile.queries]].double()
+            keys_s_Rs = bias.timestamps_s_L[group.keys.index_Gn[tile.rows, tile.keys]].double()
+            gap_Rps = self.array("gap", self._rows_shape(tile), torch.float64)
+            torch.sub(queries_s_Rp[:, :, None], keys_s_Rs[:, None, :], out=gap_Rps)
+            return out.copy_(bucket_steps_(gap_Rps, bias.num_buckets).view(-1))
+
+        kept = _kept_buckets.of(tile, make)
+        if kept is None:
+            kept = make(self.array("bucket", self._rows_shape(tile), torch.int32).view(-1))
+        return kept
 
     def _rows_shape(self, tile: Tile) -> tuple[int, int, int]:
         """(R, p, s)."""

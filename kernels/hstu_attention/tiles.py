@@ -73,7 +73,8 @@ class Side:
 class Tile:
     """A block of queries of some rows of a group, and a range of keys that some of them see.
 
-    rows, queries, keys: slices of G, m and n. x: the rows' slice of X. shape: (x, p, s).
+    rows, queries, keys: slices of G, m and n. x: the rows' slice of X. shape: (x, p, s). num_pairs: R * p * s.
+    first_pair: how many pairs the tiles before it in the plan have.
     """
 
     rows: slice
@@ -81,13 +82,16 @@ class Tile:
     keys: slice
     x: slice
     shape: tuple[int, int, int]
+    num_pairs: int
+    first_pair: int
 
     @staticmethod
-    def of(rows: slice, queries: slice, keys: slice, num_heads: int) -> Tile:
+    def of(rows: slice, queries: slice, keys: slice, *, num_heads: int, first_pair: int) -> Tile:
         """The tile of these ranges, all heads of a row together."""
         x = slice(rows.start * num_heads, rows.stop * num_heads)
         shape = (x.stop - x.start, queries.stop - queries.start, keys.stop - keys.start)
-        return Tile(rows=rows, queries=queries, keys=keys, x=x, shape=shape)
+        num_pairs = (rows.stop - rows.start) * shape[1] * shape[2]
+        return Tile(rows=rows, queries=queries, keys=keys, x=x, shape=shape, num_pairs=num_pairs, first_pair=first_pair)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +169,7 @@ def _plan(
     shared = query_offsets is None and num_targets is None and mask.contextual_len == 0 and mask.min_full_attn_len == 0
     order_B = torch.argsort(lengths_B, descending=True, stable=True)
     order_B = order_B[num_queries_B[order_B] > 0]
-    found = []
+    found, num_pairs = [], 0
     for rows_G in _of_similar_length(order_B, lengths_B[order_B].tolist()):
         group = Group(
             queries=Side.of(query_starts_B[rows_G], num_queries_B[rows_G]),
@@ -177,7 +181,9 @@ def _plan(
             shared=shared,
             tiles=(),
         )
-        found.append(replace(group, tiles=tuple(_tiles(group, mask, num_heads))))
+        group = replace(group, tiles=tuple(_tiles(group, mask, num_heads, first_pair=num_pairs)))
+        num_pairs += sum(tile.num_pairs for tile in group.tiles)
+        found.append(group)
     return tuple(found)
 
 
@@ -195,7 +201,7 @@ def _of_similar_length(order_B: Tensor, lengths: list[int]) -> Iterator[Tensor]:
         first = end
 
 
-def _tiles(group: Group, mask: AttentionMask, num_heads: int) -> Iterator[Tile]:
+def _tiles(group: Group, mask: AttentionMask, num_heads: int, *, first_pair: int) -> Iterator[Tile]:
     """Every range of keys that some query of some rows sees, each once."""
     num_rows, longest = group.queries.index_Gn.shape
     for first in range(0, longest, QUERIES_PER_TILE):
@@ -207,7 +213,10 @@ def _tiles(group: Group, mask: AttentionMask, num_heads: int) -> Iterator[Tile]:
                 keys = slice(low, min(low + keys_max, seen.stop))
                 at_once = max(1, SCORES_PER_TILE // (scores_per_key * (keys.stop - low)))
                 for row in range(0, num_rows, at_once):
-                    yield Tile.of(slice(row, min(row + at_once, num_rows)), queries, keys, num_heads)
+                    rows = slice(row, min(row + at_once, num_rows))
+                    tile = Tile.of(rows, queries, keys, num_heads=num_heads, first_pair=first_pair)
+                    first_pair += tile.num_pairs
+                    yield tile
 
 
 def _key_ranges(group: Group, queries: slice, mask: AttentionMask) -> list[slice]:

@@ -117,11 +117,11 @@ def form_full_softmax(  # noqa: PLR0913 - one argument per tensor of the formula
 
     on_logits: sees every chunk of logits before it is overwritten, for metrics over the whole catalogue.
     """
-    total = _Totals(u_PD, item_VD, offset_V, scale, weights_P, with_gradients=with_gradients)
-    query_PE, item_VE = total.widened()
+    total = _Totals(u_PD, item_VD, offset_V, scale, weights_P, with_gradients=with_gradients, widen=False)
+    query_PD, item_VD = total.scaled()
     for part in _parts(u_PD.shape[0], positions_per_chunk):
         targets_p1 = target_rows_P[part, None]
-        logits_pV = query_PE[part] @ item_VE.T
+        logits_pV = total.logits(query_PD[part], item_VD)
         if on_logits is not None:
             on_logits(part, logits_pV)
         target_p1 = logits_pV.gather(1, targets_p1)
@@ -133,16 +133,18 @@ def form_full_softmax(  # noqa: PLR0913 - one argument per tensor of the formula
             weight_p1 = total.weights_P[part, None]
             grad_pV = exp_pV.mul_(weight_p1 / sum_p1)
             grad_pV.scatter_add_(1, targets_p1, -weight_p1)
-            total.query_PE[part] = grad_pV @ item_VE
-            total.item_VE.addmm_(grad_pV.T, query_PE[part])
+            total.query_PE[part] = grad_pV @ item_VD
+            total.item_VE.addmm_(grad_pV.T, query_PD[part])
+            total.add_offset_gradient(grad_pV)
     return total.formed()
 
 
 class _Totals:
     """Losses and gradients while they are summed, in the accumulation dtype.
 
-    The offset of an item counts as one more dimension of it (and 1 as that of every query), so that it costs no passes
-    of its own; without offsets E is D.
+    widen: where a logit is formed entry by entry, the offset of an item counts as one more dimension of it (and 1 as
+    that of every query), so that it costs no passes of its own; without offsets E is D. Products over the whole
+    catalogue take the offset as what they add to instead: a width of 2^n + 1 would slow them.
     """
 
     def __init__(
@@ -154,27 +156,45 @@ class _Totals:
         weights_P: Tensor | None,
         *,
         with_gradients: bool,
+        widen: bool = True,
     ) -> None:
         dtype, num_positions = accumulation_dtype(u_PD), u_PD.shape[0]
-        self._u_PD, self._item_VD, self._offset_V, self._scale = u_PD, item_VD, offset_V, scale
+        self._u_PD, self._item_VD, self._scale = u_PD, item_VD, scale
+        self._offset_V = None if offset_V is None else offset_V.to(dtype)
+        self._offset_dtype = dtype if offset_V is None else offset_V.dtype
+        self._widen = widen and offset_V is not None
         self._with_gradients = with_gradients
         if weights_P is None:
             weights_P = u_PD.new_full((num_positions,), 1 / max(num_positions, 1), dtype=dtype)
         self.weights_P = weights_P.to(dtype)
         self.loss_P = u_PD.new_zeros(num_positions, dtype=dtype)
-        width = u_PD.shape[1] + (offset_V is not None)
+        width = u_PD.shape[1] + self._widen
         if with_gradients:
             self.query_PE = u_PD.new_empty(num_positions, width, dtype=dtype)
             self.item_VE = u_PD.new_zeros(item_VD.shape[0], width, dtype=dtype)
+            self._offset_grad_V = u_PD.new_zeros(0 if offset_V is None else item_VD.shape[0], dtype=dtype)
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """query_PD = scale * u, and item_VD."""
+        dtype = self.weights_P.dtype
+        return self._u_PD.to(dtype) * self._scale.to(dtype), self._item_VD.to(dtype).contiguous()
 
     def widened(self) -> tuple[Tensor, Tensor]:
         """query_PE = (scale * u, 1) and item_VE = (item, offset)."""
-        dtype = self.weights_P.dtype
-        query_PD, item_VD = self._u_PD.to(dtype) * self._scale.to(dtype), self._item_VD.to(dtype)
+        query_PD, item_VD = self.scaled()
         if self._offset_V is None:
-            return query_PD, item_VD.contiguous()
+            return query_PD, item_VD
         ones_P1 = query_PD.new_ones(query_PD.shape[0], 1)
-        return torch.cat([query_PD, ones_P1], 1), torch.cat([item_VD, self._offset_V.to(dtype)[:, None]], 1)
+        return torch.cat([query_PD, ones_P1], 1), torch.cat([item_VD, self._offset_V[:, None]], 1)
+
+    def logits(self, query_pD: Tensor, item_VD: Tensor) -> Tensor:
+        """[p, V] of queries and items that are not widened."""
+        return query_pD @ item_VD.T if self._offset_V is None else torch.addmm(self._offset_V, query_pD, item_VD.T)
+
+    def add_offset_gradient(self, grad_pV: Tensor) -> None:
+        """Add the gradient of the logits of some positions, where the items are not widened."""
+        if self._offset_V is not None:
+            self._offset_grad_V += grad_pV.sum(0)
 
     def formed(self) -> FormedSoftmax:
         loss = (self.weights_P * self.loss_P).sum()
@@ -182,15 +202,13 @@ class _Totals:
             return without_gradients(loss, self.loss_P)
         width = self._u_PD.shape[1]
         by_item_PD = self.query_PE[:, :width]
-        offset_V = loss.new_empty(0)
-        if self._offset_V is not None:
-            offset_V = self.item_VE[:, width].to(self._offset_V.dtype, copy=True).contiguous()
+        offset_V = self.item_VE[:, width] if self._widen else self._offset_grad_V
         return FormedSoftmax(
             loss=loss,
             loss_P=self.loss_P,
             u_PD=(by_item_PD * self._scale.to(by_item_PD.dtype)).to(self._u_PD.dtype),
             item_VD=self.item_VE[:, :width].to(self._item_VD.dtype).contiguous(),
-            offset_V=offset_V,
+            offset_V=offset_V.to(self._offset_dtype).contiguous(),
             scale=(by_item_PD * self._u_PD).sum().to(self._scale.dtype),
         )
 

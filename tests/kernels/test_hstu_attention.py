@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention, ops, tiles, time_bucket
+from kernels.hstu_attention import AttentionMask, RelativeBias, cpu, hstu_attention, ops, tiles, time_bucket
 from tests.kernels.attention_case import MASKED_LENGTHS, MASKS, MAX_LEN, Case, brute_force, double, make_case
 
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -65,6 +65,31 @@ def test_queries_of_the_newest_positions_alone_equal_the_formula(
     mask: AttentionMask, kernel: str, small_tiles: None
 ) -> None:
     check(make_case(MASKED_LENGTHS, num_queries=[1, 0, 2, 6, 20, 0, 9, 3], mask=mask), kernel)
+
+
+@pytest.mark.parametrize("num_kept", [0, 300, 1 << 20], ids=["none", "some tiles", "all"])
+def test_time_buckets_kept_from_a_pass_are_those_of_its_own_times(
+    num_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One plan for both; first the same tensor written to, then another tensor of other times."""
+    monkeypatch.setattr(tiles, "SCORES_PER_TILE", 1 << 7)
+    monkeypatch.setattr(cpu, "PAIRS_KEPT_MAX", num_kept)
+    monkeypatch.setattr(cpu, "_kept_buckets", cpu._KeptBuckets())
+    case = make_case([20, 9, 30])
+    for _ in range(2):
+        check(case, "cpu")  # the second time, and in each backward pass, they are there already
+    case.timestamps_s.mul_(3)
+    check(case, "cpu")
+    check(replace(case, query_timestamps_s=case.query_timestamps_s * 7), "cpu")
+    strided = torch.stack([case.timestamps_s, case.timestamps_s * 5], 1)
+    check(replace(case, timestamps_s=strided[:, 0]), "cpu")
+    check(replace(case, timestamps_s=strided.view(-1)[: strided.shape[0]]), "cpu")
+    with torch.inference_mode():
+        times = case.timestamps_s + 1  # nothing counts what is written to it
+        for factor in (1, 5):
+            times.mul_(factor)
+            moved = replace(case, timestamps_s=times)
+            torch.testing.assert_close(moved.run("cpu"), brute_force(moved), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])
