@@ -186,6 +186,8 @@ def _attention(case: dict[str, Any]) -> tuple[Callable[[int], None], float]:
     kernel: Any = "auto" if case["arm"] == "packed" else "reference"
 
     def step(_i: int) -> None:
+        if bias is not None:
+            bias.timestamps_s_L.sub_(1)  # another batch: nothing is left of the step before
         out: Tensor = hstu_attention(q, k, v, offsets, max_len=length, bias=bias, kernel=kernel)
         torch.autograd.grad(out, leaves, upstream)
 
