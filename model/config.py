@@ -62,8 +62,6 @@ class ModelConfig:
     """Initial weight of the log decayed popularity in a score; learned from there. 1: start out as the trend."""
     item_init_std: float = 0.02
     """Standard deviation of a new item's embedding."""
-    initial_capacity: int = 1024
-    """Rows the item table is made with; it doubles as items arrive."""
     max_items: int = 4_000_000
     """Items admitted before ItemTableFullError: bounds memory at about 0.6 kB an item, optimiser included."""
     seed: int = 0
@@ -82,7 +80,6 @@ class ModelConfig:
         for name in ("embedding_dim", "num_layers", "num_heads", "attention_dim", "hidden_dim", "max_len"):
             _require(self, name, 1, 1 << 20)
         _require(self, "num_time_buckets", 1, 1024)
-        _require(self, "initial_capacity", 1, self.max_items)
         _require(self, "max_items", 1, 1 << 31)
         for name in ("input_dropout", "linear_dropout"):
             _require(self, name, 0.0, 0.95)

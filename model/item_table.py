@@ -16,12 +16,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.errors import ItemTableFullError, StateMismatchError
 from model.id_index import IdIndex, mix64
+from model.reserved_memory import reserved_zeros
 from model.trend import add_interactions, decay_rate_per_ms, log_popularity
 
 Int64s = NDArray[np.int64]
-
-_Columns = tuple[Int64s, Tensor, Tensor, Tensor, Tensor]
-"""ids, weight, bias, trend and dirty of a table."""
 
 _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", "weight", "bias", "trend", "dirty")
 
@@ -50,8 +48,8 @@ class RowChange:
     """Removals and new content of rows, looked up and with room made, by ``ItemTable.plan``.
 
     rows: int64[R], where each row of the content goes. removed_ids, removed_rows: int64[K], distinct known items and
-    where they are. new_ids: ids of the rows from first to end - 1, new_slots: their slots in the index. columns: the
-    table's columns with more capacity, index: its index with more slots; None where there is room already.
+    where they are. new_ids: ids of the rows from first to end - 1, new_slots: their slots in the index. index: the
+    table's index with more slots; None where there is room already.
     """
 
     rows: Int64s
@@ -61,16 +59,16 @@ class RowChange:
     new_slots: Int64s
     first: int
     end: int
-    columns: _Columns | None
     index: IdIndex | None
 
 
 class ItemTable:
     """Rows 0 … num_items - 1, in order of admission; a row keeps its number for life.
 
-    weight: float32[capacity, D]. bias: float32[capacity]. trend: float64[capacity], log decayed popularity (see
+    weight: float32[max_items, D]. bias: float32[max_items]. trend: float64[max_items], log decayed popularity (see
     model.trend), -inf without interactions. A removed item's row stays behind with bias -inf, so that it is never
-    ranked. dirty: bool[capacity], rows changed since ``clear_dirty``. All on the CPU.
+    ranked. dirty: bool[max_items], rows changed since ``clear_dirty``. All on the CPU, in reserved memory: rows beyond
+    num_items hold anything, and a table grows without being copied.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,31 +78,15 @@ class ItemTable:
         self._rate_per_ms = decay_rate_per_ms(config.trend_half_life_s)
         self._removed_ids: list[int] = []
         self._index = IdIndex()
-        self._allocate(config.initial_capacity)
-
-    def _allocate(self, capacity: int) -> None:
-        self._set_columns(self._empty_columns(capacity))
-
-    def _empty_columns(self, capacity: int) -> _Columns:
-        return (
-            np.full(capacity, -1, dtype=np.int64),
-            torch.zeros(capacity, self.config.embedding_dim),
-            torch.zeros(capacity),
-            torch.full((capacity,), -torch.inf, dtype=torch.float64),
-            torch.zeros(capacity, dtype=torch.bool),
-        )
-
-    def _set_columns(self, columns: _Columns) -> None:
-        self._ids, self.weight, self.bias, self.trend, self.dirty = columns
+        self._ids: Int64s = reserved_zeros(config.max_items, dtype=torch.int64).numpy()
+        self.weight = reserved_zeros(config.max_items, config.embedding_dim)
+        self.bias = reserved_zeros(config.max_items)
+        self.trend = reserved_zeros(config.max_items, dtype=torch.float64)
+        self.dirty = reserved_zeros(config.max_items, dtype=torch.bool)
 
     def storage(self) -> tuple[object, ...]:
         """Everything allocated, by reference. Who holds this decides when it is freed, once it has been replaced."""
         return self._index, self._ids, self.weight, self.bias, self.trend, self.dirty
-
-    @property
-    def capacity(self) -> int:
-        """Rows allocated."""
-        return len(self._ids)
 
     def ids(self) -> Int64s:
         """int64[V]: the id of each row, -1 where the item was removed."""
@@ -142,7 +124,6 @@ class ItemTable:
             raise ItemTableFullError(
                 f"{end} items are more than max_items ({self.config.max_items}): raise max_items or retire items"
             )
-        self._reserve(end)
         self._index.put(ids, np.arange(first, end))
         self._ids[first:end] = ids
         self.weight[first:end] = weight_RD
@@ -150,21 +131,6 @@ class ItemTable:
         self.trend[first:end] = -torch.inf
         self.dirty[first:end] = True
         self.num_items = end
-
-    def _reserve(self, num_rows: int) -> None:
-        roomier = self._roomier_columns(num_rows)
-        if roomier is not None:
-            self._set_columns(roomier)
-
-    def _roomier_columns(self, num_rows: int) -> _Columns | None:
-        """Copies with room for so many rows, None if there is room."""
-        if num_rows <= self.capacity:
-            return None
-        columns = self._empty_columns(min(max(num_rows, 2 * self.capacity), self.config.max_items))
-        n = self.num_items
-        for new, kept in zip(columns, (self._ids, self.weight, self.bias, self.trend, self.dirty), strict=True):
-            new[:n] = kept[:n]  # type: ignore[index]
-        return columns
 
     def activate(self, rows: Tensor | None = None) -> ActiveRows:
         """Leaves for one training step: the distinct rows of ``rows`` (-1 is ignored), or all when None."""
@@ -239,15 +205,12 @@ class ItemTable:
             new_slots=(self._index if roomier_index is None else roomier_index).free_slots(new_ids),
             first=first,
             end=end,
-            columns=self._roomier_columns(end),
             index=roomier_index,
         )
 
     def carry_out(self, change: RowChange, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
         """Make a planned change; nothing is dirty afterwards, whatever was before."""
         assert change.first == self.num_items, "the table has changed since this was planned"
-        if change.columns is not None:
-            self._set_columns(change.columns)
         if change.index is not None:
             self._index = change.index
         # Through numpy: for this many rows waking the numerical library's threads costs more than they save.
@@ -296,7 +259,7 @@ class ItemTable:
 
     def clear_dirty(self) -> None:
         """Start counting changes afresh: a snapshot has been taken."""
-        self.dirty.numpy().fill(False)
+        self.dirty[: self.num_items] = False
         self._removed_ids.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -329,12 +292,11 @@ class ItemTable:
     def restore(self, ids: Int64s, weight_VD: Tensor, bias_V: Tensor, trend_V: Tensor) -> None:
         """Replace all rows (ids of -1 are removed items); nothing is dirty afterwards."""
         n = len(ids)
-        capacity = max(n, self.config.initial_capacity)
         self._index = IdIndex()
-        self._allocate(capacity)
         kept = np.flatnonzero(ids >= 0)
         self._index.put(ids[kept], kept)
         self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
+        self.dirty[:n] = False
         self._removed_ids = []
         self.num_items = n
 

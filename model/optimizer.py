@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.config import OptimizerConfig
+from model.config import ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
 from model.item_table import ActiveRows
 from model.recommender import Recommender
+from model.reserved_memory import reserved_zeros
 
 
 class RecommenderOptimizer:
@@ -29,7 +30,7 @@ class RecommenderOptimizer:
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in recommender.named_parameters()
         }
-        self._rows = _zero_rows(recommender.items.capacity, recommender.config.embedding_dim)
+        self._rows = _zero_rows(recommender.config)
 
     def zero_grad(self) -> None:
         """Forget the dense gradients; rows are fresh leaves in every step."""
@@ -60,7 +61,6 @@ class RecommenderOptimizer:
         items = self.recommender.items
         if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
             return
-        self._reserve(items.capacity)
         grad_RD, grad_R, rows_R = active.weight_RD.grad, active.bias_R.grad, active.rows_R
         if active.stepped is not None:
             grad_RD, grad_R, rows_R = grad_RD[active.stepped], grad_R[active.stepped], rows_R[active.stepped]
@@ -87,18 +87,8 @@ class RecommenderOptimizer:
         size_R = config.row_learning_rate / ((1 - config.beta1**steps_R) * root_R)
         weight_RD.addcmul_(first_RD, size_R[:, None], value=-1)
 
-    def _reserve(self, capacity: int) -> None:
-        have = self._rows["steps"].shape[0]
-        if capacity <= have:
-            return
-        grown = _zero_rows(capacity, self.recommender.config.embedding_dim)
-        for name, column in grown.items():
-            column[:have] = self._rows[name]
-        self._rows = grown
-
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of every moment and count, as plain tensors; rows up to num_items only."""
-        self._reserve(self.recommender.items.capacity)
         state = {"step": torch.tensor([self._step], dtype=torch.int64)}
         for name, (first, second) in self._dense.items():
             state[f"dense.first.{name}"], state[f"dense.second.{name}"] = first.clone(), second.clone()
@@ -117,16 +107,17 @@ class RecommenderOptimizer:
             name: (state[f"dense.first.{name}"].clone(), state[f"dense.second.{name}"].clone()) for name in self._dense
         }
         items = self.recommender.items
-        self._rows = _zero_rows(items.capacity, self.recommender.config.embedding_dim)
+        self._rows = _zero_rows(self.recommender.config)
         for name, column in self._rows.items():
             column[: items.num_items] = state[f"rows.{name}"]
 
 
-def _zero_rows(capacity: int, width: int) -> dict[str, Tensor]:
+def _zero_rows(config: ModelConfig) -> dict[str, Tensor]:
+    """Moments and counts of every item there may ever be."""
     return {
-        "first": torch.zeros(capacity, width),
-        "second": torch.zeros(capacity),
-        "bias_first": torch.zeros(capacity),
-        "bias_second": torch.zeros(capacity),
-        "steps": torch.zeros(capacity),
+        "first": reserved_zeros(config.max_items, config.embedding_dim),
+        "second": reserved_zeros(config.max_items),
+        "bias_first": reserved_zeros(config.max_items),
+        "bias_second": reserved_zeros(config.max_items),
+        "steps": reserved_zeros(config.max_items),
     }

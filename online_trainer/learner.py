@@ -58,7 +58,7 @@ class OnlineLearner:
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
         self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
-        self._baseline = torch.full((config.model.initial_capacity,), -torch.inf, dtype=torch.float64)
+        self._baseline = torch.empty(0, dtype=torch.float64)
 
     @property
     def num_items(self) -> int:
@@ -134,8 +134,8 @@ class OnlineLearner:
         add_interactions(self._baseline, rows, new.event_time_ms, rate_per_ms=self._baseline_rate_per_ms)
 
     def _reserve_baseline(self) -> None:
-        if len(self._baseline) < self.model.items.capacity:
-            grown = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
+        if len(self._baseline) < self.num_items:
+            grown = torch.full((2 * self.num_items,), -torch.inf, dtype=torch.float64)
             grown[: len(self._baseline)] = self._baseline
             self._baseline = grown
 
@@ -187,6 +187,5 @@ class OnlineLearner:
         self._optimizer.load_state_dict(part("optimizer."))
         for arm, meter in self._meters.items():
             meter.load_state({name: tensor.numpy() for name, tensor in part(f"metrics.{arm}.").items()})
-        self._baseline = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
-        self._baseline[: self.num_items] = checkpoint.tensors["baseline"]
+        self._baseline = checkpoint.tensors["baseline"].clone()
         self._generator.set_state(checkpoint.tensors["generator"])

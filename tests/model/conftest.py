@@ -23,7 +23,6 @@ def small_config() -> ModelConfig:
         attention_dim=4,
         hidden_dim=4,
         max_len=12,
-        initial_capacity=4,
         input_dropout=0.1,
         linear_dropout=0.1,
     )

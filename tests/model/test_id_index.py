@@ -27,9 +27,37 @@ def test_random_adds_and_removals_leave_what_a_dictionary_would_hold() -> None:
 
 def test_ids_that_share_a_slot_are_all_found() -> None:
     index = IdIndex(num_slots=2)
-    ids = np.array([2**62, 2**62 + 1, 0, 2**63 - 1])
+    ids = np.array([2**62, 2**62 + 1, 0, 2**63 - 2])
     index.put(ids, np.arange(4))
     assert index.find(ids).tolist() == [0, 1, 2, 3]
+
+
+def test_an_index_that_grows_answers_alike_while_its_ids_move() -> None:
+    rng = np.random.default_rng(5)
+    index, truth = IdIndex(num_slots=1 << 16), dict[int, int]()
+    ids = rng.permutation(1 << 17)[:60_000]
+    moving = 0
+    for number, some in enumerate(np.split(ids, 600)):
+        rows = np.arange(number * 100, number * 100 + 100)
+        index.put(some, rows)
+        truth |= dict(zip(some.tolist(), rows.tolist(), strict=True))
+        gone = rng.choice(ids[: (number + 1) * 100], 20)
+        index.remove(np.unique(gone))
+        for i in gone.tolist():
+            truth.pop(i, None)
+        back = np.array([i for i in np.unique(gone[:5]).tolist() if i not in truth])
+        index.put(back, back)
+        truth |= dict(zip(back.tolist(), back.tolist(), strict=True))
+        if index._old is not None:
+            moving += 1
+            everything = np.arange(0, 1 << 17, 7)
+            assert index.find(everything).tolist() == [truth.get(i, -1) for i in everything.tolist()]
+            copy = index.roomier(1 << 17)
+            assert copy is not None
+            assert copy.find(everything).tolist() == index.find(everything).tolist()
+    assert moving > 5
+    everything = np.arange(1 << 17)
+    assert index.find(everything).tolist() == [truth.get(i, -1) for i in everything.tolist()]
 
 
 def test_slots_found_beforehand_are_those_that_put_would_take() -> None:

@@ -37,9 +37,7 @@ from stream.messages import HistoryUpdate, SnapshotPointer, encode_message
 
 NAME = "hstu"
 NOW_MS = 1_700_000_000_000
-MODEL = ModelConfig(
-    embedding_dim=16, num_layers=1, num_heads=1, attention_dim=8, hidden_dim=8, max_len=8, initial_capacity=16
-)
+MODEL = ModelConfig(embedding_dim=16, num_layers=1, num_heads=1, attention_dim=8, hidden_dim=8, max_len=8)
 SERVING = ServingConfig(
     snapshot_poll_ms=20, snapshot_retry_max_ms=100, store_check_ms=50, broker_check_ms=50, request_timeout_ms=5_000
 )
