@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 Int64s = NDArray[np.int64]
 
 _EMPTY = np.int64(0)
-_REMOVED = np.int64(-1)
-"""Slots hold an id + 1, so that memory fresh from the system, all zeros, is an index without ids."""
+_REMOVED = np.int64(1)
+"""Slots hold ids with all bits flipped, negative numbers: memory fresh from the system, all zeros, holds none."""
 _MOVED_MIN = 4096
 _MOVED_PER_ID = 8
 """Old slots emptied with each call: so many, or so many for every id added. That ends long before the new ones, a
@@ -23,19 +23,19 @@ _PREPARED_PER_ID = 64
 
 
 class _Slots:
-    """Where ids are: ids_plus_1 and rows, int64 of a power of two."""
+    """Where ids are: flipped ids and rows, int64 of a power of two."""
 
     def __init__(self, num_slots: int) -> None:
-        self.ids_plus_1 = np.zeros(num_slots, dtype=np.int64)
+        self.flipped = np.zeros(num_slots, dtype=np.int64)
         self.rows = np.zeros(num_slots, dtype=np.int64)
 
     def find(self, ids: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
         """The slot of each id, and whether it is there."""
-        slots, wanted = self._home(ids), ids + 1
+        slots, wanted = self._home(ids), ~ids
         found = np.zeros(len(ids), dtype=np.bool_)
         pending = np.flatnonzero(ids >= 0)
         while len(pending):
-            held = self.ids_plus_1[slots[pending]]
+            held = self.flipped[slots[pending]]
             found[pending] = held == wanted[pending]
             pending = pending[~found[pending] & (held != _EMPTY)]
             slots[pending] = (slots[pending] + 1) & (len(self.rows) - 1)
@@ -43,10 +43,10 @@ class _Slots:
 
     def place(self, ids: Int64s, held: Int64s) -> Int64s:
         """Write distinct ids, none of them present, into ``held`` (these slots, or a copy); returns where."""
-        assert len(ids) == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 2**63 - 1, "ids are 63-bit"
+        assert len(ids) == 0 or int(ids.min()) >= 0, "ids are 63-bit"
         placed = np.empty(len(ids), dtype=np.int64)
         pending = np.arange(len(ids))
-        slots, wanted = self._home(ids), ids + 1
+        slots, wanted = self._home(ids), ~ids
         while len(pending):
             free = held[slots] == _EMPTY
             # Two ids may want one slot: the last one written keeps it, the others see that on reading back.
@@ -59,17 +59,17 @@ class _Slots:
 
     def put(self, ids: Int64s, rows: Int64s) -> None:
         """Add distinct ids, none of them present."""
-        self.rows[self.place(ids, self.ids_plus_1)] = rows
+        self.rows[self.place(ids, self.flipped)] = rows
 
     def touch(self, part: slice) -> None:
         """Have the system give memory for slots without ids: hashing would ask for all of it within a few calls."""
-        self.ids_plus_1[part] = _EMPTY
+        self.flipped[part] = _EMPTY
         self.rows[part] = 0
 
     def live(self, part: slice) -> tuple[Int64s, Int64s]:
         """Ids and rows in some of the slots."""
-        kept = np.flatnonzero(self.ids_plus_1[part] > 0)
-        return self.ids_plus_1[part][kept] - 1, self.rows[part][kept]
+        kept = np.flatnonzero(self.flipped[part] < 0)
+        return ~self.flipped[part][kept], self.rows[part][kept]
 
     def _home(self, ids: Int64s) -> Int64s:
         return (mix64(ids.astype(np.uint64)) & np.uint64(len(self.rows) - 1)).astype(np.int64)
@@ -84,7 +84,7 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class IdIndex:
-    """A map from id (int64, 0 to 2^63 - 2) to row (int64 >= 0).
+    """A map from id (int64 >= 0) to row (int64 >= 0).
 
     >>> index = IdIndex()
     >>> index.put(np.array([70, 30]), np.array([0, 1]))
@@ -125,27 +125,34 @@ class IdIndex:
 
     def free_slots(self, ids: Int64s) -> Int64s:
         """int64[N]: where `fill` may put distinct ids, none of them present; there must be room. Reads only."""
-        return self._slots.place(ids, self._slots.ids_plus_1.copy()) if len(ids) else np.empty(0, np.int64)
+        return self._slots.place(ids, self._slots.flipped.copy()) if len(ids) else np.empty(0, np.int64)
 
     def fill(self, slots: Int64s, ids: Int64s, rows: Int64s) -> None:
         """Add ids at their `free_slots`, nothing having been added since."""
-        self._slots.ids_plus_1[slots] = ids + 1
+        self._slots.flipped[slots] = ~ids
         self._slots.rows[slots] = rows
         self._num_used += len(ids)
+
+    def change(self, ids: Int64s, rows: Int64s) -> None:
+        """Give distinct ids, all of them present, other rows."""
+        for held in (self._slots, self._old):
+            if held is not None:
+                slots, found = held.find(ids)
+                held.rows[slots[found]] = rows[found]
 
     def remove(self, ids: Int64s) -> None:
         """Forget distinct ids; unknown ones are ignored."""
         for held in (self._slots, self._old):
             if held is not None:
                 slots, found = held.find(np.asarray(ids, dtype=np.int64))
-                held.ids_plus_1[slots[found]] = _REMOVED
+                held.flipped[slots[found]] = _REMOVED
 
     def _prepare(self, num_more: int) -> None:
         """Make the slots ready that the index will change to, a part with each call."""
         num_used = self._num_used + num_more
         if self._next is None or len(self._next.rows) < 2 * num_used:
             self._move(None)  # done long ago, unless slots were filled while ids moved
-            num_live = int((self._slots.ids_plus_1 > 0).sum()) + num_more
+            num_live = int((self._slots.flipped < 0).sum()) + num_more
             self._next, self._num_prepared = _Slots(_room_for(num_live, len(self._slots.rows))), 0
         end = self._num_prepared + max(_MOVED_MIN, _PREPARED_PER_ID * num_more)
         self._next.touch(slice(self._num_prepared, end))
@@ -154,7 +161,7 @@ class IdIndex:
     def _change_slots(self) -> None:
         assert self._next is not None, "slots are prepared before they are needed"
         self._old, self._slots, self._next, self._num_emptied = self._slots, self._next, None, 0
-        self._num_used = int((self._old.ids_plus_1 > 0).sum())
+        self._num_used = int((self._old.flipped < 0).sum())
 
     def _move(self, num_slots: int | None) -> None:
         """Move the ids in so many of the old slots (None: in all) to the new ones."""
@@ -163,8 +170,8 @@ class IdIndex:
         end = len(self._old.rows) if num_slots is None else self._num_emptied + num_slots
         self._slots.put(*self._old.live(slice(self._num_emptied, end)))
         # Left behind as removed, so that an id is in one place and the probes that lead past it stay whole.
-        emptied = self._old.ids_plus_1[self._num_emptied : end]
-        emptied[emptied > 0] = _REMOVED
+        emptied = self._old.flipped[self._num_emptied : end]
+        emptied[emptied < 0] = _REMOVED
         self._num_emptied = end
         if end >= len(self._old.rows):
             self._old = None

@@ -21,7 +21,8 @@ from model.trend import add_interactions, decay_rate_per_ms, log_popularity
 
 Int64s = NDArray[np.int64]
 
-_CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", "weight", "bias", "trend", "dirty")
+_COLUMNS = ("weight", "bias", "trend", "seen_ms", "dirty")
+_CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,24 @@ class ActiveRows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RowMoves:
+    """How rows moved together when items were removed: whatever else is kept by row must follow.
+
+    sources, targets: int64[K], where K rows were and are. num_before, num_after: rows in use.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    num_before: int
+    num_after: int
+
+    def follow(self, column_V: Tensor) -> None:
+        """Move the content of a column, any number of values a row, likewise; rows no longer in use become zeros."""
+        column_V[self.targets] = column_V[self.sources]
+        column_V[self.num_after : self.num_before] = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowChange:
     """Removals and new content of rows, looked up and with room made, by ``ItemTable.plan``.
 
@@ -63,12 +82,13 @@ class RowChange:
 
 
 class ItemTable:
-    """Rows 0 … num_items - 1, in order of admission; a row keeps its number for life.
+    """Rows 0 … num_items - 1: new items last. Where items are retired, the last rows move into their places.
 
     weight: float32[max_items, D]. bias: float32[max_items]. trend: float64[max_items], log decayed popularity (see
-    model.trend), -inf without interactions. A removed item's row stays behind with bias -inf, so that it is never
-    ranked. dirty: bool[max_items], rows changed since ``clear_dirty``. All on the CPU, in reserved memory: rows beyond
-    num_items hold anything, and a table grows without being copied.
+    model.trend), -inf without interactions. seen_ms: int64[max_items], event time of an item's newest interaction (0:
+    none; not part of snapshots). Where a snapshot removes an item, its row stays behind with bias -inf, so that it is
+    never ranked, until the next anchor. dirty: bool[max_items], rows changed since ``clear_dirty``. All on the CPU, in
+    reserved memory: rows beyond num_items hold anything, and a table grows without being copied.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -82,11 +102,12 @@ class ItemTable:
         self.weight = reserved_zeros(config.max_items, config.embedding_dim)
         self.bias = reserved_zeros(config.max_items)
         self.trend = reserved_zeros(config.max_items, dtype=torch.float64)
+        self.seen_ms = reserved_zeros(config.max_items, dtype=torch.int64)
         self.dirty = reserved_zeros(config.max_items, dtype=torch.bool)
 
     def storage(self) -> tuple[object, ...]:
         """Everything allocated, by reference. Who holds this decides when it is freed, once it has been replaced."""
-        return self._index, self._ids, self.weight, self.bias, self.trend, self.dirty
+        return self._index, self._ids, *(getattr(self, name) for name in _COLUMNS)
 
     def ids(self) -> Int64s:
         """int64[V]: the id of each row, -1 where the item was removed."""
@@ -129,6 +150,7 @@ class ItemTable:
         self.weight[first:end] = weight_RD
         self.bias[first:end] = 0
         self.trend[first:end] = -torch.inf
+        self.seen_ms[first:end] = 0
         self.dirty[first:end] = True
         self.num_items = end
 
@@ -155,6 +177,7 @@ class ItemTable:
             return
         touched = add_interactions(self.trend, rows, times_ms, rate_per_ms=self._rate_per_ms)
         self.dirty[torch.from_numpy(touched)] = True
+        np.maximum.at(self.seen_ms.numpy(), rows, times_ms)
         self.trend_as_of_ms = max(self.trend_as_of_ms, int(times_ms.max()))
 
     def log_popularity(self, rows: Tensor | None = None) -> Tensor:
@@ -166,18 +189,26 @@ class ItemTable:
         """float32, shape of trend: what ``log_popularity`` is with this trend at this time."""
         return log_popularity(trend, as_of_ms=as_of_ms, rate_per_ms=self._rate_per_ms, floor=self.config.trend_floor)
 
-    def remove(self, ids: Int64s) -> None:
-        """Retire items for good; unknown ids are ignored. An id that comes back later gets a new row."""
+    def remove(self, ids: Int64s) -> RowMoves:
+        """Retire items for good and close the gaps; unknown ids are ignored. An id that comes back later is new."""
         known = np.unique(ids[self._index.find(ids) >= 0]) if len(ids) else ids
-        if len(known) == 0:
-            return
-        rows = self._index.find(known)
+        gone, num_before = np.sort(self._index.find(known)), self.num_items
+        num_after = num_before - len(known)
         self._index.remove(known)
-        self._ids[rows] = -1
-        index = torch.from_numpy(rows)
-        self.weight[index], self.bias[index], self.trend[index] = 0.0, -torch.inf, -torch.inf
-        self.dirty[index] = False
         self._removed_ids += known.tolist()
+        targets = gone[gone < num_after]
+        sources = np.setdiff1d(np.arange(num_after, num_before), gone, assume_unique=True)
+        moves = RowMoves(
+            sources=torch.from_numpy(sources),
+            targets=torch.from_numpy(targets),
+            num_before=num_before,
+            num_after=num_after,
+        )
+        self._index.change(self._ids[sources], targets)
+        for column in (torch.from_numpy(self._ids), *(getattr(self, name) for name in _COLUMNS)):
+            moves.follow(column)
+        self.num_items = num_after
+        return moves
 
     def plan(self, removed_ids: Int64s, ids: Int64s) -> RowChange:
         """Work out a change without making it: remove some items, then overwrite the rows of distinct `ids`.
@@ -270,6 +301,7 @@ class ItemTable:
             "weight": self.weight[:n].clone(),
             "bias": self.bias[:n].clone(),
             "trend": self.trend[:n].clone(),
+            "seen_ms": self.seen_ms[:n].clone(),
             "dirty": self.dirty[:n].clone(),
             "removed_ids": torch.tensor(self._removed_ids, dtype=torch.int64),
             "trend_as_of_ms": torch.tensor([self.trend_as_of_ms], dtype=torch.int64),
@@ -285,7 +317,7 @@ class ItemTable:
         ):
             raise StateMismatchError(f"an item table needs {sorted(want)} of width {self.config.embedding_dim}")
         self.restore(state["ids"].numpy(), state["weight"], state["bias"], state["trend"])
-        self.dirty[:n] = state["dirty"]
+        self.seen_ms[:n], self.dirty[:n] = state["seen_ms"], state["dirty"]
         self._removed_ids = state["removed_ids"].tolist()
         self.trend_as_of_ms = int(state["trend_as_of_ms"])
 
@@ -296,7 +328,7 @@ class ItemTable:
         kept = np.flatnonzero(ids >= 0)
         self._index.put(ids[kept], kept)
         self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
-        self.dirty[:n] = False
+        self.seen_ms[:n], self.dirty[:n] = 0, False
         self._removed_ids = []
         self.num_items = n
 

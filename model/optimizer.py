@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
-from model.item_table import ActiveRows
+from model.item_table import ActiveRows, RowMoves
 from model.recommender import Recommender
 from model.reserved_memory import reserved_zeros
 
@@ -86,6 +86,11 @@ class RecommenderOptimizer:
         root_R = (second_R / (1 - config.beta2**steps_R)).sqrt_().add_(config.epsilon)
         size_R = config.row_learning_rate / ((1 - config.beta1**steps_R) * root_R)
         weight_RD.addcmul_(first_RD, size_R[:, None], value=-1)
+
+    def follow(self, moves: RowMoves) -> None:
+        """Move the state of rows as ``ItemTable.remove`` moved the rows."""
+        for column in self._rows.values():
+            moves.follow(column)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of every moment and count, as plain tensors; rows up to num_items only."""

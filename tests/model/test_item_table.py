@@ -92,17 +92,33 @@ def test_a_table_of_another_width_is_refused(small_config: ModelConfig) -> None:
     assert other.num_items == 0
 
 
-def test_a_removed_item_is_never_ranked_and_comes_back_in_a_new_row(
+def test_a_removed_item_leaves_no_gap_and_comes_back_as_a_new_one(
     small_config: ModelConfig, answer: Callable[[Recommender], torch.Tensor]
 ) -> None:
     recommender = Recommender(small_config)
     items = recommender.items
     items.admit(np.arange(6) * 1_000_003)
+    items.observe(np.arange(6), np.arange(6) + 1_700_000_000_000)
     before = answer(recommender)
-    items.remove(np.array([1_000_003 * 4, 77]))
-    after = answer(recommender)
-    assert bool((after[:, 4] == -torch.inf).all())
-    others = [0, 1, 2, 3, 5]
-    assert torch.equal(after[:, others], before[:, others])
-    assert items.lookup(np.array([1_000_003 * 4])).tolist() == [-1]
-    assert items.admit(np.array([1_000_003 * 4])).tolist() == [6]
+    moves = items.remove(np.array([1_000_003 * 4, 77]))
+    assert (moves.sources.tolist(), moves.targets.tolist()) == ([5], [4]), "the last row moves into the gap"
+    assert items.lookup(np.array([0, 1, 2, 3, 4, 5]) * 1_000_003).tolist() == [0, 1, 2, 3, -1, 4]
+    assert items.removed_ids().tolist() == [4_000_012]
+    torch.testing.assert_close(answer(recommender), before[:, [0, 1, 2, 3, 5]])
+    items.clear_dirty()
+    assert items.admit(np.array([1_000_003 * 4])).tolist() == [5]
+    assert items.dirty_rows().tolist() == [5]
+    assert (float(items.trend[5]), int(items.seen_ms[5]), float(items.bias[5])) == (-torch.inf, 0, 0)
+
+
+def test_what_is_kept_by_row_follows_the_rows_that_move(small_config: ModelConfig) -> None:
+    rng = np.random.default_rng(1)
+    table, kept = ItemTable(small_config), torch.zeros(1000, 2)
+    for _ in range(30):
+        rows = table.admit(rng.integers(0, 300, 40))
+        kept[torch.from_numpy(rows)] = torch.from_numpy(table.ids_of(rows)).float()[:, None]
+        moves = table.remove(rng.integers(0, 300, 60))
+        moves.follow(kept)
+        assert (table.lookup(table.ids()) == np.arange(table.num_items)).all()
+        assert kept[: table.num_items, 1].tolist() == table.ids().tolist()
+        assert not kept[table.num_items :].any()
