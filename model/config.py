@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What the model is. Two models exchange weights only if all of this is equal (``config_hash``)."""
+    """What the model is. Two models exchange weights only if all of this but max_items is equal (``config_hash``)."""
 
     kind: Literal["hstu", "sasrec"] = "hstu"
     """Encoder of histories. hstu: pointwise attention. sasrec: a softmax Transformer, to compare with."""
@@ -63,7 +63,8 @@ class ModelConfig:
     item_init_std: float = 0.02
     """Standard deviation of a new item's embedding."""
     max_items: int = 4_000_000
-    """Items admitted before ItemTableFullError: bounds memory at about 0.6 kB an item, optimiser included."""
+    """Items with a row at most; then the least popular make room for new ones (see [items]). Bounds memory, which is
+    taken as items come: about 0.6 kB an item at width 64, optimiser included. Address space is reserved for all."""
     seed: int = 0
     """Seed of all initial weights; a new item's embedding is a function of this seed and its id."""
 
@@ -93,8 +94,9 @@ class ModelConfig:
         return asdict(self)
 
     def config_hash(self) -> str:
-        """sha256 in hex of every field: equal only for models whose weights are interchangeable."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+        """sha256 in hex of every field but max_items: equal only for models whose weights are interchangeable."""
+        fields = {name: value for name, value in self.as_dict().items() if name != "max_items"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,3 +59,30 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:
             raise ValueError("trainer.baseline_half_life_h and trainer.checkpoint_interval_s must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemsConfig:
+    """Which items get a row in the model, and when they lose it. model.max_items bounds how many there are."""
+
+    min_interactions: int = 1
+    """An item gets its row with this many interactions (up to 255); until then it is neither predicted nor learned.
+    1: with the first. Counts of items without a row are approximate, and halved every 500,000 interactions."""
+    admission_probability: float = 1.0
+    """Chance that an interaction of an item without a row gets it one: items that are seen often pass soon, most that
+    are seen once never. 1: always."""
+    max_age_d: float = 0.0
+    """Items without an interaction for this many days of event time lose their rows. 0: none do."""
+    retired_share: float = 0.05
+    """Share of model.max_items that loses its rows at once when a new item finds no room: those of the lowest decayed
+    popularity."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_interactions <= 255:
+            raise ValueError(f"items.min_interactions = {self.min_interactions}: must be between 1 and 255")
+        if not 0 < self.admission_probability <= 1:
+            raise ValueError(f"items.admission_probability = {self.admission_probability}: must be above 0, at most 1")
+        if not 0 <= self.max_age_d <= 36_500:
+            raise ValueError(f"items.max_age_d = {self.max_age_d}: must be between 0 (off) and 36,500 days")
+        if not 0 < self.retired_share <= 1:
+            raise ValueError(f"items.retired_share = {self.retired_share}: must be above 0, at most 1")

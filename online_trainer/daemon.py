@@ -21,7 +21,7 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
-from online_trainer.config import TrainerConfig
+from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
@@ -55,6 +55,7 @@ class TrainerParts:
     """What the trainer is made of."""
 
     config: TrainerConfig
+    items_config: ItemsConfig
     model_config: ModelConfig
     loss_config: LossConfig
     optimizer_config: OptimizerConfig
@@ -70,7 +71,11 @@ class TrainerParts:
     def learner_config(self) -> LearnerConfig:
         """The part of the settings that decides what a step computes."""
         return LearnerConfig(
-            trainer=self.config, model=self.model_config, loss=self.loss_config, optimizer=self.optimizer_config
+            trainer=self.config,
+            items=self.items_config,
+            model=self.model_config,
+            loss=self.loss_config,
+            optimizer=self.optimizer_config,
         )
 
 
@@ -349,8 +354,10 @@ class TrainerDaemon:
             "supervised": ledger.num_supervised,
             "first": ledger.num_first,
             "out_of_reach": ledger.num_out_of_reach,
+            "unlisted": ledger.num_unlisted,
             "quarantined": ledger.num_quarantined,
             "forgotten": ledger.num_forgotten,
+            "items_retired": ledger.num_items_retired,
             "steps": ledger.num_steps,
             "pending": self._batcher.num_pending,
             "repeated": self._batcher.num_repeated,

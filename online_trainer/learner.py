@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from feature_store.hot import HotHistories
@@ -16,13 +17,14 @@ from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import supervised_pass
 from model.optimizer import RecommenderOptimizer
-from model.ranking import ranks, seen_before
+from model.ranking import MISS_RANK, ranks, seen_before
 from model.recommender import Recommender
 from model.trend import add_interactions, decay_rate_per_ms
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
-from online_trainer.config import TrainerConfig
+from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.examples import Examples, build_examples
+from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.ledger import Ledger
 from online_trainer.prequential import PrequentialMeter
 
@@ -37,9 +39,17 @@ class LearnerConfig:
     """Everything that decides what a step computes."""
 
     trainer: TrainerConfig
+    items: ItemsConfig
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        if self.model.max_items < 2 * self.trainer.batch_interactions:
+            raise ValueError(
+                f"model.max_items is {self.model.max_items}; the items of a step and as many new ones must find room:"
+                f" at least twice trainer.batch_interactions ({self.trainer.batch_interactions})"
+            )
 
 
 class OnlineLearner:
@@ -56,6 +66,7 @@ class OnlineLearner:
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
+        self._admission = Admission(config.items)
         self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
         self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
         self._baseline = torch.empty(0, dtype=torch.float64)
@@ -76,15 +87,39 @@ class OnlineLearner:
         # The ledger's watermark: after a restart it is what it was, and with it what had expired.
         self._hot.apply(new, watermark_ms=self.ledger.watermark_ms)
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
+        self._retire_items(new)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
-        self.model.items.admit(new.item_id)
+        self._admit_items(new)
         self._reserve_baseline()
         if len(examples.positions):
             self._test_and_train(examples, num_known)
         self._observe(new)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
+
+    def _retire_items(self, new: Interactions) -> None:
+        """Take their rows from items that are too old, or stand in the way of new ones."""
+        items, config = self.model.items, self._config.items
+        before_ms = self.ledger.watermark_ms
+        watermark_ms = max(before_ms, int(new.event_time_ms.max()))
+        self._remove_items(too_old(items, config, watermark_ms=watermark_ms, before_ms=before_ms))
+        num_new = len(np.unique(new.item_id[items.lookup(new.item_id) < 0]))
+        self._remove_items(least_popular(items, config, num_new=num_new, kept_ids=new.item_id))
+
+    def _remove_items(self, ids: NDArray[np.int64]) -> None:
+        if len(ids) == 0:
+            return
+        moves = self.model.items.remove(ids)
+        self._optimizer.follow(moves)
+        moves.follow(self._baseline)
+        self._baseline[moves.num_after :] = -torch.inf
+        self.ledger.num_items_retired += len(ids)
+
+    def _admit_items(self, new: Interactions) -> None:
+        unknown = self.model.items.lookup(new.item_id) < 0
+        ids = new.item_id[unknown]
+        self.model.items.admit(ids[self._admission.admitted(ids, new.event_key[unknown])])
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""
@@ -102,10 +137,13 @@ class OnlineLearner:
             query_times_ms_L=torch.from_numpy(examples.query_time_ms),
             offsets=torch.from_numpy(examples.offsets),
         )
+        target_rows = torch.from_numpy(self.model.items.lookup(examples.target_item_id))
+        is_listed = target_rows >= 0  # the others were not admitted: misses, and nothing to learn from
         targets = Targets(
-            positions_P=torch.from_numpy(examples.positions),
-            rows_P=torch.from_numpy(self.model.items.lookup(examples.target_item_id)),
+            positions_P=torch.from_numpy(examples.positions)[is_listed],
+            rows_P=target_rows[is_listed],
         )
+        self.ledger.num_unlisted += int((~is_listed).sum())
         rank_parts: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
         popularity_V = self._baseline[: self.num_items]
 
@@ -118,20 +156,25 @@ class OnlineLearner:
             self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test
         )
         for arm, meter in self._meters.items():
-            meter.add(torch.cat(rank_parts[arm]).numpy())
+            ranks_P = torch.full(target_rows.shape, MISS_RANK)
+            ranks_P[is_listed] = torch.cat([ranks_P[:0], *rank_parts[arm]])
+            meter.add(ranks_P.numpy())
+        if not is_listed.any():
+            return
         if not math.isfinite(loss := float(learned.loss.detach())):
             # Weights stay at the last good state; the interactions count as taken, so that training goes on.
-            self.ledger.num_quarantined += len(examples.positions)
+            self.ledger.num_quarantined += targets.rows_P.shape[0]
             logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, loss)
             return
         learned.loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step(learned.active)
-        self.ledger.num_supervised += len(examples.positions)
+        self.ledger.num_supervised += targets.rows_P.shape[0]
 
     def _observe(self, new: Interactions) -> None:
         rows = self.model.items.lookup(new.item_id)
-        self.model.items.observe(rows, new.event_time_ms)
-        add_interactions(self._baseline, rows, new.event_time_ms, rate_per_ms=self._baseline_rate_per_ms)
+        rows, times_ms = rows[rows >= 0], new.event_time_ms[rows >= 0]
+        self.model.items.observe(rows, times_ms)
+        add_interactions(self._baseline, rows, times_ms, rate_per_ms=self._baseline_rate_per_ms)
 
     def _reserve_baseline(self) -> None:
         if len(self._baseline) < self.num_items:
@@ -166,6 +209,7 @@ class OnlineLearner:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
         for arm, meter in self._meters.items():
             tensors |= {f"metrics.{arm}.{name}": torch.from_numpy(a.copy()) for name, a in meter.state().items()}
+        tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors["baseline"] = self._baseline[: self.num_items].clone()
         tensors["generator"] = self._generator.get_state()
         config_hash = self._config.model.config_hash()
@@ -187,5 +231,6 @@ class OnlineLearner:
         self._optimizer.load_state_dict(part("optimizer."))
         for arm, meter in self._meters.items():
             meter.load_state({name: tensor.numpy() for name, tensor in part(f"metrics.{arm}.").items()})
+        self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._baseline = checkpoint.tensors["baseline"].clone()
         self._generator.set_state(checkpoint.tensors["generator"])

@@ -30,10 +30,14 @@ class Ledger:
     """... without an earlier interaction to predict them from."""
     num_out_of_reach: int = 0
     """... too late to be predicted: older than the newest max_len of their user."""
+    num_unlisted: int = 0
+    """... of items without a row in the model: items.min_interactions and items.admission_probability."""
     num_quarantined: int = 0
     """... in batches whose loss was not finite: weights stayed as they were."""
     num_forgotten: int = 0
     """... whose users were forgotten before they were learned from."""
+    num_items_retired: int = 0
+    """Items that lost their rows."""
     num_steps: int = 0
     watermark_ms: int = 0
 

@@ -64,7 +64,7 @@ def train(settings: Settings) -> int:
     """Run the trainer until it is told to stop; returns the exit code."""
     from kernels.host_memory import keep_freed_memory
     from model.config import LossConfig, ModelConfig, OptimizerConfig
-    from online_trainer.config import TrainerConfig
+    from online_trainer.config import ItemsConfig, TrainerConfig
     from online_trainer.daemon import TrainerDaemon, TrainerParts
 
     config = settings.get(HeadraceConfig)
@@ -77,6 +77,7 @@ def train(settings: Settings) -> int:
         daemon = TrainerDaemon(
             TrainerParts(
                 config=settings.get(TrainerConfig),
+                items_config=settings.get(ItemsConfig),
                 model_config=settings.get(ModelConfig),
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),

@@ -67,6 +67,7 @@ SECTIONS: Final = (
     Section("model", "model.config", "ModelConfig"),
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
+    Section("items", "online_trainer.config", "ItemsConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("serving", "serving.config", "ServingConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),

@@ -129,6 +129,8 @@ def test_an_impossible_learning_rate_is_refused_by_name() -> None:
 def test_the_configuration_hash_tells_configurations_apart(small_config: ModelConfig) -> None:
     assert small_config.config_hash() == dataclasses.replace(small_config).config_hash()
     assert small_config.config_hash() != dataclasses.replace(small_config, max_len=13).config_hash()
+    roomier = dataclasses.replace(small_config, max_items=13)
+    assert small_config.config_hash() == roomier.config_hash(), "a full table is enlarged without a new model"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.batching import MicroBatcher
-from online_trainer.config import TrainerConfig
+from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from stream.messages import HistoryUpdate
 
@@ -41,16 +43,17 @@ class RecordedStream:
     updates: list[HistoryUpdate]
 
     @staticmethod
-    def config(**trainer: int) -> LearnerConfig:
+    def config(*, items: ItemsConfig | None = None, max_items: int = 1000, **trainer: int) -> LearnerConfig:
         return LearnerConfig(
             trainer=TrainerConfig(metrics_window=100, **trainer),
-            model=MODEL,
+            items=items or ItemsConfig(),
+            model=dataclasses.replace(MODEL, max_items=max_items),
             loss=LossConfig(),
             optimizer=OptimizerConfig(),
         )
 
-    def learner(self, **trainer: int) -> OnlineLearner:
-        return OnlineLearner(self.config(**trainer), HotHistories(self.store, HOT), log_id="main")
+    def learner(self, **config: Any) -> OnlineLearner:
+        return OnlineLearner(self.config(**config), HotHistories(self.store, HOT), log_id="main")
 
     def batcher(self, learner: OnlineLearner, max_interactions: int = 16) -> MicroBatcher:
         """A batcher that continues where the learner stands, with every update queued."""

@@ -19,7 +19,7 @@ from model.config import LossConfig, OptimizerConfig
 from model.recommender import Recommender
 from model.snapshot import chain, list_versions, load_snapshot, read_manifest, read_pointer
 from model.swap import apply_snapshot
-from online_trainer.config import TrainerConfig
+from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
 from stream.clock import WallClock
 from stream.errors import LogResetError
@@ -42,6 +42,7 @@ class Site:
         return TrainerDaemon(
             TrainerParts(
                 config=TrainerConfig(batch_wait_ms=20, metrics_window=100, **settings),
+                items_config=ItemsConfig(),
                 model_config=MODEL,
                 loss_config=LossConfig(),
                 optimizer_config=OptimizerConfig(),

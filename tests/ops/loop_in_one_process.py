@@ -20,7 +20,7 @@ from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from online_trainer.config import TrainerConfig
+from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
 from serving.api import build_api
 from serving.config import ServingConfig
@@ -55,6 +55,7 @@ async def run_loop(root: Path) -> None:
     trainer = TrainerDaemon(
         TrainerParts(
             config=TrainerConfig(batch_wait_ms=10, publish_interval_ms=10),
+            items_config=ItemsConfig(),
             model_config=MODEL,
             loss_config=LossConfig(),
             optimizer_config=OptimizerConfig(),
