@@ -61,12 +61,15 @@ class ModelConfig:
     trend_coefficient: float = 1.0
     """Initial weight of the log decayed popularity in a score; learned from there. 1: start out as the trend."""
     item_init_std: float = 0.02
-    """Standard deviation of a new item's embedding."""
+    """Standard deviation of a new item's embedding, around the mean of newcomer_window others."""
+    newcomer_window: int = 512
+    """A new item's embedding starts at the mean of those of so many items that came last: what is new is often alike.
+    0: at zero."""
     max_items: int = 4_000_000
     """Items with a row at most; then the least popular make room for new ones (see [items]). Bounds memory, which is
     taken as items come: about 0.6 kB an item at width 64, optimiser included. Address space is reserved for all."""
     seed: int = 0
-    """Seed of all initial weights; a new item's embedding is a function of this seed and its id."""
+    """Seed of all initial weights; what is random in a new item's embedding is a function of this seed and its id."""
 
     def __post_init__(self) -> None:
         _require_one_of(self, "kind", ("hstu", "sasrec"))
@@ -82,6 +85,7 @@ class ModelConfig:
             _require(self, name, 1, 1 << 20)
         _require(self, "num_time_buckets", 1, 1024)
         _require(self, "max_items", 1, 1 << 31)
+        _require(self, "newcomer_window", 0, 1 << 31)
         for name in ("input_dropout", "linear_dropout"):
             _require(self, name, 0.0, 0.95)
         for name in ("temperature", "trend_half_life_s", "trend_floor", "item_init_std"):

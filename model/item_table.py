@@ -124,8 +124,8 @@ class ItemTable:
     def admit(self, ids: Int64s) -> Int64s:
         """int64[N]: the row of each id; unknown ones get new rows in order of first appearance.
 
-        A new row's embedding depends on the seed and its id only. ItemTableFullError (and nothing admitted) beyond
-        max_items, ValueError for a negative id.
+        A new row starts at the mean of the newcomer_window last ones, and something that depends on the seed and its
+        id only. ItemTableFullError (and nothing admitted) beyond max_items, ValueError for a negative id.
         """
         rows = self._index.find(ids)
         unknown = np.unique(ids[rows < 0], return_index=True)
@@ -134,7 +134,9 @@ class ItemTable:
         if int(unknown[0][0]) < 0:
             raise ValueError(f"item id {int(unknown[0][0])} is negative; ids are 63-bit")
         new_ids = ids[rows < 0][np.sort(unknown[1])]
-        self._append(new_ids, initial_embeddings(new_ids, self.config))
+        weight_RD = initial_embeddings(new_ids, self.config)
+        newcomers = self.weight[max(self.num_items - self.config.newcomer_window, 0) : self.num_items]
+        self._append(new_ids, weight_RD + newcomers.mean(0) if len(newcomers) else weight_RD)
         return self._index.find(ids)
 
     def _append(self, ids: Int64s, weight_RD: Tensor) -> None:

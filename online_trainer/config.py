@@ -27,6 +27,13 @@ class TrainerConfig:
     """Evaluated interactions in the windowed prequential metrics."""
     baseline_half_life_h: float = 168.0
     """Half-life (hours) of the decayed popularity that the model is compared with on the same events."""
+    spike_deviations: float = 8.0
+    """A batch whose loss is so many standard deviations above what is typical is set aside, not learned from: see
+    `headrace trainer inspect`. 0: only losses and gradients that are no finite numbers are."""
+    max_spikes_in_a_row: int = 5
+    """After so many such batches one after the other the stream has changed, and is learned from."""
+    keep_set_aside: int = 100
+    """Batches set aside that are kept on disk."""
     publish_interval_ms: int = 1_000
     """A snapshot is published at the latest this long (ms) after something was learned."""
     publish_interactions: int = 2_000
@@ -51,10 +58,11 @@ class TrainerConfig:
             "anchor_every",
             "keep_anchors",
             "keep_checkpoints",
+            "keep_set_aside",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("batch_wait_ms", "publish_interval_ms", "num_threads"):
+        for name in ("batch_wait_ms", "publish_interval_ms", "num_threads", "spike_deviations", "max_spikes_in_a_row"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:

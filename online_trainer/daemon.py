@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from online_trainer.errors import CheckpointError
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
 from online_trainer.publisher import Publisher
+from online_trainer.quarantine import forget_users, write_set_aside
 from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError
 from stream.failpoints import fail_point
@@ -65,6 +67,7 @@ class TrainerParts:
     hot_config: HotHistoriesConfig
     snapshot_root: Path
     checkpoint_root: Path
+    quarantine_root: Path
     clock: Clock
     mode: str = "live"
 
@@ -114,6 +117,7 @@ class TrainerDaemon:
         self._files = ThreadPoolExecutor(1, thread_name_prefix="trainer-files")
         meter = metrics.get_meter("headrace.online_trainer")
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
+        self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
 
     def _resume(self) -> OnlineLearner:
@@ -204,7 +208,8 @@ class TrainerDaemon:
             update = HistoryUpdate.decode(record.value)
             if update.forgotten:
                 self._batcher.forget(record.partition, update.forgotten, record.offset)
-                await self._in_compute_thread(lambda users=update.forgotten: self._learner.forget(users))  # type: ignore[misc]
+                await self._in_compute_thread(partial(self._learner.forget, update.forgotten))
+                await self._in_compute_thread(partial(forget_users, self._parts.quarantine_root, update.forgotten))
             self._batcher.read_up_to(record.partition, record.offset)
             self._batcher.add(update, record.offset, record.headers)
         if self._batcher.num_pending and self._waiting_since_s is None:
@@ -229,6 +234,7 @@ class TrainerDaemon:
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
+        await self._write_set_aside()
         fail_point("trainer.trained")
         self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
         self._learned.add(len(batch.interactions))
@@ -236,6 +242,24 @@ class TrainerDaemon:
         self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
         num_taken = self._learner.ledger.num_interactions
         self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped))
+
+    async def _write_set_aside(self) -> None:
+        """Before the step counts: a crash then repeats it, and writes the same again."""
+        while self._learner.set_aside:
+            why, interactions = self._learner.set_aside.pop(0)
+            self._set_aside.add(1, {"headrace.reason": why.reason})
+            try:
+                await self._in_compute_thread(
+                    partial(
+                        write_set_aside,
+                        self._parts.quarantine_root,
+                        why,
+                        interactions,
+                        keep=self._config.keep_set_aside,
+                    )
+                )
+            except OSError as error:
+                logger.error("the batch of step %d is set aside, but could not be written: %s", why.step, error)  # noqa: TRY400
 
     async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> bool:
         """Run the step; histories are read before anything changes, so a step can be tried again.

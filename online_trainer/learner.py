@@ -15,7 +15,8 @@ from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from model.learning import supervised_pass
+from model.item_table import ActiveRows
+from model.learning import SupervisedPass, supervised_pass
 from model.optimizer import RecommenderOptimizer
 from model.ranking import MISS_RANK, ranks, seen_before
 from model.recommender import Recommender
@@ -27,6 +28,7 @@ from online_trainer.examples import Examples, build_examples
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.ledger import Ledger
 from online_trainer.prequential import PrequentialMeter
+from online_trainer.quarantine import LossGuard, SetAside
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,11 @@ class OnlineLearner:
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._admission = Admission(config.items)
+        self._guard = LossGuard(
+            spike_deviations=config.trainer.spike_deviations, max_in_a_row=config.trainer.max_spikes_in_a_row
+        )
+        self.set_aside: list[tuple[SetAside, Interactions]] = []
+        """Batches that were not learned from, since somebody last emptied this list."""
         self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
         self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
         self._baseline = torch.empty(0, dtype=torch.float64)
@@ -93,7 +100,7 @@ class OnlineLearner:
         self._admit_items(new)
         self._reserve_baseline()
         if len(examples.positions):
-            self._test_and_train(examples, num_known)
+            self._test_and_train(examples, new, num_known)
         self._observe(new)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
@@ -128,7 +135,7 @@ class OnlineLearner:
         np.maximum.at(below_seq, row_of, new.seq.astype(np.int64) + 1)
         return self._hot.gather(users, max_len=self._config.model.max_len + 1, below_seq=below_seq)
 
-    def _test_and_train(self, examples: Examples, num_known: int) -> None:
+    def _test_and_train(self, examples: Examples, new: Interactions, num_known: int) -> None:
         rows_L = torch.from_numpy(self.model.items.lookup(examples.item_id))
         history = HistoryBatch(
             # What was not known before this batch reads as unknown, in the test and in training.
@@ -161,14 +168,38 @@ class OnlineLearner:
             meter.add(ranks_P.numpy())
         if not is_listed.any():
             return
-        if not math.isfinite(loss := float(learned.loss.detach())):
-            # Weights stay at the last good state; the interactions count as taken, so that training goes on.
+        if self._learn_from(learned, new):
+            self.ledger.num_supervised += targets.rows_P.shape[0]
+        else:
             self.ledger.num_quarantined += targets.rows_P.shape[0]
-            logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, loss)
-            return
-        learned.loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step(learned.active)
-        self.ledger.num_supervised += targets.rows_P.shape[0]
+
+    def _learn_from(self, learned: SupervisedPass, new: Interactions) -> bool:
+        """Step the weights, unless that would do harm: then they stay, the batch is set aside, and training goes on."""
+        loss, typical_loss = float(learned.loss.detach()), self._guard.typical_loss
+        reason = self._guard.objection(loss)
+        if reason is None:
+            learned.loss.backward()  # type: ignore[no-untyped-call]
+            if self._gradients_are_finite(learned.active):
+                self._optimizer.step(learned.active)
+                return True
+            self._optimizer.zero_grad()
+            reason = "gradient"
+        why = SetAside(
+            step=self.ledger.num_steps + 1,
+            reason=reason,
+            loss=loss if math.isfinite(loss) else None,
+            typical_loss=typical_loss,
+            num_interactions=len(new),
+            watermark_ms=max(self.ledger.watermark_ms, int(new.event_time_ms.max())),
+        )
+        self.set_aside.append((why, new))
+        logger.error("step %d is not learned from (%s): loss %s, typically %s", why.step, reason, loss, typical_loss)
+        return False
+
+    def _gradients_are_finite(self, active: ActiveRows) -> bool:
+        tensors = [*self.model.parameters(), active.weight_RD, active.bias_R]
+        sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
+        return bool(torch.isfinite(torch.stack(sums)).all())
 
     def _observe(self, new: Interactions) -> None:
         rows = self.model.items.lookup(new.item_id)
@@ -213,7 +244,8 @@ class OnlineLearner:
         tensors["baseline"] = self._baseline[: self.num_items].clone()
         tensors["generator"] = self._generator.get_state()
         config_hash = self._config.model.config_hash()
-        return Checkpoint(self.ledger.num_steps, config_hash, tensors, {"ledger": self.ledger.to_dict()})
+        state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state()}
+        return Checkpoint(self.ledger.num_steps, config_hash, tensors, state)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, also when the log has another name now."""
@@ -233,4 +265,5 @@ class OnlineLearner:
             meter.load_state({name: tensor.numpy() for name, tensor in part(f"metrics.{arm}.").items()})
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._baseline = checkpoint.tensors["baseline"].clone()
+        self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])

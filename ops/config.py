@@ -33,6 +33,11 @@ class HeadraceConfig:
     trainer_port: int = 9102
     """Port of the trainer's probes; 0 takes any free one."""
 
+    @property
+    def quarantine_dir(self) -> Path:
+        """Where the trainer keeps batches that it has set aside."""
+        return self.data_dir / "quarantine" / self.model
+
     def __post_init__(self) -> None:
         for name in ("ingest_port", "trainer_port"):
             if not 0 <= getattr(self, name) <= 65535:

@@ -87,6 +87,7 @@ def train(settings: Settings) -> int:
                 hot_config=settings.get(HotHistoriesConfig),
                 snapshot_root=config.data_dir / "snapshots",
                 checkpoint_root=config.data_dir / "checkpoints" / config.model,
+                quarantine_root=config.quarantine_dir,
                 clock=WallClock(),
                 mode=config.mode,
             )

@@ -52,6 +52,7 @@ class Site:
                 hot_config=HOT,
                 snapshot_root=self.root / "snapshots",
                 checkpoint_root=self.root / "checkpoints",
+                quarantine_root=self.root / "quarantine",
                 clock=WallClock(),
             )
         )

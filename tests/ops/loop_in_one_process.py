@@ -65,6 +65,7 @@ async def run_loop(root: Path) -> None:
             hot_config=HOT,
             snapshot_root=root / "snapshots",
             checkpoint_root=root / "checkpoints",
+            quarantine_root=root / "quarantine",
             clock=clock,
         )
     )

@@ -1,0 +1,135 @@
+"""Batches that are not learned from because their loss says they would do harm, kept for somebody to look at.
+
+`<root>/s0000000042.parquet` holds the interactions of step 42, `s0000000042.json` why they were set aside.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from feature_store.interactions import Interactions
+
+logger = logging.getLogger(__name__)
+
+TYPICAL_STEPS: Final = 200
+"""Losses of steps learned from that a new one is compared with …"""
+TYPICAL_STEPS_MIN: Final = 50
+"""… and how many there must be."""
+_DEVIATIONS_PER_MAD: Final = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation."""
+_FILE: Final = re.compile(r"s(\d{10})\.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetAside:
+    """Why one step's batch was set aside."""
+
+    step: int
+    reason: str
+    """`loss` or `gradient` where that is not a finite number, `spike` where the loss is far above what is typical."""
+    loss: float | None
+    """None where it is not finite."""
+    typical_loss: float | None
+    """Median of the steps before; None of too few."""
+    num_interactions: int
+    watermark_ms: int
+
+
+class LossGuard:
+    """Tells a batch that would do harm from a stream that has changed.
+
+    A spike is a loss further above the median of the last TYPICAL_STEPS steps than `spike_deviations` standard
+    deviations, estimated from the median absolute deviation. After `max_in_a_row` spikes the stream itself must have
+    changed: the guard forgets what was typical, and the batch is learned from.
+    """
+
+    def __init__(self, *, spike_deviations: float, max_in_a_row: int) -> None:
+        self._spike_deviations, self._max_in_a_row = spike_deviations, max_in_a_row
+        self._losses: deque[float] = deque(maxlen=TYPICAL_STEPS)
+        self._num_in_a_row = 0
+
+    @property
+    def typical_loss(self) -> float | None:
+        """Median loss of the steps before; None of too few."""
+        return float(np.median(self._losses)) if len(self._losses) >= TYPICAL_STEPS_MIN else None
+
+    def objection(self, loss: float) -> str | None:
+        """Why not to learn from a batch of this loss (`loss`, `spike`); None: learn."""
+        if not math.isfinite(loss):
+            return "loss"
+        typical = self.typical_loss
+        if self._spike_deviations and typical is not None:
+            deviation = _DEVIATIONS_PER_MAD * float(np.median(np.abs(np.array(self._losses) - typical)))
+            if loss > typical + self._spike_deviations * max(deviation, 1e-6):
+                self._num_in_a_row += 1
+                if self._num_in_a_row <= self._max_in_a_row:
+                    return "spike"
+                logger.warning("%d losses in a row far above %.3f: the stream has changed", self._num_in_a_row, typical)
+                self._losses.clear()
+        self._num_in_a_row = 0
+        self._losses.append(loss)
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready; `load_state` reads it back exactly."""
+        return {"losses": [loss.hex() for loss in self._losses], "num_in_a_row": self._num_in_a_row}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self._losses = deque((float.fromhex(loss) for loss in state["losses"]), maxlen=TYPICAL_STEPS)
+        self._num_in_a_row = state["num_in_a_row"]
+
+
+def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, keep: int) -> None:
+    """Write what was set aside, again after a restart that repeats the step, and delete all but the newest `keep`.
+
+    Raises OSError (disk full, say).
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    name = f"s{why.step:010d}"
+    rows = pl.DataFrame({"user_id": interactions.user_id, **interactions.columns})
+    for path, write in (
+        (root / f"{name}.parquet", rows.write_parquet),
+        (root / f"{name}.json", lambda at: at.write_text(json.dumps(asdict(why)), encoding="utf-8")),
+    ):
+        unfinished = path.with_name(f"{path.name}.tmp")
+        write(unfinished)
+        unfinished.replace(path)
+    for old in list_set_aside(root)[:-keep]:
+        for suffix in (".json", ".parquet"):
+            (root / f"s{old.step:010d}{suffix}").unlink(missing_ok=True)
+
+
+def forget_users(root: Path, user_ids: Sequence[int]) -> None:
+    """Remove every interaction of these users from what is kept. Raises OSError."""
+    for path in root.glob("s*.parquet"):
+        rows = pl.read_parquet(path)
+        kept = rows.filter(~pl.col("user_id").is_in(list(user_ids)))
+        if len(kept) < len(rows):
+            unfinished = path.with_name(f"{path.name}.tmp")
+            kept.write_parquet(unfinished)
+            unfinished.replace(path)
+
+
+def list_set_aside(root: Path) -> list[SetAside]:
+    """What is kept, oldest first."""
+    if not root.is_dir():
+        return []
+    paths = sorted(path for path in root.iterdir() if _FILE.fullmatch(path.name))
+    return [SetAside(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def read_interactions(root: Path, step: int) -> pl.DataFrame:
+    """The interactions of a step that was set aside; FileNotFoundError if there is none."""
+    return pl.read_parquet(root / f"s{step:010d}.parquet")
