@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,20 +16,15 @@ from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import supervised_pass
 from model.optimizer import RecommenderOptimizer
-from model.ranking import ranks, seen_before
 from model.recommender import Recommender
-from model.trend import add_interactions, decay_rate_per_ms
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import TrainerConfig
+from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.ledger import Ledger
-from online_trainer.prequential import PrequentialMeter
 
 logger = logging.getLogger(__name__)
-
-ARMS = ("model", "popularity")
-"""What is evaluated on the same interactions: the model, and decayed popularity as the baseline to beat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +51,7 @@ class OnlineLearner:
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
-        self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
-        self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
-        self._baseline = torch.full((config.model.initial_capacity,), -torch.inf, dtype=torch.float64)
+        self.evaluation = Evaluation(config.trainer)
 
     @property
     def num_items(self) -> int:
@@ -79,7 +72,6 @@ class OnlineLearner:
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
         self.model.items.admit(new.item_id)
-        self._reserve_baseline()
         if len(examples.positions):
             self._test_and_train(examples, num_known)
         self._observe(new)
@@ -106,19 +98,11 @@ class OnlineLearner:
             positions_P=torch.from_numpy(examples.positions),
             rows_P=torch.from_numpy(self.model.items.lookup(examples.target_item_id)),
         )
-        rank_parts: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
-        popularity_V = self._baseline[: self.num_items]
-
-        def test(part: slice, logits_pV: Tensor) -> None:
-            seen = seen_before(rows_L, history.offsets, targets.positions_P[part])
-            for arm, scores in (("model", logits_pV), ("popularity", popularity_V)):
-                rank_parts[arm].append(ranks(scores, targets.rows_P[part], seen, num_known=num_known))
-
+        test = self.evaluation.start(examples, rows_L, targets.rows_P, num_known=num_known)
         learned = supervised_pass(
-            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test
+            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test.on_logits
         )
-        for arm, meter in self._meters.items():
-            meter.add(torch.cat(rank_parts[arm]).numpy())
+        self.evaluation.finish(test)
         if not math.isfinite(loss := float(learned.loss.detach())):
             # Weights stay at the last good state; the interactions count as taken, so that training goes on.
             self.ledger.num_quarantined += len(examples.positions)
@@ -131,13 +115,7 @@ class OnlineLearner:
     def _observe(self, new: Interactions) -> None:
         rows = self.model.items.lookup(new.item_id)
         self.model.items.observe(rows, new.event_time_ms)
-        add_interactions(self._baseline, rows, new.event_time_ms, rate_per_ms=self._baseline_rate_per_ms)
-
-    def _reserve_baseline(self) -> None:
-        if len(self._baseline) < self.model.items.capacity:
-            grown = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
-            grown[: len(self._baseline)] = self._baseline
-            self._baseline = grown
+        self.evaluation.observe(rows, new.event_time_ms)
 
     def forget(self, user_ids: tuple[int, ...]) -> None:
         """Drop the histories of forgotten users; what was learned from them stays in the weights."""
@@ -151,22 +129,14 @@ class OnlineLearner:
 
     def metrics_summary(self) -> dict[str, float]:
         """Prequential metrics as `arm.span.metric`, over the whole run and over the window; absent before the first."""
-        summary: dict[str, float] = {}
-        for arm, meter in self._meters.items():
-            for span, metrics in (("lifetime", meter.lifetime()), ("window", meter.windowed())):
-                summary |= {
-                    f"{arm}.{span}.{name}": value for name, value in asdict(metrics).items() if value is not None
-                }
-        return summary
+        return self.evaluation.summary()
 
     def capture_checkpoint(self) -> Checkpoint:
         """Copies of everything that a later step depends on."""
         tensors = {f"dense.{name}": tensor for name, tensor in self.model.dense_state().items()}
         tensors |= {f"items.{name}": tensor for name, tensor in self.model.items.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
-        for arm, meter in self._meters.items():
-            tensors |= {f"metrics.{arm}.{name}": torch.from_numpy(a.copy()) for name, a in meter.state().items()}
-        tensors["baseline"] = self._baseline[: self.num_items].clone()
+        tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors["generator"] = self._generator.get_state()
         config_hash = self._config.model.config_hash()
         return Checkpoint(self.ledger.num_steps, config_hash, tensors, {"ledger": self.ledger.to_dict()})
@@ -185,8 +155,5 @@ class OnlineLearner:
         self.model.load_dense_state(part("dense."))
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))
-        for arm, meter in self._meters.items():
-            meter.load_state({name: tensor.numpy() for name, tensor in part(f"metrics.{arm}.").items()})
-        self._baseline = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
-        self._baseline[: self.num_items] = checkpoint.tensors["baseline"]
+        self.evaluation.load_state(part("metrics."))
         self._generator.set_state(checkpoint.tensors["generator"])
