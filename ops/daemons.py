@@ -86,6 +86,7 @@ def train(settings: Settings) -> int:
                 hot_config=settings.get(HotHistoriesConfig),
                 snapshot_root=config.data_dir / "snapshots",
                 checkpoint_root=config.data_dir / "checkpoints" / config.model,
+                metrics_root=config.data_dir / "metrics" / config.model,
                 clock=WallClock(),
                 mode=config.mode,
             )

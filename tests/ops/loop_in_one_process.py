@@ -64,6 +64,7 @@ async def run_loop(root: Path) -> None:
             hot_config=HOT,
             snapshot_root=root / "snapshots",
             checkpoint_root=root / "checkpoints",
+            metrics_root=root / "metrics",
             clock=clock,
         )
     )
