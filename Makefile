@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-ingest bench-items bench-store bench-swap docs clean
+.PHONY: help setup demo test test-long test-faults check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ bench-items: $(STAMP) ## growth of the item table: pauses, and bytes an item; AR
 
 quality: $(STAMP) ## prequential quality on movietweetings and globo-news; ARGS="--results quality.json"
 	@PYTHONPATH=. $(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-metrics: $(STAMP) ## the share of a training step that its prequential metrics cost; ARGS="--losses full"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_metrics.py $(ARGS)
 
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)

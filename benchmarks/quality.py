@@ -32,7 +32,7 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.learner import LearnerConfig
 
-ARMS = ("model", "popularity")
+ARMS = ("model", "popularity", "cooccurrence")
 METRICS = ("hr_at_10", "ndcg_at_20", "mrr")
 NUM_POINTS = 100
 """Of a curve."""
@@ -184,9 +184,9 @@ def _print(name: str, found: dict[str, Any]) -> None:
     for part in ("whole", "second_half"):
         for arm in ARMS:
             values = "  ".join(f"{metric} {found['arms'][arm][part][metric]:.4f}" for metric in METRICS)
-            print(f"  {part:12s} {arm:11s} {values}")
+            print(f"  {part:12s} {arm:12s} {values}")
         ratios = "  ".join(f"{metric} {found['times_popularity'][f'{part}.{metric}']:.3f}x" for metric in METRICS)
-        print(f"  {part:12s} {'ratio':11s} {ratios}", flush=True)
+        print(f"  {part:12s} {'ratio':12s} {ratios}", flush=True)
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
@@ -200,7 +200,7 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     )
     for axes, (name, of) in zip(all_axes[0], found.items(), strict=True):
         thousands = [point["events"] / 1000 for point in of["curve"]]
-        for arm, colour in zip(ARMS, ("#1f6feb", "#8b949e"), strict=True):
+        for arm, colour in zip(ARMS, ("#1f6feb", "#8b949e", "#d29922"), strict=True):
             for span, line in (("window", "-"), ("lifetime", ":")):
                 values = [point.get(f"{arm}.{span}.ndcg_at_20", float("nan")) for point in of["curve"]]
                 axes.plot(thousands, values, color=colour, linestyle=line, label=f"{arm}, {span}")

@@ -61,6 +61,13 @@ class RowMoves:
         column_V[self.targets] = column_V[self.sources]
         column_V[self.num_after : self.num_before] = 0
 
+    def new_rows(self) -> Tensor:
+        """int64[num_before]: where each row is now, -1 for those of the removed items."""
+        rows_V = torch.arange(self.num_before)
+        rows_V[self.targets] = rows_V[self.num_after :] = -1
+        rows_V[self.sources] = self.targets
+        return rows_V
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowChange:

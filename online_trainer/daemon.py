@@ -21,11 +21,13 @@ from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
 from online_trainer.batching import MicroBatch, MicroBatcher
-from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
+from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.errors import CheckpointError
+from online_trainer.instruments import observe_ranks
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
+from online_trainer.metrics_file import MetricsFile
 from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
 from stream.clock import Clock
@@ -68,6 +70,7 @@ class TrainerParts:
     snapshot_root: Path
     checkpoint_root: Path
     quarantine_root: Path
+    metrics_root: Path
     clock: Clock
     mode: str = "live"
 
@@ -88,6 +91,8 @@ class TrainerDaemon:
     def __init__(self, parts: TrainerParts) -> None:
         self._parts, self._config = parts, parts.config
         self._learner = self._resume()
+        self._metrics_file = MetricsFile(parts.metrics_root, keep_parts=parts.config.keep_metrics_parts)
+        self._metrics_file.begin(self._learner.ledger.num_steps)
         self._given_up: dict[int, int] = {}
         self._has_looked_ahead = False
         self._publisher = Publisher(
@@ -119,6 +124,7 @@ class TrainerDaemon:
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
         self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
+        observe_ranks(meter, self._learner.evaluation.measured)
 
     def _resume(self) -> OnlineLearner:
         parts = self._parts
@@ -240,6 +246,8 @@ class TrainerDaemon:
         self._learned.add(len(batch.interactions))
         event_time_ms = batch.interactions.event_time_ms
         self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
+        if self._learner.ledger.num_steps % self._config.metrics_every_steps == 0:
+            await self._in_compute_thread(self._note_metrics)
         num_taken = self._learner.ledger.num_interactions
         self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped))
 
@@ -260,6 +268,15 @@ class TrainerDaemon:
                 )
             except OSError as error:
                 logger.error("the batch of step %d is set aside, but could not be written: %s", why.step, error)  # noqa: TRY400
+
+    def _note_metrics(self) -> None:
+        ledger = self._learner.ledger
+        self._metrics_file.add(
+            step=ledger.num_steps,
+            interactions=ledger.num_interactions,
+            watermark_ms=ledger.watermark_ms,
+            values=self._learner.evaluation.detailed(),
+        )
 
     async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> bool:
         """Run the step; histories are read before anything changes, so a step can be tried again.
@@ -332,12 +349,7 @@ class TrainerDaemon:
 
         async def write() -> None:
             try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._files,
-                    lambda: write_checkpoint(
-                        self._parts.checkpoint_root, checkpoint, keep=self._config.keep_checkpoints
-                    ),
-                )
+                await asyncio.get_running_loop().run_in_executor(self._files, self._save, checkpoint)
                 self._checkpointed_step = checkpoint.step
             except CheckpointError as error:
                 logger.error("%s; the checkpoint before it stays", error)  # noqa: TRY400 - the sentence says it all
@@ -345,6 +357,14 @@ class TrainerDaemon:
                 self._writing_checkpoint = False
 
         self._in_background(write)
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        try:
+            # First: what a checkpoint holds does not come again, so its metrics must be there already.
+            self._metrics_file.flush()
+        except OSError as error:
+            logger.error("metrics could not be written: %s; trying again", error)  # noqa: TRY400 - says it all
+        write_checkpoint(self._parts.checkpoint_root, checkpoint, keep=self._config.keep_checkpoints)
 
     async def _finish(self, writer: LogWriter) -> None:
         await self._background_done()

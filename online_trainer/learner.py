@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,22 +18,17 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.item_table import ActiveRows
 from model.learning import SupervisedPass, supervised_pass
 from model.optimizer import RecommenderOptimizer
-from model.ranking import MISS_RANK, ranks, seen_before
 from model.recommender import Recommender
-from model.trend import add_interactions, decay_rate_per_ms
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
+from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.ledger import Ledger
-from online_trainer.prequential import PrequentialMeter
 from online_trainer.quarantine import LossGuard, SetAside
 
 logger = logging.getLogger(__name__)
-
-ARMS = ("model", "popularity")
-"""What is evaluated on the same interactions: the model, and decayed popularity as the baseline to beat."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +36,7 @@ class LearnerConfig:
     """Everything that decides what a step computes."""
 
     trainer: TrainerConfig
-    items: ItemsConfig
+    items: ItemsConfig = field(default_factory=ItemsConfig)
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -74,9 +69,7 @@ class OnlineLearner:
         )
         self.set_aside: list[tuple[SetAside, Interactions]] = []
         """Batches that were not learned from, since somebody last emptied this list."""
-        self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
-        self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
-        self._baseline = torch.empty(0, dtype=torch.float64)
+        self.evaluation = Evaluation(config.trainer)
 
     @property
     def num_items(self) -> int:
@@ -98,7 +91,6 @@ class OnlineLearner:
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
         self._admit_items(new)
-        self._reserve_baseline()
         if len(examples.positions):
             self._test_and_train(examples, new, num_known)
         self._observe(new)
@@ -119,8 +111,7 @@ class OnlineLearner:
             return
         moves = self.model.items.remove(ids)
         self._optimizer.follow(moves)
-        moves.follow(self._baseline)
-        self._baseline[moves.num_after :] = -torch.inf
+        self.evaluation.follow(moves)
         self.ledger.num_items_retired += len(ids)
 
     def _admit_items(self, new: Interactions) -> None:
@@ -151,21 +142,11 @@ class OnlineLearner:
             rows_P=target_rows[is_listed],
         )
         self.ledger.num_unlisted += int((~is_listed).sum())
-        rank_parts: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
-        popularity_V = self._baseline[: self.num_items]
-
-        def test(part: slice, logits_pV: Tensor) -> None:
-            seen = seen_before(rows_L, history.offsets, targets.positions_P[part])
-            for arm, scores in (("model", logits_pV), ("popularity", popularity_V)):
-                rank_parts[arm].append(ranks(scores, targets.rows_P[part], seen, num_known=num_known))
-
+        test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
         learned = supervised_pass(
-            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test
+            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test.on_logits
         )
-        for arm, meter in self._meters.items():
-            ranks_P = torch.full(target_rows.shape, MISS_RANK)
-            ranks_P[is_listed] = torch.cat([ranks_P[:0], *rank_parts[arm]])
-            meter.add(ranks_P.numpy())
+        self.evaluation.finish(test)
         if not is_listed.any():
             return
         if self._learn_from(learned, new):
@@ -205,13 +186,7 @@ class OnlineLearner:
         rows = self.model.items.lookup(new.item_id)
         rows, times_ms = rows[rows >= 0], new.event_time_ms[rows >= 0]
         self.model.items.observe(rows, times_ms)
-        add_interactions(self._baseline, rows, times_ms, rate_per_ms=self._baseline_rate_per_ms)
-
-    def _reserve_baseline(self) -> None:
-        if len(self._baseline) < self.num_items:
-            grown = torch.full((2 * self.num_items,), -torch.inf, dtype=torch.float64)
-            grown[: len(self._baseline)] = self._baseline
-            self._baseline = grown
+        self.evaluation.observe(rows, times_ms)
 
     def forget(self, user_ids: tuple[int, ...]) -> None:
         """Drop the histories of forgotten users; what was learned from them stays in the weights."""
@@ -225,23 +200,15 @@ class OnlineLearner:
 
     def metrics_summary(self) -> dict[str, float]:
         """Prequential metrics as `arm.span.metric`, over the whole run and over the window; absent before the first."""
-        summary: dict[str, float] = {}
-        for arm, meter in self._meters.items():
-            for span, metrics in (("lifetime", meter.lifetime()), ("window", meter.windowed())):
-                summary |= {
-                    f"{arm}.{span}.{name}": value for name, value in asdict(metrics).items() if value is not None
-                }
-        return summary
+        return self.evaluation.summary()
 
     def capture_checkpoint(self) -> Checkpoint:
         """Copies of everything that a later step depends on."""
         tensors = {f"dense.{name}": tensor for name, tensor in self.model.dense_state().items()}
         tensors |= {f"items.{name}": tensor for name, tensor in self.model.items.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
-        for arm, meter in self._meters.items():
-            tensors |= {f"metrics.{arm}.{name}": torch.from_numpy(a.copy()) for name, a in meter.state().items()}
+        tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
-        tensors["baseline"] = self._baseline[: self.num_items].clone()
         tensors["generator"] = self._generator.get_state()
         config_hash = self._config.model.config_hash()
         state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state()}
@@ -261,9 +228,7 @@ class OnlineLearner:
         self.model.load_dense_state(part("dense."))
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))
-        for arm, meter in self._meters.items():
-            meter.load_state({name: tensor.numpy() for name, tensor in part(f"metrics.{arm}.").items()})
+        self.evaluation.load_state(part("metrics."))
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
-        self._baseline = checkpoint.tensors["baseline"].clone()
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])

@@ -88,6 +88,7 @@ def train(settings: Settings) -> int:
                 snapshot_root=config.data_dir / "snapshots",
                 checkpoint_root=config.data_dir / "checkpoints" / config.model,
                 quarantine_root=config.quarantine_dir,
+                metrics_root=config.data_dir / "metrics" / config.model,
                 clock=WallClock(),
                 mode=config.mode,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -53,6 +55,7 @@ class Site:
                 snapshot_root=self.root / "snapshots",
                 checkpoint_root=self.root / "checkpoints",
                 quarantine_root=self.root / "quarantine",
+                metrics_root=self.root / "metrics",
                 clock=WallClock(),
             )
         )
@@ -301,3 +304,26 @@ async def test_told_to_stop_while_the_store_is_away_it_stops_and_the_batch_is_re
     missing.close()
     assert away.status()["interactions"] == 0
     assert (await learn(site.daemon(), 100))["repeated"] == 0
+
+
+async def test_the_metrics_of_a_run_go_on_through_stops_and_crashes(site: Site) -> None:
+    updates = record_stream(site.store, walks(300)).updates
+    site.send(updates[:3])
+    await learn(site.daemon(metrics_every_steps=2), 150)
+    site.send(updates[3:])
+    # This one is killed: none of its steps is in a checkpoint, some of its rows are on disk.
+    daemon = site.daemon(metrics_every_steps=1, checkpoint_interval_s=3_600)
+    async with running(daemon):
+        await until(lambda: daemon.status()["interactions"] == 300)
+        daemon._metrics_file.flush()
+        checkpoints = {path.name for path in (site.root / "checkpoints").iterdir()}
+    for path in (site.root / "checkpoints").iterdir():
+        if path.name not in checkpoints:
+            shutil.rmtree(path)
+    status = await learn(site.daemon(metrics_every_steps=2), 300)
+    rows = pl.read_parquet(site.root / "metrics" / "r0001" / "*.parquet")
+    assert rows["step"].unique().to_list() == list(range(2, status["steps"] + 1, 2))
+    assert not rows.select("step", "name").is_duplicated().any()
+    if status["steps"] % 2 == 0:
+        last = rows.filter(step=status["steps"])
+        assert dict(zip(last["name"], last["value"], strict=True)).items() >= status["metrics"].items()

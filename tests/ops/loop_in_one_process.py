@@ -66,6 +66,7 @@ async def run_loop(root: Path) -> None:
             snapshot_root=root / "snapshots",
             checkpoint_root=root / "checkpoints",
             quarantine_root=root / "quarantine",
+            metrics_root=root / "metrics",
             clock=clock,
         )
     )

@@ -1,0 +1,54 @@
+"""What the trainer knows about its own quality, as OpenTelemetry gauges that are read when metrics are collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from online_trainer.action_metrics import ActionMetrics
+from online_trainer.prequential import MeasuredRanks
+
+
+def observe_ranks(meter: Meter, read: Callable[[], list[MeasuredRanks]]) -> None:
+    """Publish rank metrics by arm, span, group and metric; those without interactions are left out."""
+
+    def quality(_options: CallbackOptions) -> Iterator[Observation]:
+        for one in read():
+            for name, value in asdict(one.metrics).items():
+                if name != "count" and value is not None:
+                    yield Observation(value, _of(one) | {"headrace.metric": name})
+
+    def evaluated(_options: CallbackOptions) -> Iterator[Observation]:
+        # Every arm is tested on the same interactions.
+        measured = read()
+        for one in measured:
+            if one.arm == measured[0].arm:
+                attributes = _of(one)
+                del attributes["headrace.arm"]
+                yield Observation(one.metrics.count, attributes)
+
+    meter.create_observable_gauge("headrace.trainer.quality", [quality], description="Prequential rank metrics")
+    meter.create_observable_gauge(
+        "headrace.trainer.evaluated", [evaluated], unit="{interaction}", description="Interactions they are means over"
+    )
+
+
+def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], ActionMetrics]]) -> None:
+    """Publish metrics of predicted actions by task, span and metric; those that are not defined are left out."""
+
+    def quality(_options: CallbackOptions) -> Iterator[Observation]:
+        for (task, span), metrics in read().items():
+            for name, value in asdict(metrics).items():
+                if value is not None:
+                    attributes = {"headrace.task": task, "headrace.span": span, "headrace.metric": name}
+                    yield Observation(value, attributes)
+
+    meter.create_observable_gauge(
+        "headrace.trainer.actions", [quality], description="Prequential metrics of predicted actions"
+    )
+
+
+def _of(one: MeasuredRanks) -> dict[str, str]:
+    return {"headrace.arm": one.arm, "headrace.span": one.span, "headrace.group": one.group}

@@ -1,0 +1,48 @@
+"""Gauges say what the meters say, with the attributes that the documentation names."""
+
+from __future__ import annotations
+
+import numpy as np
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
+
+from online_trainer.action_metrics import ActionMeters
+from online_trainer.instruments import observe_actions, observe_ranks
+from online_trainer.prequential import PrequentialMeter, cells
+
+
+def collected(reader: InMemoryMetricReader) -> dict[str, dict[tuple[object, ...], float]]:
+    """Instrument -> values of its attributes, in order of their names -> value."""
+    data = reader.get_metrics_data()
+    assert data is not None
+    found: dict[str, dict[tuple[object, ...], float]] = {}
+    for metric in data.resource_metrics[0].scope_metrics[0].metrics:
+        points = [point for point in metric.data.data_points if isinstance(point, NumberDataPoint)]
+        found[metric.name] = {
+            tuple(value for _, value in sorted((point.attributes or {}).items())): point.value for point in points
+        }
+    return found
+
+
+def test_rank_metrics_are_published_by_arm_group_metric_and_span() -> None:
+    reader = InMemoryMetricReader()
+    ranks = PrequentialMeter(("model", "popularity"), 10)
+    ranks.add({"model": np.array([1, 30]), "popularity": np.array([2, 60])}, cells(np.array([2, 2]), np.array([0, 1])))
+    observe_ranks(MeterProvider([reader]).get_meter("test"), ranks.measured)
+    found = collected(reader)
+    quality = found["headrace.trainer.quality"]
+    assert quality["model", "all", "hr_at_10", "lifetime"] == 0.5
+    assert quality["popularity", "known_user", "hr_at_50", "window"] == 0.0
+    assert ("model", "new_item", "mrr", "window") not in quality
+    assert found["headrace.trainer.evaluated"]["known_item", "window"] == 2
+    assert found["headrace.trainer.evaluated"]["new_item", "window"] == 0
+
+
+def test_metrics_of_actions_are_published_by_metric_span_and_task() -> None:
+    reader = InMemoryMetricReader()
+    actions = ActionMeters(("click",), 10)
+    actions["click"].add(np.array([1.0, -1.0]), np.array([1, 0]))
+    observe_actions(MeterProvider([reader]).get_meter("test"), actions.measured)
+    found = collected(reader)["headrace.trainer.actions"]
+    assert found["auc", "window", "click"] == 1.0
+    assert found["count", "lifetime", "click"] == 2
