@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ class RecordedStream:
     updates: list[HistoryUpdate]
 
     @staticmethod
-    def config(**trainer: int) -> LearnerConfig:
+    def config(**trainer: Any) -> LearnerConfig:
         return LearnerConfig(
             trainer=TrainerConfig(metrics_window=100, **trainer),
             model=MODEL,
@@ -49,7 +50,7 @@ class RecordedStream:
             optimizer=OptimizerConfig(),
         )
 
-    def learner(self, **trainer: int) -> OnlineLearner:
+    def learner(self, **trainer: Any) -> OnlineLearner:
         return OnlineLearner(self.config(**trainer), HotHistories(self.store, HOT), log_id="main")
 
     def batcher(self, learner: OnlineLearner, max_interactions: int = 16) -> MicroBatcher:
