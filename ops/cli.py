@@ -20,6 +20,7 @@ import typer
 
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
+from model.errors import SnapshotError
 from online_trainer.errors import CheckpointMismatchError
 from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
@@ -331,8 +332,8 @@ def main() -> None:
     except _REFUSALS as error:
         say(f"headrace: {error}")
         sys.exit(2)
-    except (StreamError, FeatureStoreError) as error:
-        # The broker or the database went away and the command could not wait for it.
+    except (StreamError, FeatureStoreError, SnapshotError) as error:
+        # The broker, the database or the snapshots' storage went away and the command could not wait for it.
         say(f"headrace: {error}")
         sys.exit(1 if _is_daemon() else 2)
 

@@ -122,20 +122,24 @@ class SnapshotReader:
         self.refused[version] = f"{type(error).__name__}: {error}"
 
     def _newest_between(self, have: int | None, below: int) -> int | None:
+        return max((version for version in self._versions() if (have or 0) < version < below), default=None)
+
+    def _versions(self) -> list[int]:
         try:
-            versions = list_versions(self._root, self._model)
+            return list_versions(self._root, self._model)
         except (ModelError, OSError):
-            return None
-        return max((version for version in versions if (have or 0) < version < below), default=None)
+            return []
 
     def manifests_between(self, have: int, want: int) -> list[Manifest]:
         """Manifests of the versions after `have` up to `want` that can be read."""
         found = []
-        for version in range(have + 1, want + 1):
-            try:
-                found.append(read_manifest(self._root, self._model, version))
-            except (ModelError, OSError):
-                logger.debug("version %d was passed over and is gone", version)
+        # Many may be gone: an object store should not be asked for each.
+        for version in self._versions():
+            if have < version <= want:
+                try:
+                    found.append(read_manifest(self._root, self._model, version))
+                except (ModelError, OSError):
+                    logger.debug("version %d was passed over and cannot be read", version)
         return found
 
 
