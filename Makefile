@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +27,14 @@ test: $(STAMP) ## the test suite; ARGS="tests/ops -k settings" for a part of it
 	$(PYTEST) $(ARGS)
 
 test-long: $(STAMP) ## the test suite with the slow tests
-	$(PYTEST) -m "slow or not slow" --timeout 1800 $(ARGS)
+	$(PYTEST) -m "not s3" --timeout 1800 $(ARGS)
 
 test-faults: $(STAMP) ## faults of real processes only, the long ones included: kills, restarts, stalls, full disks, rebalances
-	$(PYTEST) -m "slow or not slow" --timeout 1800 tests/faults tests/ops/test_kill.py $(ARGS)
+	$(PYTEST) -m "not s3" --timeout 1800 tests/faults tests/ops/test_kill.py $(ARGS)
+
+test-s3: $(STAMP) ## snapshots on a local server that speaks S3; installs 105 MB into .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[s3test]'
+	$(BIN)/pytest -m s3 tests/ops/test_s3.py $(ARGS)
 
 check: $(STAMP) ## lint, format, types, import directions, spelling, schema
 	$(BIN)/ruff check .
@@ -73,6 +77,9 @@ bench-metrics: $(STAMP) ## the share of a training step that its prequential met
 
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)
+
+bench-publish: $(STAMP) ## bytes of deltas against anchors, and what publishing costs the training path; ARGS="--items 16000"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_publish.py $(ARGS)
 
 bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)

@@ -11,6 +11,8 @@
         │   ├── SnapshotTruncatedError  a file has another size than the manifest says
         │   └── SnapshotHashError       a file has the right size and the wrong sha256
         ├── SnapshotFormatError     written in a format this version cannot read
+        ├── SnapshotStorageError    the storage did not answer, or refused
+        ├── SnapshotPinnedError     workers are pinned to another version
         ├── SnapshotConfigError     made for a model of another shape
         └── SnapshotParentError     a delta on another version than the one loaded, or no chain leads there
 
@@ -62,6 +64,14 @@ class SnapshotHashError(SnapshotCorruptError):
 
 class SnapshotFormatError(SnapshotError):
     """The manifest is of a format version, or a structure, that this program does not read."""
+
+
+class SnapshotStorageError(SnapshotError):
+    """The storage could not be reached, or refused; what failed on this machine's own disk is an OSError."""
+
+
+class SnapshotPinnedError(SnapshotError):
+    """The pointer cannot be moved: workers are pinned to another version."""
 
 
 class SnapshotConfigError(SnapshotError):

@@ -1,7 +1,8 @@
-"""Snapshots on disk: written so that a crash at any point leaves the older ones intact, read so that nothing torn
-or changed is ever used.
+"""Stored snapshots: written so that a crash at any point leaves the older ones intact, read so that nothing torn or
+changed is ever used.
 
-    <root>/<model>/current.json                  pointer to the newest one
+    <root>/<model>/current.json                  pointer to the one to serve: the newest, unless it was moved or pinned
+                  /pin.json                      while it exists, the pointer stays there
     <root>/<model>/v00000042/manifest.json       what it is, and size and sha256 of its files
                             /dense.safetensors   every dense parameter
                             /rows.safetensors    item rows: all of an anchor, the changed ones of a delta
@@ -14,15 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.disk import Disk
 from model.errors import (
     SnapshotCorruptError,
     SnapshotExistsError,
@@ -32,7 +32,9 @@ from model.errors import (
     SnapshotParentError,
     SnapshotTruncatedError,
 )
+from model.file_cache import FileCache
 from model.manifest import FileEntry, Lineage, Manifest, SnapshotPointer
+from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 
 __all__ = [
     "Lineage",
@@ -43,15 +45,19 @@ __all__ = [
     "chain",
     "list_versions",
     "load_snapshot",
+    "model_folder",
     "move_pointer",
-    "prune_snapshots",
+    "names_in",
+    "pointer_to",
     "read_manifest",
+    "read_pin",
     "read_pointer",
-    "snapshot_path",
+    "snapshot_folder",
     "write_snapshot",
 ]
 
 POINTER_NAME = "current.json"
+PIN_NAME = "pin.json"
 READY_NAME = "READY"
 MANIFEST_NAME = "manifest.json"
 DENSE_NAME = "dense.safetensors"
@@ -115,132 +121,152 @@ class Snapshot:
     rows: RowBlock
 
 
-def snapshot_path(root: Path, model: str, version: int) -> Path:
-    """The folder of a version, e.g. ``root/hstu/v00000042``."""
-    return root / _checked_name(model) / f"v{version:08d}"
+def model_folder(model: str) -> str:
+    """The folder of a model under the root; ValueError for a name that cannot be one."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", model):
+        raise ValueError(f"model is {model!r}; a name is 1 to 64 letters, digits, '-' or '_'")
+    return model
+
+
+def snapshot_folder(model: str, version: int) -> str:
+    """The folder of a version under the root, e.g. ``hstu/v00000042``."""
+    return f"{model_folder(model)}/v{version:08d}"
 
 
 def write_snapshot(
-    root: Path,
+    root: SnapshotRoot,
     manifest: Manifest,
     dense: dict[str, Tensor],
     rows: RowBlock,
     *,
-    disk: Disk | None = None,
+    reached: Callable[[str], None] = lambda _stage: None,
 ) -> Manifest:
-    """Publish a snapshot and move the pointer to it; returns the manifest with sizes and hashes.
+    """Publish a snapshot and move the pointer to it, unless pinned; returns the manifest with sizes and hashes.
 
     SnapshotExistsError if the version is already published. What a crashed attempt left behind is overwritten.
+    reached: called after each stage with its name: ``encoded``, ``files``, ``ready``.
     """
-    disk = Disk() if disk is None else disk
-    final = snapshot_path(root, manifest.model, manifest.version)
-    if (final / READY_NAME).exists():
-        raise SnapshotExistsError(f"{final} is already published; take the next version")
-    building = final.with_name(f".building-{final.name}")
-    # Step 1: clear what a crashed attempt at this version left behind.
-    disk.remove_dir(building)
-    disk.remove_dir(final)
-    # Step 2: write every file aside, each on disk before the next.
-    disk.make_dir(building)
+    storage, folder = open_storage(root), snapshot_folder(manifest.model, manifest.version)
+    if _is_finished(storage, folder):
+        raise SnapshotExistsError(f"{storage.place(folder)} is already published; take the next version")
     contents = {DENSE_NAME: _encoded(dense), ROWS_NAME: _encoded(rows.tensors())}
-    for name, content in contents.items():
-        disk.write(building / name, content)
     manifest = replace(manifest, files={name: _entry(content) for name, content in contents.items()})
     described = manifest.encode()
-    disk.write(building / MANIFEST_NAME, described)
-    disk.sync_dir(building)
-    # Step 3: give the folder its name. It is not a snapshot yet: readers refuse it without READY.
-    disk.rename(building, final)
-    disk.sync_dir(final.parent)
-    # Step 4: declare it finished, naming the manifest it is finished with; by renaming, so READY is never torn.
-    disk.write(final / f".{READY_NAME}", hashlib.sha256(described).hexdigest().encode())
-    disk.rename(final / f".{READY_NAME}", final / READY_NAME)
-    disk.sync_dir(final)
-    # Step 5: point at it.
-    move_pointer(root, manifest, disk=disk)
+    reached("encoded")
+    # Step 1: write every file. It is not a snapshot yet: readers refuse it without READY.
+    storage.write_folder(folder, {**contents, MANIFEST_NAME: described})
+    reached("files")
+    # Step 2: declare it finished, naming the manifest it is finished with; at once, so READY is never torn.
+    storage.publish(f"{folder}/{READY_NAME}", hashlib.sha256(described).hexdigest().encode())
+    reached("ready")
+    # Step 3: point at it.
+    _advance_pointer(storage, manifest)
     return manifest
 
 
-def move_pointer(root: Path, manifest: Manifest, *, disk: Disk | None = None) -> SnapshotPointer:
+def _advance_pointer(storage: SnapshotStorage, manifest: Manifest) -> None:
+    if read_pin(storage, manifest.model) is not None:
+        return
+    move_pointer(storage, manifest)
+    # Pinning writes the pin, then the pointer. Either it moves the pointer after us, or we see the pin here.
+    pin = read_pin(storage, manifest.model)
+    if pin is not None:
+        storage.publish(f"{model_folder(manifest.model)}/{POINTER_NAME}", pin.encode())
+
+
+def move_pointer(root: SnapshotRoot, manifest: Manifest) -> SnapshotPointer:
     """Point current.json at a published snapshot, atomically; also how to go back to an older one."""
-    disk = Disk() if disk is None else disk
-    folder = root / _checked_name(manifest.model)
-    pointer = SnapshotPointer(
+    pointer = pointer_to(manifest)
+    open_storage(root).publish(f"{model_folder(manifest.model)}/{POINTER_NAME}", pointer.encode())
+    return pointer
+
+
+def pointer_to(manifest: Manifest) -> SnapshotPointer:
+    """What current.json or pin.json say of a version."""
+    return SnapshotPointer(
         model=manifest.model,
         version=manifest.version,
         kind=manifest.kind,
         parent=manifest.parent,
-        path=snapshot_path(Path(), manifest.model, manifest.version).as_posix(),
+        path=snapshot_folder(manifest.model, manifest.version),
         created_at_ms=manifest.created_at_ms,
     )
-    aside = folder / f".{POINTER_NAME}"
-    disk.write(aside, pointer.encode())
-    disk.rename(aside, folder / POINTER_NAME)
-    disk.sync_dir(folder)
-    return pointer
 
 
-def read_pointer(root: Path, model: str) -> SnapshotPointer | None:
+def read_pointer(root: SnapshotRoot, model: str) -> SnapshotPointer | None:
     """What current.json points at, None before the first snapshot."""
-    path = root / _checked_name(model) / POINTER_NAME
+    return _read_pointer(open_storage(root), f"{model_folder(model)}/{POINTER_NAME}")
+
+
+def read_pin(root: SnapshotRoot, model: str) -> SnapshotPointer | None:
+    """The version that workers are pinned to, if they are."""
+    return _read_pointer(open_storage(root), f"{model_folder(model)}/{PIN_NAME}")
+
+
+def _read_pointer(storage: SnapshotStorage, name: str) -> SnapshotPointer | None:
     try:
-        return SnapshotPointer.decode(path.read_bytes())
+        return SnapshotPointer.decode(storage.read(name, size_max=MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
 
 
-def read_manifest(root: Path, model: str, version: int) -> Manifest:
+def read_manifest(root: SnapshotRoot, model: str, version: int) -> Manifest:
     """The verified manifest of a finished snapshot."""
-    folder = snapshot_path(root, model, version)
-    if not folder.is_dir():
-        raise SnapshotMissingError(f"there is no snapshot {folder}")
-    if not (folder / READY_NAME).exists():
-        raise SnapshotNotReadyError(f"{folder} was not finished: it has no {READY_NAME}")
-    content = _read(folder / MANIFEST_NAME, size_max=MAX_MANIFEST_BYTES)
-    promised = (folder / READY_NAME).read_text(encoding="utf-8", errors="replace")
-    if hashlib.sha256(content).hexdigest() != promised:
-        raise SnapshotHashError(f"{folder / MANIFEST_NAME} is not the manifest that {READY_NAME} names")
+    storage, folder = open_storage(root), snapshot_folder(model, version)
+    try:
+        promised = storage.read(f"{folder}/{READY_NAME}", size_max=MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        if storage.find(folder):
+            raise SnapshotNotReadyError(f"{storage.place(folder)} was not finished: it has no {READY_NAME}") from error
+        raise SnapshotMissingError(f"there is no snapshot {storage.place(folder)}") from error
+    place = storage.place(f"{folder}/{MANIFEST_NAME}")
+    content = _read(storage, f"{folder}/{MANIFEST_NAME}", size_max=MAX_MANIFEST_BYTES)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise SnapshotCorruptError(f"{place} has over {MAX_MANIFEST_BYTES} bytes; no manifest has")
+    if hashlib.sha256(content).hexdigest().encode() != promised:
+        raise SnapshotHashError(f"{place} is not the manifest that {READY_NAME} names")
     manifest = Manifest.decode(content)
     if (manifest.model, manifest.version) != (model, version):
-        raise SnapshotCorruptError(f"{folder} holds version {manifest.version} of {manifest.model!r}")
+        raise SnapshotCorruptError(f"{storage.place(folder)} holds version {manifest.version} of {manifest.model!r}")
     return manifest
 
 
-def load_snapshot(root: Path, model: str, version: int) -> Snapshot:
-    """Read a snapshot into memory, every byte verified; one of the SnapshotError tree if anything is off."""
-    manifest = read_manifest(root, model, version)
-    folder = snapshot_path(root, model, version)
+def load_snapshot(root: SnapshotRoot, model: str, version: int, *, cache: FileCache | None = None) -> Snapshot:
+    """Read a snapshot into memory, every byte verified; one of the SnapshotError tree if anything is off.
+
+    cache: where files of a remote storage are kept, and looked for first.
+    """
+    storage, folder = open_storage(root), snapshot_folder(model, version)
+    manifest = read_manifest(storage, model, version)
     if manifest.files.keys() != {DENSE_NAME, ROWS_NAME}:
-        raise SnapshotCorruptError(f"{folder} lists the files {sorted(manifest.files)}")
+        raise SnapshotCorruptError(f"{storage.place(folder)} lists the files {sorted(manifest.files)}")
     tensors = {}
     for name, entry in manifest.files.items():
-        content = _read(folder / name, size_max=None)
-        if len(content) != entry.size:
-            raise SnapshotTruncatedError(f"{folder / name} has {len(content)} bytes; its manifest says {entry.size}")
-        if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise SnapshotHashError(f"{folder / name} has another sha256 than its manifest says")
+        content = None if cache is None else cache.get(entry)
+        if content is None:
+            content = _read_verified(storage, f"{folder}/{name}", entry)
+            if cache is not None:
+                cache.put(entry, content)
         try:
             tensors[name] = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
-            raise SnapshotCorruptError(f"{folder / name} is no safetensors file: {error}") from error
+            raise SnapshotCorruptError(f"{storage.place(folder)}/{name} is no safetensors file: {error}") from error
     return Snapshot(manifest=manifest, dense=tensors[DENSE_NAME], rows=RowBlock.of_tensors(tensors[ROWS_NAME]))
 
 
-def list_versions(root: Path, model: str) -> list[int]:
+def list_versions(root: SnapshotRoot, model: str) -> list[int]:
     """Versions of finished snapshots, ascending."""
-    return sorted(version for version, path in _folders(root, model).items() if (path / READY_NAME).exists())
+    found = (re.fullmatch(rf"v(\d{{8,}})/{READY_NAME}", name) for name in names_in(root, model))
+    return sorted(int(match[1]) for match in found if match)
 
 
-def _folders(root: Path, model: str) -> dict[int, Path]:
-    """Folders by version, finished or not."""
-    folder = root / _checked_name(model)
-    if not folder.is_dir():
-        return {}
-    found = ((re.fullmatch(r"v(\d{8,})", path.name), path) for path in folder.iterdir())
-    return {int(match[1]): path for match, path in found if match}
+def names_in(root: SnapshotRoot, model: str) -> list[str]:
+    """Every file of a model, relative to the model's folder, ascending."""
+    folder = model_folder(model)
+    return [name.removeprefix(f"{folder}/") for name in open_storage(root).find(folder)]
 
 
-def chain(root: Path, model: str, *, have: int | None, want: int) -> list[int]:
+def chain(root: SnapshotRoot, model: str, *, have: int | None, want: int) -> list[int]:
     """Versions to apply in order to get from ``have`` (None: nothing) to ``want``; empty if they are equal.
 
     Deltas from ``have`` if there is an unbroken line of them, otherwise the newest anchor at or before ``want`` and
@@ -258,40 +284,13 @@ def chain(root: Path, model: str, *, have: int | None, want: int) -> list[int]:
         step = manifest.parent
 
 
-def _manifest_in_chain(root: Path, model: str, version: int, want: int) -> Manifest:
+def _manifest_in_chain(root: SnapshotRoot, model: str, version: int, want: int) -> Manifest:
     try:
         return read_manifest(root, model, version)
     except SnapshotMissingError as error:
         if version == want:
             raise
         raise SnapshotParentError(f"version {want} of {model!r} needs version {version}, which is gone") from error
-
-
-def prune_snapshots(root: Path, model: str, *, anchors_kept: int, disk: Disk | None = None) -> list[int]:
-    """Delete versions older than the newest ``anchors_kept`` anchors, and unfinished leftovers of older ones.
-
-    Never deletes what current.json points at, nor its chain. Returns the versions deleted.
-    """
-    if anchors_kept < 1:
-        raise ValueError(f"anchors_kept is {anchors_kept}; keep at least 1, or nothing could be loaded")
-    disk = Disk() if disk is None else disk
-    versions = list_versions(root, model)
-    anchors = [v for v in versions if read_manifest(root, model, v).kind == "anchor"]
-    pointer = read_pointer(root, model)
-    if pointer is None:
-        return []
-    needed = chain(root, model, have=None, want=pointer.version)
-    oldest_kept = min(*anchors[-anchors_kept:], needed[0])
-    removed = [v for v in versions if v < oldest_kept]
-    for version in reversed(removed):
-        # Step 1: no snapshot any more, deltas before what they build on. A folder is deleted file by file, and a crash
-        # in between would leave a snapshot without its manifest.
-        disk.remove_file(snapshot_path(root, model, version) / READY_NAME)
-    for version in sorted(_folders(root, model)):
-        if version < oldest_kept:
-            # Step 2: its files, and what earlier crashes left.
-            disk.remove_dir(snapshot_path(root, model, version))
-    return removed
 
 
 def _encoded(tensors: dict[str, Tensor]) -> bytes:
@@ -302,16 +301,26 @@ def _entry(content: bytes) -> FileEntry:
     return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def _read(path: Path, *, size_max: int | None) -> bytes:
+def _is_finished(storage: SnapshotStorage, folder: str) -> bool:
     try:
-        if size_max is not None and path.stat().st_size > size_max:
-            raise SnapshotCorruptError(f"{path} has {path.stat().st_size} bytes; at most {size_max} make sense")
-        return path.read_bytes()
+        storage.read(f"{folder}/{READY_NAME}", size_max=0)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read(storage: SnapshotStorage, name: str, *, size_max: int) -> bytes:
+    try:
+        return storage.read(name, size_max=size_max)
     except FileNotFoundError as error:
-        raise SnapshotMissingError(f"{path} is missing") from error
+        raise SnapshotMissingError(f"{storage.place(name)} is missing") from error
 
 
-def _checked_name(model: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", model):
-        raise ValueError(f"model is {model!r}; a name is 1 to 64 letters, digits, '-' or '_'")
-    return model
+def _read_verified(storage: SnapshotStorage, name: str, entry: FileEntry) -> bytes:
+    content = _read(storage, name, size_max=entry.size)
+    if len(content) != entry.size:
+        found = f"over {entry.size}" if len(content) > entry.size else len(content)
+        raise SnapshotTruncatedError(f"{storage.place(name)} has {found} bytes; its manifest says {entry.size}")
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise SnapshotHashError(f"{storage.place(name)} has another sha256 than its manifest says")
+    return content

@@ -51,7 +51,21 @@ class TrainerConfig:
     anchor_every: int = 60
     """Every n-th snapshot is an anchor (everything); those between are deltas on their parent."""
     keep_anchors: int = 2
-    """Anchors kept on disk, with the deltas that follow them; older snapshots are deleted."""
+    """Anchors kept, with the deltas that follow them; older ones are deleted unless a replica or a pin needs them."""
+    replica_timeout_s: float = 60.0
+    """A replica that has not said for this long (s) which version it runs is gone: nothing is kept for it any more."""
+    gate_metric: str = "ndcg_at_20"
+    """Windowed metric by which a snapshot is judged before it is published; larger is better."""
+    gate_min_evaluated: int = 1_000
+    """Interactions that the window must hold, unless it is full, to be judged by; until then only finiteness counts."""
+    gate_baseline_min: float = 0.5
+    """A snapshot is held back when its metric is below this share of popularity's on the same interactions; 0: never.
+    Answers by popularity would then be better than its own."""
+    gate_drop_max: float = 0.0
+    """... or when it is this share below the best published lately (0.3: 30 %); 0: never. A stream that becomes harder
+    to predict for everybody looks the same, so choose it for streams whose level you know."""
+    gate_memory_s: float = 3_600.0
+    """How long (s) a published level counts for `gate_drop_max`, and so how long it can hold back."""
     checkpoint_interval_s: float = 30.0
     """Time between checkpoints (s): what a crash makes the trainer repeat, bit by bit."""
     keep_checkpoints: int = 2
@@ -74,6 +88,7 @@ class TrainerConfig:
             "keep_anchors",
             "keep_checkpoints",
             "keep_set_aside",
+            "gate_min_evaluated",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must be at least 1")
@@ -82,6 +97,13 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:
             raise ValueError("trainer.baseline_half_life_h and trainer.checkpoint_interval_s must be positive")
+        if self.replica_timeout_s <= 0 or self.gate_memory_s <= 0:
+            raise ValueError("trainer.replica_timeout_s and trainer.gate_memory_s must be positive")
+        if self.gate_baseline_min < 0 or not 0 <= self.gate_drop_max < 1:
+            raise ValueError(
+                f"trainer.gate_baseline_min = {self.gate_baseline_min}, trainer.gate_drop_max = {self.gate_drop_max}: "
+                "the first must not be negative, the second a share from 0 to below 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
+from model.storage import SnapshotRoot
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
@@ -67,7 +68,7 @@ class TrainerParts:
     log: EventLog
     store: FeatureStore
     hot_config: HotHistoriesConfig
-    snapshot_root: Path
+    snapshot_root: SnapshotRoot
     checkpoint_root: Path
     quarantine_root: Path
     metrics_root: Path
@@ -90,7 +91,8 @@ class TrainerDaemon:
 
     def __init__(self, parts: TrainerParts) -> None:
         self._parts, self._config = parts, parts.config
-        self._learner = self._resume()
+        checkpoint = read_newest_checkpoint(parts.checkpoint_root, config_hash=parts.model_config.config_hash())
+        self._learner = self._resume(checkpoint)
         self._metrics_file = MetricsFile(parts.metrics_root, keep_parts=parts.config.keep_metrics_parts)
         self._metrics_file.begin(self._learner.ledger.num_steps)
         self._given_up: dict[int, int] = {}
@@ -103,6 +105,8 @@ class TrainerDaemon:
             clock=parts.clock,
             mode=parts.mode,
         )
+        if checkpoint is not None and "unpublished" in checkpoint.state:
+            self._publisher.resume(checkpoint.state["unpublished"], self._learner.ledger.num_interactions)
         self._batcher = MicroBatcher(
             max_interactions=parts.config.batch_interactions,
             max_tokens=parts.config.batch_tokens,
@@ -126,11 +130,10 @@ class TrainerDaemon:
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
         observe_ranks(meter, self._learner.evaluation.measured)
 
-    def _resume(self) -> OnlineLearner:
+    def _resume(self, checkpoint: Checkpoint | None) -> OnlineLearner:
         parts = self._parts
         hot = HotHistories(parts.store, parts.hot_config)
         learner = OnlineLearner(parts.learner_config(), hot, log_id=parts.log.log_id)
-        checkpoint = read_newest_checkpoint(parts.checkpoint_root, config_hash=parts.model_config.config_hash())
         if checkpoint is None:
             logger.info("no checkpoint in %s: starting a new model", parts.checkpoint_root)
         else:
@@ -306,15 +309,15 @@ class TrainerDaemon:
             captured = await self._in_compute_thread(
                 lambda: self._publisher.capture(self._learner, traceparent=traceparent)
             )
-        if captured is None:
-            return
         self._writing_snapshot = True
 
         async def write() -> None:
+            loop = asyncio.get_running_loop()
             try:
-                published = await asyncio.get_running_loop().run_in_executor(
-                    self._files, self._publisher.write, captured
-                )
+                if captured is None:
+                    await loop.run_in_executor(self._files, self._publisher.record_held)
+                    return
+                published = await loop.run_in_executor(self._files, self._publisher.write, captured)
                 manifest = published.manifest
                 pointer = SnapshotPointer(
                     model=manifest.model,
@@ -326,6 +329,7 @@ class TrainerDaemon:
                 topic = self._parts.log.topics.snapshots
                 sent = await writer.send(topic, encode_message(pointer), key=manifest.model.encode())
                 await acknowledged([sent])
+                fail_point("trainer.snapshot_announced")
             except (SnapshotError, OSError, StoreUnavailableError, LogUnavailableError) as error:
                 # Workers also poll the pointer; what was not announced is found there.
                 logger.warning("publishing: %s", error)
@@ -344,6 +348,8 @@ class TrainerDaemon:
 
     async def _checkpoint(self) -> None:
         checkpoint = await self._in_compute_thread(self._learner.capture_checkpoint)
+        # It depends on when snapshots were published, and no later step depends on it.
+        checkpoint.state["unpublished"] = self._publisher.unpublished()
         self._writing_checkpoint = True
         self._last_checkpoint_s = self._parts.clock.monotonic_s()
 
@@ -419,5 +425,6 @@ class TrainerDaemon:
                 "publish_s": newest.seconds,
                 "interactions": newest.manifest.lineage.num_interactions,
             },
+            "held": None if self._publisher.held is None else asdict(self._publisher.held),
             "freshness": {"F2": self.freshness.summary(), "F3": self._publisher.freshness.summary()},
         }

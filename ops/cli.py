@@ -20,11 +20,13 @@ import typer
 
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
+from model.errors import SnapshotError
 from online_trainer.errors import CheckpointMismatchError
 from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.log_commands import log_app
 from ops.settings import Settings
+from ops.snapshot_commands import snapshots_app
 from ops.store_commands import store_app
 from ops.trainer_commands import trainer_app
 from ops.user_commands import user_app
@@ -58,6 +60,7 @@ app.add_typer(user_app, name="user")
 app.add_typer(store_app, name="store")
 app.add_typer(log_app, name="log")
 app.add_typer(trainer_app, name="trainer")
+app.add_typer(snapshots_app, name="snapshots")
 
 
 class TimeUnit(StrEnum):
@@ -304,12 +307,13 @@ def verify(
     from feature_store.config import FeatureStoreConfig
     from feature_store.store import FeatureStore
     from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
     from ops.verify import take_account
 
     settings = settings_of(config)
     own = settings.get(HeadraceConfig)
     store = FeatureStore(settings.get(FeatureStoreConfig))
-    account = take_account(store, own.data_dir / "snapshots", own.model)
+    account = take_account(store, snapshot_storage(settings), own.model)
     store.close()
     print(json.dumps(dataclasses.asdict(account)) if as_json else account.sentence())
     raise typer.Exit(0 if account.is_equal else 1)
@@ -330,8 +334,8 @@ def main() -> None:
     except _REFUSALS as error:
         say(f"headrace: {error}")
         sys.exit(2)
-    except (StreamError, FeatureStoreError) as error:
-        # The broker or the database went away and the command could not wait for it.
+    except (StreamError, FeatureStoreError, SnapshotError) as error:
+        # The broker, the database or the snapshots' storage went away and the command could not wait for it.
         say(f"headrace: {error}")
         sys.exit(1 if _is_daemon() else 2)
 

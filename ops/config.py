@@ -15,6 +15,10 @@ class HeadraceConfig:
     data_dir: Path = Path("var")
     """Folder for everything headrace writes besides the database: snapshots, checkpoints, logs of child processes."""
 
+    snapshot_root: str = ""
+    """Where snapshots are stored: a folder, or a URL (`file:///…`, `s3://bucket/prefix`, `gs://bucket/prefix`) that
+    trainer and workers reach; empty: `snapshots` in `data_dir`. Credentials come from the environment."""
+
     mode: Literal["live", "replay"] = "live"
     """`live`: now is the machine's clock. `replay`: now is the highest event time seen, and telemetry says so."""
 
@@ -46,3 +50,8 @@ class HeadraceConfig:
             raise ValueError(
                 f"headrace.model = {self.model!r}: it names a folder, so use 1 to 64 letters, digits, '-' and '_'"
             )
+
+    @property
+    def snapshot_location(self) -> str | Path:
+        """Folder or URL of the snapshots."""
+        return self.snapshot_root or self.data_dir / "snapshots"

@@ -66,6 +66,7 @@ def train(settings: Settings) -> int:
     from model.config import LossConfig, ModelConfig, OptimizerConfig
     from online_trainer.config import ItemsConfig, TrainerConfig
     from online_trainer.daemon import TrainerDaemon, TrainerParts
+    from ops.snapshot_store import snapshot_storage
 
     config = settings.get(HeadraceConfig)
     keep_freed_memory()
@@ -85,7 +86,7 @@ def train(settings: Settings) -> int:
                 log=KafkaLog(_current_log(settings, store)),
                 store=store,
                 hot_config=settings.get(HotHistoriesConfig),
-                snapshot_root=config.data_dir / "snapshots",
+                snapshot_root=snapshot_storage(settings),
                 checkpoint_root=config.data_dir / "checkpoints" / config.model,
                 quarantine_root=config.quarantine_dir,
                 metrics_root=config.data_dir / "metrics" / config.model,
@@ -104,6 +105,8 @@ def serve(settings: Settings, port: int) -> int:
     It starts without broker, database and weights, and says on /readyz what it waits for.
     """
     from model.config import ModelConfig
+    from model.storage import LocalStorage
+    from ops.snapshot_store import snapshot_storage
     from serving.config import ServingConfig
     from serving.daemon import run_worker
     from serving.worker import ServingParts
@@ -111,12 +114,14 @@ def serve(settings: Settings, port: int) -> int:
 
     config = settings.get(HeadraceConfig)
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="serving", mode=config.mode)
+    snapshots = snapshot_storage(settings)
     store = FeatureStore(settings.get(FeatureStoreConfig))
     parts = ServingParts(
         config=replace(settings.get(ServingConfig), port=port),
         model_config=settings.get(ModelConfig),
         model_name=config.model,
-        snapshot_root=config.data_dir / "snapshots",
+        snapshot_root=snapshots,
+        snapshot_cache=None if isinstance(snapshots, LocalStorage) else config.data_dir / "snapshot-cache",
         log=KafkaLog(settings.get(KafkaConfig)),
         store=store,
         hot_config=settings.get(HotHistoriesConfig),

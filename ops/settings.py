@@ -160,6 +160,12 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
             f"store.max_history = {store.max_history} is less than hot.max_len = {hot.max_len}: models would get less "
             f"history than they ask for; raise store.max_history (at best to {2 * hot.max_len}), or lower hot.max_len"
         )
+    trainer, serving = configs.get("trainer"), configs.get("serving")
+    if trainer is not None and serving is not None and serving.lease_interval_ms * 2 > trainer.replica_timeout_s * 1000:
+        raise SettingsError(
+            f"serving.lease_interval_ms = {serving.lease_interval_ms} is over half of trainer.replica_timeout_s = "
+            f"{trainer.replica_timeout_s:g}: the trainer would take live workers for gone; lower the first"
+        )
 
 
 def variable_of(table: str, name: str) -> str:

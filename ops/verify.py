@@ -8,12 +8,12 @@ exactly if the sets are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from feature_store.records import StoreTotals
 from feature_store.store import FeatureStore
 from model.manifest import Lineage
-from model.snapshot import read_manifest, read_pointer
+from model.snapshot import list_versions, read_manifest
+from model.storage import SnapshotRoot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,15 +53,15 @@ class Account:
         )
 
 
-def take_account(store: FeatureStore, snapshot_root: Path, model: str) -> Account:
+def take_account(store: FeatureStore, snapshot_root: SnapshotRoot, model: str) -> Account:
     """Compare the store with the newest snapshot. Reads every chunk, checking its checksum.
 
     Raises ChunkCorruptError, SnapshotError or StoreUnavailableError.
     """
-    pointer = read_pointer(snapshot_root, model)
-    learned = Lineage() if pointer is None else read_manifest(snapshot_root, model, pointer.version).lineage
+    version = max(list_versions(snapshot_root, model), default=None)
+    learned = Lineage() if version is None else read_manifest(snapshot_root, model, version).lineage
     return Account(
         stored=store.totals(),
-        version=None if pointer is None else pointer.version,
+        version=version,
         learned=learned,
     )

@@ -16,6 +16,8 @@ _AT_LEAST_ONE: Final = (
     "events_max",
     "events_timeout_ms",
     "snapshot_poll_ms",
+    "snapshot_cache_bytes",
+    "lease_interval_ms",
     "update_poll_records",
     "store_check_ms",
     "broker_check_ms",
@@ -58,6 +60,12 @@ class ServingConfig:
     """Time (ms) between looks at the snapshot pointer; announcements on the `snapshots` topic are followed at once."""
     snapshot_retry_max_ms: int = 30_000
     """A refused snapshot is tried again with growing pauses up to this (ms): its storage may be at fault."""
+    snapshot_cache_bytes: int = 4_294_967_296
+    """Room (bytes) under `headrace.data_dir` for the files of snapshots that are stored elsewhere; the least recently
+    used go first. Snapshots in a folder of this machine are read where they are."""
+    lease_interval_ms: int = 10_000
+    """How often (ms) a worker notes beside the snapshots which version it runs: the trainer deletes nothing that a
+    worker needs which did so within `trainer.replica_timeout_s`."""
     update_poll_records: int = 64
     """History-update messages applied between two micro-batches at most: bounds how long answers wait for them."""
     store_check_ms: int = 2_000

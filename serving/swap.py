@@ -7,27 +7,29 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from opentelemetry import trace
 
 from model.config import ModelConfig
 from model.errors import ModelError, SnapshotConfigError, SnapshotParentError
+from model.file_cache import FileCache
 from model.manifest import Manifest, SnapshotPointer
 from model.snapshot import (
     Snapshot,
     chain,
     list_versions,
     load_snapshot,
+    model_folder,
     read_manifest,
     read_pointer,
-    snapshot_path,
 )
+from model.storage import SnapshotRoot, open_storage
 from serving.batcher import ModelThread
 from serving.config import ServingConfig
 from serving.errors import SnapshotRefusedError
 from serving.instruments import ServingInstruments
+from serving.lease import SnapshotLease
 from serving.weights import PreparedSwap, ServedWeights, prepare_swap
 from stream.clock import Clock
 from stream.failpoints import fail_point
@@ -53,10 +55,19 @@ class SwapDone:
 class SnapshotReader:
     """Reads snapshots of one model and remembers which could not be used. Blocking: for a thread of its own."""
 
-    def __init__(self, root: Path, model: str, config: ModelConfig, instruments: ServingInstruments) -> None:
-        snapshot_path(root, model, 1)  # raises ValueError now for a name that cannot be a folder
-        self._root, self._model, self._config = root, model, config
-        self._instruments = instruments
+    def __init__(
+        self,
+        root: SnapshotRoot,
+        model: str,
+        config: ModelConfig,
+        instruments: ServingInstruments,
+        *,
+        lease: SnapshotLease | None = None,
+        cache: FileCache | None = None,
+    ) -> None:
+        model_folder(model)  # raises ValueError now for a name that cannot be a folder
+        self._root, self._model, self._config = open_storage(root), model, config
+        self._instruments, self._lease, self._cache = instruments, lease, cache
         self.refused: dict[int, str] = {}
 
     def pointer(self) -> SnapshotPointer | None:
@@ -78,9 +89,12 @@ class SnapshotReader:
         version = target
         try:
             versions = chain(self._root, self._model, have=have, want=target)
+            if self._lease is not None and (have is None or len(versions) > 1):
+                # This may take longer than the versions are kept without anybody who asks for them.
+                self._lease.note_loading(target)
             snapshots: list[Snapshot] = []
             for version in versions:
-                snapshot = load_snapshot(self._root, self._model, version)
+                snapshot = load_snapshot(self._root, self._model, version, cache=self._cache)
                 self._check(snapshot, snapshots[-1].manifest.version if snapshots else have)
                 snapshots.append(snapshot)
             return prepare_swap(self._config, snapshots)
@@ -108,20 +122,24 @@ class SnapshotReader:
         self.refused[version] = f"{type(error).__name__}: {error}"
 
     def _newest_between(self, have: int | None, below: int) -> int | None:
+        return max((version for version in self._versions() if (have or 0) < version < below), default=None)
+
+    def _versions(self) -> list[int]:
         try:
-            versions = list_versions(self._root, self._model)
-        except OSError:
-            return None
-        return max((version for version in versions if (have or 0) < version < below), default=None)
+            return list_versions(self._root, self._model)
+        except (ModelError, OSError):
+            return []
 
     def manifests_between(self, have: int, want: int) -> list[Manifest]:
         """Manifests of the versions after `have` up to `want` that can be read."""
         found = []
-        for version in range(have + 1, want + 1):
-            try:
-                found.append(read_manifest(self._root, self._model, version))
-            except (ModelError, OSError):
-                logger.debug("version %d was passed over and is gone", version)
+        # Many may be gone: an object store should not be asked for each.
+        for version in self._versions():
+            if have < version <= want:
+                try:
+                    found.append(read_manifest(self._root, self._model, version))
+                except (ModelError, OSError):
+                    logger.debug("version %d was passed over and cannot be read", version)
         return found
 
 

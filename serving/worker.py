@@ -15,6 +15,8 @@ from prometheus_client import generate_latest
 from feature_store.config import HotHistoriesConfig
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
+from model.file_cache import FileCache
+from model.storage import SnapshotRoot
 from serving.answering import Answering, AnswerParts
 from serving.batcher import MicroBatcher, ModelThread
 from serving.broker_watch import BrokerWatch
@@ -26,6 +28,7 @@ from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
 from serving.instruments import ServingInstruments
 from serving.item_names import ItemNames, WithheldItems
+from serving.lease import SnapshotLease
 from serving.log_writer import SharedWriter
 from serving.popularity import LivePopularity
 from serving.ranker import Query, Ranker, Ranking
@@ -50,12 +53,14 @@ class ServingParts:
     config: ServingConfig
     model_config: ModelConfig
     model_name: str
-    snapshot_root: Path
+    snapshot_root: SnapshotRoot
     log: EventLog
     store: FeatureStore
     hot_config: HotHistoriesConfig
     rules: EventRules
     clock: Clock
+    snapshot_cache: Path | None = None
+    """Folder for copies of the files of remote snapshots; None: they are read where they are."""
     mode: str = "live"
     """`live`, or `replay`: then the time of a request is the event time that the stream has come to."""
     replica: str = "serving"
@@ -94,6 +99,9 @@ class ServingWorker:
         self._broker_watch = BrokerWatch(parts.log)
         self._first_answers = FirstAnswers(parts.store, parts.model_name, parts.replica, parts.mode)
         self._uncovered = UncoveredUpdates()
+        self._lease = SnapshotLease(
+            parts.snapshot_root, parts.model_name, parts.replica, parts.clock, lambda: self.snapshot_version
+        )
         self._swapper = self._build_swapper()
         targets = UpdateTargets(
             histories=self._histories,
@@ -134,7 +142,15 @@ class ServingWorker:
 
     def _build_swapper(self) -> HotSwapper:
         parts = self._parts
-        reader = SnapshotReader(parts.snapshot_root, parts.model_name, parts.model_config, self.instruments)
+        folder, bytes_max = parts.snapshot_cache, parts.config.snapshot_cache_bytes
+        reader = SnapshotReader(
+            parts.snapshot_root,
+            parts.model_name,
+            parts.model_config,
+            self.instruments,
+            lease=self._lease,
+            cache=None if folder is None else FileCache(folder, bytes_max=bytes_max),
+        )
         return HotSwapper(
             parts.config,
             reader,
@@ -197,6 +213,7 @@ class ServingWorker:
             self._answering_task = group.create_task(self._batcher.run())
             work: list[Coroutine[Any, Any, None]] = [
                 self._swapper.run(),
+                self._lease.run(self.config.lease_interval_ms),
                 self._broker_watch.run(self.config.broker_check_ms, self._stopping),
                 self._follow_updates(),
                 self._store_watch.run(self.config.store_check_ms),
@@ -242,6 +259,8 @@ class ServingWorker:
             with suppress(TimeoutError):
                 await asyncio.wait_for(flush, FLUSH_S)
         self._swapper.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(self._lease.end), FLUSH_S)
         self._model_thread.close()
         self._histories.close()
 
@@ -279,7 +298,7 @@ class ServingWorker:
             "mode": self._parts.mode,
             "ready": not self.reasons_not_ready(),
             "reasons": self.reasons_not_ready(),
-            "snapshot": snapshot,
+            "snapshot": snapshot | {"lease_problem": self._lease.problem},
             **self.instruments.status(),
             "waiting": self._batcher.num_waiting,
             "weights_age_ms": None if (age_s := self._weights_age_s()) is None else age_s * 1000,

@@ -22,7 +22,13 @@ FAIL_POINTS: Final = (
     "labels.committed",
     "trainer.trained",
     "trainer.checkpoint_written",
+    "trainer.snapshot_encoded",
+    "trainer.snapshot_files",
+    "trainer.snapshot_ready",
     "trainer.snapshot_written",
+    "trainer.snapshot_recorded",
+    "trainer.snapshots_pruned",
+    "trainer.snapshot_announced",
     "serving.swapped",
 )
 """Every fail point, for the tests that visit them all."""

@@ -26,6 +26,12 @@ _BUCKETS_PER_OCTAVE: Final = 8
 """Bucket edges grow by 2^(1/8): a quantile is off by at most 4.5 %."""
 
 
+def _buckets(ages_ms: NDArray[np.float64]) -> NDArray[np.int64]:
+    buckets = np.floor(np.log2(np.maximum(ages_ms, 0.5)) * _BUCKETS_PER_OCTAVE) + 1
+    found: NDArray[np.int64] = np.maximum(buckets, 0).astype(np.int64)
+    return found
+
+
 class AgeHistogram:
     """Counts of ages in logarithmic buckets: mergeable, bounded (about 350 buckets up to a century), serialisable.
 
@@ -47,9 +53,7 @@ class AgeHistogram:
         if ages.size == 0:
             return
         self.num_negative += int((ages < 0).sum())
-        clamped = np.maximum(ages, 0.5)
-        buckets = np.floor(np.log2(clamped) * _BUCKETS_PER_OCTAVE).astype(np.int64) + 1
-        values, counts = np.unique(np.maximum(buckets, 0), return_counts=True)
+        values, counts = np.unique(_buckets(ages), return_counts=True)
         for bucket, count in zip(values.tolist(), counts.tolist(), strict=True):
             self._counts[bucket] = self._counts.get(bucket, 0) + count
 
@@ -62,8 +66,10 @@ class AgeHistogram:
     def shifted(self, delta_ms: float) -> AgeHistogram:
         """The same events, `delta_ms` later: every bucket's middle moves by that much."""
         later = AgeHistogram()
-        for middle_ms, count in self.middles_ms():
-            later.add(np.full(count, middle_ms + delta_ms))
+        middles = self.middles_ms()
+        buckets = _buckets(np.array([middle_ms + delta_ms for middle_ms, _ in middles]))
+        for bucket, (_, count) in zip(buckets.tolist(), middles, strict=True):
+            later._counts[bucket] = later._counts.get(bucket, 0) + count
         later.num_negative = self.num_negative
         return later
 

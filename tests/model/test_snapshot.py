@@ -29,18 +29,19 @@ from model.errors import (
 )
 from model.manifest import Lineage, Manifest, SnapshotKind
 from model.recommender import Recommender
+from model.retention import SnapshotRetention
 from model.snapshot import (
     READY_NAME,
     chain,
     list_versions,
     load_snapshot,
     move_pointer,
-    prune_snapshots,
     read_manifest,
     read_pointer,
-    snapshot_path,
+    snapshot_folder,
     write_snapshot,
 )
+from model.storage import LocalStorage
 from model.swap import apply_snapshot, carry_out, merge_deltas, plan_snapshot, take_rows, undo_snapshot
 from tests.model.study import Study
 
@@ -109,9 +110,14 @@ def publish(
         watermark_ms=recommender.items.trend_as_of_ms,
         lineage=Lineage(log_id="log", positions={0: 10 * version, 1: 7}, num_interactions=3, fingerprint=2**64 - 5),
     )
-    written = write_snapshot(root, manifest, recommender.dense_state(), take_rows(recommender, kind), disk=disk)
+    storage = LocalStorage(root, disk)
+    written = write_snapshot(storage, manifest, recommender.dense_state(), take_rows(recommender, kind))
     recommender.items.clear_dirty()
     return written
+
+
+def prune(root: Path, disk: Disk | None = None) -> list[int]:
+    return SnapshotRetention(LocalStorage(root, disk), "hstu", anchors_kept=1, replica_timeout_ms=1_000).prune(0)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +315,7 @@ def test_a_damaged_snapshot_is_refused_and_changes_nothing(root: Path, small_con
     name, harm, error, says = DAMAGE[damage]
     recommender = loaded(root, small_config, 1)
     before = everything(recommender)
-    harm(snapshot_path(root, "hstu", 2) / name)
+    harm(root / snapshot_folder("hstu", 2) / name)
     with pytest.raises(error, match=says) as raised:
         apply_snapshot(recommender, load_snapshot(root, "hstu", 2))
     assert raised.type is error
@@ -357,8 +363,8 @@ def test_another_format_version_is_refused(root: Path) -> None:
 
 
 def test_a_manifest_that_belongs_elsewhere_is_refused(root: Path) -> None:
-    moved = snapshot_path(root, "hstu", 7)
-    snapshot_path(root, "hstu", 2).rename(moved)
+    moved = root / snapshot_folder("hstu", 7)
+    (root / snapshot_folder("hstu", 2)).rename(moved)
     with pytest.raises(SnapshotCorruptError, match="holds version 2"):
         load_snapshot(root, "hstu", 7)
 
@@ -395,7 +401,7 @@ def test_a_chain_takes_deltas_from_what_is_loaded_or_starts_at_an_anchor(root: P
 
 
 def test_a_broken_chain_is_refused(root: Path) -> None:
-    (snapshot_path(root, "hstu", 2) / "READY").unlink()
+    (root / snapshot_folder("hstu", 2) / "READY").unlink()
     with pytest.raises(SnapshotParentError, match="needs version 2"):
         chain(root, "hstu", have=1, want=3)
 
@@ -409,9 +415,9 @@ def test_the_pointer_can_go_back(root: Path) -> None:
 
 def test_pruning_keeps_the_newest_anchors_and_what_the_pointer_needs(root: Path) -> None:
     move_pointer(root, read_manifest(root, "hstu", 3))
-    assert prune_snapshots(root, "hstu", anchors_kept=1) == []
+    assert prune(root) == []
     move_pointer(root, read_manifest(root, "hstu", 4))
-    assert prune_snapshots(root, "hstu", anchors_kept=1) == [1, 2, 3]
+    assert prune(root) == [1, 2, 3]
     assert list_versions(root, "hstu") == [4]
 
 
@@ -424,10 +430,10 @@ def test_a_crash_while_pruning_leaves_only_whole_snapshots_and_is_cleaned_up(
         shutil.copytree(published[0], root)
         move_pointer(root, read_manifest(root, "hstu", 4))
         with pytest.raises(KeyboardInterrupt):
-            prune_snapshots(root, "hstu", anchors_kept=1, disk=DyingDisk(operations=operations))
+            prune(root, DyingDisk(operations=operations))
         for version in list_versions(root, "hstu"):
             load_snapshot(root, "hstu", version)
-        prune_snapshots(root, "hstu", anchors_kept=1)
+        prune(root)
         assert list_versions(root, "hstu") == [4]
         assert [path.name for path in (root / "hstu").glob("v*")] == ["v00000004"]
 

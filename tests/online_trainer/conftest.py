@@ -43,7 +43,7 @@ class RecordedStream:
     updates: list[HistoryUpdate]
 
     @staticmethod
-    def config(*, items: ItemsConfig | None = None, max_items: int = 1000, **trainer: int) -> LearnerConfig:
+    def config(*, items: ItemsConfig | None = None, max_items: int = 1000, **trainer: Any) -> LearnerConfig:
         return LearnerConfig(
             trainer=TrainerConfig(metrics_window=100, **trainer),
             items=items or ItemsConfig(),

@@ -23,6 +23,7 @@ from model.snapshot import chain, list_versions, load_snapshot, read_manifest, r
 from model.swap import apply_snapshot
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.gate import read_held
 from stream.clock import WallClock
 from stream.errors import LogResetError
 from stream.freshness import AgeHistogram
@@ -198,6 +199,31 @@ async def test_each_snapshot_is_announced_on_its_topic(site: Site) -> None:
         for record in site.log.records((site.log.topics.snapshots, 0))
     ]
     assert announced == list_versions(site.root / "snapshots", "default")
+
+
+async def test_what_the_gate_holds_back_is_said_and_not_announced(site: Site) -> None:
+    updates = record_stream(site.store, walks(300)).updates
+    # No model is a thousand times as good as popularity; the window of 100 is full after a while.
+    daemon = site.daemon(gate_baseline_min=1_000.0, publish_interval_ms=0)
+    async with running(daemon):
+        for update in updates:
+            site.send([update])
+            await asyncio.sleep(0.05)
+        await until(lambda: daemon.status()["interactions"] == 300)
+        await until(lambda: daemon.status()["held"] is not None)
+        assert daemon.ready()[0]
+    (episode,) = read_held(site.root / "snapshots", "default")
+    assert (episode.reason, episode.ended_by) == ("baseline", None)
+    versions = list_versions(site.root / "snapshots", "default")
+    assert episode.version == versions[-1] + 1
+    assert len(site.log.records((site.log.topics.snapshots, 0))) == len(versions)
+    # Relaxed, it goes on with all that was held back, in a chain that leads on from the last good one.
+    relaxed = site.daemon()
+    async with running(relaxed):
+        await until(lambda: relaxed.status()["held"] is None)
+    published = site.store.published_snapshots("default")
+    assert sum(AgeHistogram.from_dict(snapshot.append_age).count for snapshot in published) == 300
+    assert published[-1].lineage["num_interactions"] == 300
 
 
 async def test_a_stopped_daemon_continues_where_it_stood(site: Site) -> None:

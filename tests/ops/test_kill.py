@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +21,16 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.snapshot import list_versions, read_manifest
+from model.pinning import verify_chain
+from model.snapshot import list_versions, read_manifest, read_pointer
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint
 from ops.local_broker import LocalBroker
+from ops.snapshot_report import verify_snapshots
 from stream.events import Event, encode_event
+from stream.freshness import AgeHistogram
 from stream.kafka import KafkaLog
 from stream.log import acknowledged
-from tests.faults.installation import Installation
+from tests.faults.installation import Daemon, Installation
 from tests.feature_store.databases import migrated_database
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
@@ -123,10 +127,13 @@ def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(
     ledger = killed.state["ledger"]
     assert (ledger["num_interactions"], ledger["fingerprint"]) == (1_500, str(totals.fingerprint))
     assert ledger["num_supervised"] + ledger["num_first"] + ledger["num_out_of_reach"] == 1_500
+    # What waits for the next snapshot depends on when snapshots were taken, not on what was learned.
+    for checkpoint in (killed, unbroken):
+        del checkpoint.state["unpublished"]
     assert killed.state == unbroken.state
     assert killed.tensors.keys() == unbroken.tensors.keys()
     for name, tensor in killed.tensors.items():
-        # Which rows wait for the next snapshot depends on when snapshots were taken, not on what was learned.
+        # Rows that wait for the next snapshot: the same.
         if name != "items.dirty":
             assert torch.equal(tensor, unbroken.tensors[name]), name
     learned = [
@@ -135,15 +142,70 @@ def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(
     ]
     assert learned == sorted(learned)
     assert learned[-1] == 1_500
-    verified = subprocess.run(
-        [sys.executable, "-m", "ops", "verify"],
+    verified = headrace(installation, "verify")
+    assert verified.returncode == 0, verified.stderr
+    assert "each of the 1,500 stored interactions exactly once" in verified.stdout
+
+
+PUBLISH_STAGES = (
+    "trainer.snapshot_encoded",
+    "trainer.snapshot_files",
+    "trainer.snapshot_ready",
+    "trainer.snapshot_written",
+    "trainer.snapshot_recorded",
+    "trainer.snapshots_pruned",
+    "trainer.snapshot_announced",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trainer_killed_at_each_stage_of_publishing_leaves_whole_snapshots_and_a_whole_account(
+    installation: LearningInstallation,
+) -> None:
+    installation.send(1_500)
+    ingest_everything(installation)
+    snapshots = installation.root / "snapshots"
+    for fail_point in PUBLISH_STAGES:
+        # The first snapshot of a life is an anchor; once more for a delta, where there is that stage.
+        count = 1 if fail_point in {"trainer.snapshots_pruned", "trainer.snapshot_encoded"} else 2
+        installation.start("train", fail_point=f"{fail_point}:{count}").expect_kill(fail_point)
+        pointer = read_pointer(snapshots, "default")
+        if pointer is not None:
+            verify_chain(snapshots, "default", pointer.version)
+        checked = verify_snapshots(snapshots, "default", None)
+        assert checked.is_whole, checked.findings
+    train_everything(installation, installation.root)
+    published = installation.store.published_snapshots("default")
+    assert [one.version for one in published] == [one.version for one in sorted(published, key=lambda one: one.version)]
+    # Each event is in exactly one snapshot's account of how old events were, whatever was cut off where.
+    assert sum(AgeHistogram.from_dict(one.append_age).count for one in published) == 1_500
+    assert headrace(installation, "verify").returncode == 0
+    worker = installation.start_ready("serve")
+    versions = list_versions(snapshots, "default")
+    installation.wait(lambda: served_version(worker) == versions[-1], "serving the newest version")
+    older = versions[len(versions) // 2]
+    rolled_back = headrace(installation, "snapshots", "rollback", str(older))
+    assert (rolled_back.returncode, rolled_back.stderr) == (0, "")
+    installation.wait(lambda: served_version(worker) == older, "going back")
+    assert f"run by {socket.gethostname()}" in headrace(installation, "snapshots", "ls").stdout
+    worker.stop()
+    assert not list((snapshots / "default" / "replicas").iterdir())
+
+
+def served_version(worker: Daemon) -> int | None:
+    version: int | None = worker.status().get("snapshot", {}).get("version")
+    return version
+
+
+def headrace(installation: LearningInstallation, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ops", *arguments],
         env=installation.environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert verified.returncode == 0, verified.stderr
-    assert "each of the 1,500 stored interactions exactly once" in verified.stdout
 
 
 def train_everything(installation: LearningInstallation, data_dir: Path) -> Checkpoint:

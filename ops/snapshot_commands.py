@@ -1,0 +1,140 @@
+"""`headrace snapshots`: the commands. They read options and print."""
+
+# No `from __future__ import annotations`: typer reads the annotations of commands at run time.
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops.command_line import ConfigOption, say, settings_of
+from ops.errors import OpsError
+
+if TYPE_CHECKING:
+    from model.manifest import Manifest
+    from ops.settings import Settings
+
+snapshots_app = typer.Typer(
+    help="What is published, whether it is whole, and which version workers serve.", no_args_is_help=True
+)
+
+VersionArgument = Annotated[int, typer.Argument(metavar="VERSION", help="As `headrace snapshots ls` prints it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """What the storage or a snapshot has to complain of is the person's to mend."""
+    from model.errors import SnapshotError
+
+    try:
+        yield
+    except (SnapshotError, OSError) as error:
+        raise OpsError(str(error)) from error
+
+
+@snapshots_app.command("ls")
+def snapshots_ls(config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """List versions: kind, parent, size, age, interactions, metrics; what is served, pinned, run by whom, held back."""
+    from ops.config import HeadraceConfig
+    from ops.snapshot_report import read_listing
+    from ops.snapshot_store import snapshot_storage
+    from stream.clock import WallClock
+
+    settings = settings_of(config)
+    with _one_sentence():
+        listing = read_listing(snapshot_storage(settings), settings.get(HeadraceConfig).model)
+    print(listing.to_json() if as_json else listing.to_text(now_ms=WallClock().now_ms()))
+
+
+@snapshots_app.command("show")
+def snapshots_show(version: VersionArgument, config: ConfigOption = None, *, as_json: JsonOption = False) -> None:
+    """Print the manifest of a version."""
+    from model.snapshot import read_manifest
+    from ops.config import HeadraceConfig
+    from ops.snapshot_report import manifest_text
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        manifest = read_manifest(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
+    print(manifest.encode().decode().rstrip() if as_json else manifest_text(manifest))
+
+
+@snapshots_app.command("verify")
+def snapshots_verify(
+    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="Only this one and its chain.")] = None,
+    config: ConfigOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte: sizes, hashes, tensors, chains, the pointer and the pin; exit 1 if anything is wrong."""
+    from ops.config import HeadraceConfig
+    from ops.snapshot_report import verify_snapshots
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        checked = verify_snapshots(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
+    print(json.dumps(checked.to_dict(), indent=1) if as_json else checked.to_text())
+    raise typer.Exit(0 if checked.is_whole else 1)
+
+
+@snapshots_app.command("rollback")
+def snapshots_rollback(version: VersionArgument, config: ConfigOption = None) -> None:
+    """Make workers serve VERSION until the trainer publishes the next one; `pin` makes them stay."""
+    from model.pinning import roll_back
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        manifest = roll_back(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
+    print(f"workers go to version {version}; what the trainer publishes next supersedes it, unless you pin it")
+    _announce(settings, manifest)
+
+
+@snapshots_app.command("pin")
+def snapshots_pin(version: VersionArgument, config: ConfigOption = None) -> None:
+    """Make workers serve VERSION and stay there; the trainer publishes on, and nobody follows until `unpin`."""
+    from model.pinning import pin_snapshot
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        manifest = pin_snapshot(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
+    print(f"workers go to version {version} and stay there until `headrace snapshots unpin`")
+    _announce(settings, manifest)
+
+
+@snapshots_app.command("unpin")
+def snapshots_unpin(config: ConfigOption = None) -> None:
+    """Make workers follow the trainer again, from the newest version on."""
+    from model.pinning import unpin_snapshot
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        newest = unpin_snapshot(snapshot_storage(settings), settings.get(HeadraceConfig).model)
+    if newest is None:
+        print("nothing was pinned")
+        return
+    print(f"workers go to version {newest.version}, and follow what is published")
+    _announce(settings, newest)
+
+
+def _announce(settings: "Settings", manifest: "Manifest") -> None:
+    """Workers look at the pointer regularly; an announcement makes them look now."""
+    from ops.sending import announce_snapshot
+    from stream.errors import LogUnavailableError
+    from stream.kafka import KafkaConfig, KafkaLog
+
+    try:
+        asyncio.run(announce_snapshot(KafkaLog(settings.get(KafkaConfig)), manifest))
+    except LogUnavailableError as error:
+        say(f"headrace: not announced, workers find it within serving.snapshot_poll_ms: {error}")

@@ -1,0 +1,279 @@
+"""Publishing: what is held back, what a full disk or an absent store leaves, and what a crash left unaccounted."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from feature_store.errors import StoreUnavailableError
+from feature_store.records import PublishedSnapshot
+from feature_store.store import FeatureStore
+from model.disk import Disk
+from model.snapshot import list_versions, read_manifest, read_pointer
+from model.storage import LocalStorage, SnapshotRoot
+from online_trainer.ages import PendingAges
+from online_trainer.config import TrainerConfig
+from online_trainer.gate import read_held
+from online_trainer.learner import OnlineLearner
+from online_trainer.publisher import CapturedSnapshot, Publisher
+from stream.clock import ManualClock
+from stream.freshness import AgeHistogram
+from tests.online_trainer.conftest import record_stream, walks
+
+
+@dataclass
+class Desk:
+    """A learner that can be trained a batch at a time, and its publisher."""
+
+    store: FeatureStore
+    root: SnapshotRoot
+    settings: dict[str, Any] = field(default_factory=dict)
+    num_events: int = 400
+
+    def __post_init__(self) -> None:
+        self.stream = record_stream(self.store, walks(self.num_events))
+        self.learner: OnlineLearner = self.stream.learner(**self.settings)
+        self.batcher = self.stream.batcher(self.learner)
+        self.clock = ManualClock(1_700_001_000_000)
+        self.publisher = self.open()
+
+    def open(self, store: FeatureStore | None = None) -> Publisher:
+        config = TrainerConfig(metrics_window=100, **self.settings)
+        return Publisher(self.root, "default", config, store=store or self.store, clock=self.clock, mode="live")
+
+    def learn(self) -> None:
+        batch = self.batcher.take()
+        assert batch is not None
+        self.learner.step(batch)
+        total = self.learner.ledger.num_interactions
+        self.publisher.learned(batch.interactions.event_time_ms, batch.append_ms, total, len(batch.dropped))
+
+    def capture(self) -> CapturedSnapshot:
+        captured = self.publisher.capture(self.learner, traceparent=None)
+        assert captured is not None
+        return captured
+
+    def publish(self) -> None:
+        self.learn()
+        self.publisher.write(self.capture())
+
+    def versions(self) -> list[int]:
+        return list_versions(self.root, "default")
+
+
+@pytest.fixture
+def desk(store: FeatureStore, tmp_path: Path) -> Desk:
+    return Desk(store, tmp_path / "snapshots")
+
+
+def recorded(store: FeatureStore) -> list[int]:
+    return [one.version for one in store.published_snapshots("default")]
+
+
+def test_broken_weights_are_held_back_with_evidence_and_good_ones_end_it(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.publish()
+    weight = next(desk.learner.model.parameters())
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    desk.learner.model.items.clear_dirty()
+    for _ in range(3):
+        assert desk.publisher.capture(desk.learner, traceparent=None) is None
+        desk.publisher.record_held()
+    (episode,) = read_held(desk.root, "default")
+    assert (episode.reason, episode.version, episode.num_attempts, episode.ended_by) == ("weights", 2, 3, None)
+    assert desk.publisher.held is not None
+    assert desk.versions() == [1]
+    with torch.no_grad():
+        weight.copy_(good)
+    desk.publish()
+    assert read_held(desk.root, "default")[0].ended_by == 2
+    assert read_manifest(desk.root, "default", 2).kind == "delta"
+    says = [record.message for record in caplog.records]
+    assert says == [
+        "snapshot 2 is held back, the last good one stays: weights are not finite",
+        "snapshot 2 has passed the gate after 3 attempts",
+    ]
+
+
+def test_a_model_worse_than_the_guard_allows_is_held_back_and_what_it_learned_comes_later(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    # No model is a thousand times as good as popularity.
+    desk = Desk(store, tmp_path / "snapshots", {"gate_baseline_min": 1_000.0, "publish_interactions": 1})
+    desk.publish()
+    while desk.learner.metrics_summary().get("model.window.count", 0) < 100:
+        desk.learn()
+    assert desk.publisher.is_due()
+    assert desk.publisher.capture(desk.learner, traceparent=None) is None
+    assert not desk.publisher.is_due()  # until something new is learned
+    assert desk.publisher.has_unpublished()
+    held = desk.publisher.held
+    assert held is not None
+    assert held.reason == "baseline"
+    assert held.evidence["gate_baseline_min"] == 1_000
+    desk.publisher.record_held()
+    assert desk.open().held == held
+    assert desk.versions() == [1]
+
+
+def test_a_full_disk_leaves_the_last_good_one_and_an_anchor_follows(store: FeatureStore, tmp_path: Path) -> None:
+    disk = Disk()
+    desk = Desk(store, LocalStorage(tmp_path / "snapshots", disk))
+    desk.publish()
+    desk.publish()
+    write_before = disk.write
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk.write = full  # type: ignore[method-assign]
+    desk.learn()
+    with pytest.raises(OSError, match="No space left"):
+        desk.publisher.write(desk.capture())
+    pointer = read_pointer(desk.root, "default")
+    assert pointer is not None
+    assert pointer.version == 2
+    assert {path.name for path in (tmp_path / "snapshots" / "default").iterdir()} == {
+        "current.json",
+        "v00000001",
+        "v00000002",
+    }
+    disk.write = write_before  # type: ignore[method-assign]
+    desk.publish()
+    assert desk.versions() == [1, 2, 4]
+    assert read_manifest(desk.root, "default", 4).kind == "anchor"
+
+
+class AbsentStore:
+    """A store whose database is away for its first calls."""
+
+    def __init__(self, store: FeatureStore, *, num_failures: int) -> None:
+        self._store, self._left = store, num_failures
+
+    def record_published(self, snapshot: PublishedSnapshot) -> None:
+        if self._left:
+            self._left -= 1
+            raise StoreUnavailableError("away")
+        self._store.record_published(snapshot)
+
+    def published_snapshots(self, model: str, since_version: int = 0) -> list[PublishedSnapshot]:
+        return self._store.published_snapshots(model, since_version)
+
+
+def test_what_the_store_was_not_told_is_made_up_for(desk: Desk) -> None:
+    desk.publisher = desk.open(AbsentStore(desk.store, num_failures=2))  # type: ignore[arg-type]
+    for _ in range(2):
+        desk.learn()
+        with pytest.raises(StoreUnavailableError):
+            desk.publisher.write(desk.capture())
+    assert recorded(desk.store) == []
+    desk.publish()
+    assert recorded(desk.store) == [1, 2, 3]
+    # They were published all the same: no need to start over.
+    assert [read_manifest(desk.root, "default", version).kind for version in (1, 2, 3)] == ["anchor", "delta", "delta"]
+
+
+def test_a_snapshot_finished_just_before_a_crash_is_noted_by_the_next_life(desk: Desk) -> None:
+    desk.publish()
+    desk.publisher = desk.open(AbsentStore(desk.store, num_failures=1))  # type: ignore[arg-type]
+    desk.learn()
+    with pytest.raises(StoreUnavailableError):
+        desk.publisher.write(desk.capture())
+    desk.publisher = desk.open()
+    desk.publish()
+    assert recorded(desk.store) == [1, 2, 3]
+    counted = sum(AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default"))
+    assert counted == desk.learner.ledger.num_interactions
+
+
+def test_after_a_pin_the_next_life_goes_on_behind_the_newest_version(desk: Desk) -> None:
+    from model.pinning import pin_snapshot
+
+    desk.publish()
+    desk.publish()
+    pin_snapshot(desk.root, "default", 1)
+    learned = desk.learner.ledger.num_interactions
+    again = desk.open()
+    # What version 2 contains is not counted again, although workers are at version 1.
+    again.learned(np.zeros(5, np.int64), np.zeros(5, np.int64), learned, 0)
+    assert not again.has_unpublished()
+
+
+def test_old_versions_go_when_an_anchor_comes(store: FeatureStore, tmp_path: Path) -> None:
+    desk = Desk(store, tmp_path / "snapshots", {"anchor_every": 3, "keep_anchors": 1})
+    for _ in range(8):
+        desk.publish()
+    assert desk.versions() == [7, 8]
+
+
+def test_pruning_that_fails_does_not_undo_publishing(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    lease = tmp_root(desk) / "default" / "replicas" / "host.json"
+    lease.parent.mkdir(parents=True)
+    lease.write_text("{}")
+    desk.publish()
+    assert desk.versions() == [1]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["snapshot 1 is published; afterwards"]
+
+
+def tmp_root(desk: Desk) -> Path:
+    assert isinstance(desk.root, Path)
+    return desk.root
+
+
+def test_ages_that_wait_long_are_kept_in_bounded_memory_and_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("online_trainer.ages._FOLD_EVENTS", 1_000)
+    ages, exact = PendingAges(), AgeHistogram()
+    rng = np.random.default_rng(0)
+    now_ms, times = 1_700_000_000_000, []
+    for _ in range(400):
+        now_ms += 60_000
+        times.append(now_ms - rng.integers(0, 5_000, 500))
+        ages.add(times[-1], now_ms)
+        assert len(ages._folded) <= 65
+        assert ages._num_times <= 1_000
+    exact.add(now_ms - np.concatenate(times))
+    taken = ages.take(now_ms)
+    assert taken.count == exact.count == 400 * 500
+    for q in (0.1, 0.5, 0.99):
+        found, true = taken.quantile_ms(q), exact.quantile_ms(q)
+        assert found is not None
+        assert true is not None
+        assert abs(found / true - 1) < 0.1
+    assert ages.take(now_ms).count == 0
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_checkpoint_contains_and_no_snapshot_does_is_in_the_next_one(desk: Desk, finished: bool) -> None:
+    desk.publish()
+    desk.learn()
+    captured = desk.capture()
+    desk.learn()
+    waiting, learned = desk.publisher.unpublished(), desk.learner.ledger.num_interactions
+    if finished:
+        desk.publisher.write(captured)
+    # SIGKILL; the learner goes on from its checkpoint.
+    desk.publisher = desk.open()
+    desk.publisher.resume(waiting, learned)
+    assert desk.publisher.has_unpublished()
+    desk.clock.advance(10_000)
+    desk.publish()
+    counted = [AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default")]
+    assert counted == ([16, 16, 32] if finished else [16, 48])
+    assert AgeHistogram.from_dict(desk.store.published_snapshots("default")[-1].append_age).num_negative == 0
+
+
+def test_ages_of_a_snapshot_that_could_not_be_written_are_in_the_next_one(desk: Desk) -> None:
+    desk.learn()
+    desk.capture()  # and a full disk
+    desk.publish()
+    assert [AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default")] == [32]
