@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from model.errors import SnapshotError
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
 from online_trainer.config import TrainerConfig
+from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
@@ -66,11 +67,16 @@ class TrainerParts:
     checkpoint_root: Path
     clock: Clock
     mode: str = "live"
+    drift_config: DriftConfig = field(default_factory=DriftConfig)
 
     def learner_config(self) -> LearnerConfig:
         """The part of the settings that decides what a step computes."""
         return LearnerConfig(
-            trainer=self.config, model=self.model_config, loss=self.loss_config, optimizer=self.optimizer_config
+            trainer=self.config,
+            model=self.model_config,
+            loss=self.loss_config,
+            optimizer=self.optimizer_config,
+            drift=self.drift_config,
         )
 
 
@@ -110,6 +116,7 @@ class TrainerDaemon:
         meter = metrics.get_meter("headrace.online_trainer")
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
+        self._drift_decisions = meter.create_counter("headrace.trainer.drift", unit="{decision}")
 
     def _resume(self) -> OnlineLearner:
         parts = self._parts
@@ -222,6 +229,7 @@ class TrainerDaemon:
             if not await self._until_store_answers(batch, stopping):
                 return
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
+            self._report_drift(span)
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
         fail_point("trainer.trained")
@@ -251,6 +259,12 @@ class TrainerDaemon:
             else:
                 self._blocked_by = None
                 return True
+
+    def _report_drift(self, span: trace.Span) -> None:
+        for decision in self._learner.take_drift_decisions():
+            logger.warning("%s", decision.sentence())
+            self._drift_decisions.add(1, decision.what())
+            span.add_event("headrace.drift", decision.what() | decision.evidence())
 
     async def _publish(self, writer: LogWriter) -> None:
         links = list(self._unpublished_steps)
@@ -359,6 +373,7 @@ class TrainerDaemon:
             "positions": ledger.lineage().positions,
             "metrics": self._learner.metrics_summary(),
             "items": self._learner.num_items,
+            "drift": self._learner.drift.summary(),
             "snapshot": None
             if newest is None
             else {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from model.trend import add_interactions, decay_rate_per_ms
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import TrainerConfig
+from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
+from online_trainer.drift_config import SIGNALS, DriftConfig
 from online_trainer.examples import Examples, build_examples
 from online_trainer.ledger import Ledger
 from online_trainer.prequential import PrequentialMeter
+from online_trainer.rollback import LastGoodWeights
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class LearnerConfig:
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
 
 class OnlineLearner:
@@ -55,6 +59,9 @@ class OnlineLearner:
         self.model = Recommender(config.model)
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
+        self.drift = DriftMonitor(config.drift)
+        self._last_good = LastGoodWeights(config.drift.rollback_interval) if config.drift.rolls_back() else None
+        self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._meters = {arm: PrequentialMeter(config.trainer.metrics_window) for arm in ARMS}
         self._baseline_rate_per_ms = decay_rate_per_ms(config.trainer.baseline_half_life_h * 3600)
@@ -107,12 +114,16 @@ class OnlineLearner:
             rows_P=torch.from_numpy(self.model.items.lookup(examples.target_item_id)),
         )
         rank_parts: dict[str, list[Tensor]] = {arm: [] for arm in ARMS}
+        signal_parts: dict[str, list[Tensor]] = {signal: [] for signal in SIGNALS}
         popularity_V = self._baseline[: self.num_items]
 
         def test(part: slice, logits_pV: Tensor) -> None:
             seen = seen_before(rows_L, history.offsets, targets.positions_P[part])
             for arm, scores in (("model", logits_pV), ("popularity", popularity_V)):
                 rank_parts[arm].append(ranks(scores, targets.rows_P[part], seen, num_known=num_known))
+            if self.drift.is_on:
+                for signal, values_p in signals_of(logits_pV, targets.rows_P[part]).items():
+                    signal_parts[signal].append(values_p)
 
         learned = supervised_pass(
             self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test
@@ -124,9 +135,37 @@ class OnlineLearner:
             self.ledger.num_quarantined += len(examples.positions)
             logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, loss)
             return
+        decisions = self._watch_drift(signal_parts, examples)
         learned.loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step(learned.active)
+        row_factor, dense_factor = self.drift.learning_rate_factors
+        self._optimizer.step(learned.active, row_factor=row_factor, dense_factor=dense_factor)
         self.ledger.num_supervised += len(examples.positions)
+        self._keep_or_roll_back(decisions)
+
+    def _watch_drift(self, signal_parts: dict[str, list[Tensor]], examples: Examples) -> list[DriftDecision]:
+        if not self.drift.is_on:
+            return []
+        signals = {signal: torch.cat(parts).numpy() for signal, parts in signal_parts.items()}
+        newest_ms = int(examples.query_time_ms[examples.positions].max())
+        decisions = self.drift.observe(
+            signals, step=self.ledger.num_steps + 1, event_time_ms=max(self.ledger.watermark_ms, newest_ms)
+        )
+        self._unreported += decisions
+        return decisions
+
+    def _keep_or_roll_back(self, decisions: list[DriftDecision]) -> None:
+        """After training: what this batch taught the weights of before is given up with them."""
+        if self._last_good is None:
+            return
+        if any("rollback" in decision.reactions for decision in decisions):
+            self._last_good.restore(self.model)
+        else:
+            self._last_good.take_if_due(self.model, self.drift.num_tested)
+
+    def take_drift_decisions(self) -> list[DriftDecision]:
+        """Decisions since the last call, oldest first."""
+        taken, self._unreported = self._unreported, []
+        return taken
 
     def _observe(self, new: Interactions) -> None:
         rows = self.model.items.lookup(new.item_id)
@@ -168,8 +207,11 @@ class OnlineLearner:
             tensors |= {f"metrics.{arm}.{name}": torch.from_numpy(a.copy()) for name, a in meter.state().items()}
         tensors["baseline"] = self._baseline[: self.num_items].clone()
         tensors["generator"] = self._generator.get_state()
+        if self._last_good is not None:
+            tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
         config_hash = self._config.model.config_hash()
-        return Checkpoint(self.ledger.num_steps, config_hash, tensors, {"ledger": self.ledger.to_dict()})
+        state = {"ledger": self.ledger.to_dict(), "drift": self.drift.state()}
+        return Checkpoint(self.ledger.num_steps, config_hash, tensors, state)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, also when the log has another name now."""
@@ -190,3 +232,6 @@ class OnlineLearner:
         self._baseline = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
         self._baseline[: self.num_items] = checkpoint.tensors["baseline"]
         self._generator.set_state(checkpoint.tensors["generator"])
+        self.drift.load_state(checkpoint.state["drift"])
+        if self._last_good is not None:
+            self._last_good.load_tensors(part("last_good."))

@@ -123,6 +123,8 @@ class Publisher:
         if not learner.weights_are_finite():
             logger.error("weights are not finite: snapshot %d is held back", self._version + 1)
             return None
+        if learner.drift.holds_publishing:
+            return None
         as_anchor = self._anchor_next or self._num_since_anchor + 1 >= self._config.anchor_every
         created_at_ms = self._clock.now_ms()
         rows = take_rows(learner.model, "anchor" if as_anchor else "delta")

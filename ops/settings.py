@@ -68,6 +68,7 @@ SECTIONS: Final = (
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
+    Section("drift", "online_trainer.drift_config", "DriftConfig"),
     Section("serving", "serving.config", "ServingConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),
 )
