@@ -31,6 +31,10 @@ class DirichletConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_categories <= self.categories_per_record:
+            raise ValueError(
+                f"num_categories = {self.num_categories}: more than a record's {self.categories_per_record}"
+            )
         if self.num_items < self.num_categories:
             raise ValueError(f"num_items = {self.num_items}: at least one per category ({self.num_categories})")
 

@@ -10,11 +10,14 @@ Shapes: N events, K clusters, G groups, V items, item v of group ``v % G``.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from backtest.dirichlet import DirichletConfig, dirichlet_records
@@ -37,6 +40,9 @@ class SimulatorConfig:
     """A stream. Everything follows from these values: the same ones give the same bytes."""
 
     scenario: Scenario = "sudden"
+    """stationary: nothing changes. sudden: all users follow new habits from one event on. gradual: more and more do.
+    recurring: two sets of habits take turns. new_items: waves of new items replace the oldest ones, habits stay.
+    dirichlet: no such structure; the catalogue of `backtest.dirichlet` grows from the first event to the last."""
     num_events: int = 60_000
     num_items: int = 600
     num_groups: int = 20
@@ -117,6 +123,23 @@ class SimulatedStream:
             "ideal_ndcg_at_20": _mean(self.ideal_ndcg_at_20),
             "segments": segments,
         }
+
+    def write(self, path: Path, config: SimulatorConfig) -> Path:
+        """Write `path` (parquet, for `headrace replay`) and beside it the truth as JSON; returns the latter's path."""
+        frame = pl.DataFrame(
+            {
+                "user_id": self.user_id,
+                "item_id": self.item_id,
+                "event_time": self.event_time_ms,
+                "ideal_hr_at_10": self.ideal_hr_at_10,
+                "ideal_ndcg_at_20": self.ideal_ndcg_at_20,
+            }
+        )
+        truth = path.with_suffix(".truth.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frame.write_parquet(path)
+        truth.write_text(json.dumps(self.truth(config), indent=1) + "\n", encoding="utf-8")
+        return truth
 
 
 def simulate(config: SimulatorConfig) -> SimulatedStream:
@@ -306,7 +329,7 @@ def _dirichlet(config: SimulatorConfig, rng: np.random.Generator) -> SimulatedSt
         num_records=num_records,
         num_items=config.num_items,
         record_len=record_len,
-        num_categories=min(100, config.num_items // 20),
+        num_categories=min(100, config.num_items // 10),
         seed=config.seed,
     )
     records = dirichlet_records(shape)

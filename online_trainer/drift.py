@@ -46,7 +46,7 @@ class DriftDecision:
     detector: str
     signal: str
     reactions: tuple[Reaction, ...]
-    """What began with it; a boost, replay or hold already in force is not begun again."""
+    """What began with it; what is already in force is not begun again."""
     mean_before: float
     mean_after: float
     num_before: int
@@ -112,6 +112,8 @@ class DriftMonitor:
         self.num_decisions = 0
         self.decisions: deque[DriftDecision] = deque(maxlen=config.decisions_kept)
         self._boost_from: int | None = None
+        self._rehearse_from: int | None = None
+        self._rehearse_since_ms = 0
         self._replay_from: int | None = None
         self._hold: _Hold | None = None
 
@@ -131,6 +133,12 @@ class DriftMonitor:
         if self._config.boost_cool_down == "exponential":
             return factors[0] ** left, factors[1] ** left
         return 1.0 + (factors[0] - 1.0) * left, 1.0 + (factors[1] - 1.0) * left
+
+    @property
+    def rehearse_since_ms(self) -> int | None:
+        """Event time (ms) after which interactions are to be learned from again; None: no rehearsal."""
+        since = self._since(self._rehearse_from, self._config.rehearse_interactions)
+        return None if since is None else self._rehearse_since_ms
 
     @property
     def replay_share(self) -> float | None:
@@ -190,6 +198,10 @@ class DriftMonitor:
                 if self._since(self._boost_from, self._config.boost_interactions) is not None:
                     return False
                 self._boost_from = self.num_tested
+            case "rehearse":
+                if self.rehearse_since_ms is not None:
+                    return False
+                self._rehearse_from, self._rehearse_since_ms = self.num_tested, event_time_ms
             case "replay":
                 if self.replay_share is not None:
                     return False
@@ -223,6 +235,7 @@ class DriftMonitor:
             "decisions": self.num_decisions,
             "newest": None if newest is None else asdict(newest),
             "learning_rate_factors": list(self.learning_rate_factors),
+            "rehearses": self.rehearse_since_ms is not None,
             "replay_share": self.replay_share,
             "holds_publishing": self.holds_publishing,
         }
@@ -234,6 +247,8 @@ class DriftMonitor:
             "num_decisions": self.num_decisions,
             "decisions": [asdict(decision) for decision in self.decisions],
             "boost_from": self._boost_from,
+            "rehearse_from": self._rehearse_from,
+            "rehearse_since_ms": self._rehearse_since_ms,
             "replay_from": self._replay_from,
             "hold": None if self._hold is None else asdict(self._hold),
             "detectors": {f"{detector}_{signal}": one.state() for (detector, signal), one in self._detectors.items()},
@@ -245,6 +260,7 @@ class DriftMonitor:
         decisions = (DriftDecision.from_dict(stored) for stored in state["decisions"])
         self.decisions = deque(decisions, maxlen=self._config.decisions_kept)
         self._boost_from, self._replay_from = state["boost_from"], state["replay_from"]
+        self._rehearse_from, self._rehearse_since_ms = state["rehearse_from"], state["rehearse_since_ms"]
         self._hold = None if state["hold"] is None else _Hold(**state["hold"])
         for (detector, signal), one in self._detectors.items():
             if (stored := state["detectors"].get(f"{detector}_{signal}")) is not None:

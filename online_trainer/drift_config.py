@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-Reaction = Literal["alert", "boost", "replay", "hold", "rollback"]
+Reaction = Literal["alert", "boost", "rehearse", "replay", "hold", "rollback"]
 REACTIONS: Final[tuple[Reaction, ...]] = get_args(Reaction)
 DETECTORS: Final = ("adwin", "page_hinkley")
 SIGNALS: Final = ("loss", "calibration")
@@ -16,15 +16,15 @@ class DriftConfig:
     """Drift detection on the prequential signals, and the reactions of each detector.
 
     A detector is on if it has a reaction: `alert` (only the record of the decision, which every reaction makes too),
-    `boost` (higher learning rates), `replay` (another replay share), `hold` (nothing is published for a while) and
-    `rollback` (weights go back to those of some time ago).
+    `boost` (higher learning rates), `rehearse` (more steps per batch, on what its users did since), `replay` (another
+    replay share), `hold` (nothing is published for a while) and `rollback` (weights go back to those of some time ago).
     """
 
     adwin_loss: tuple[Reaction, ...] = ("alert",)
     """Reactions when ADWIN finds that the loss has risen; none: the detector is off."""
     adwin_calibration: tuple[Reaction, ...] = ("alert",)
     """... that the model has become too sure of itself."""
-    page_hinkley_loss: tuple[Reaction, ...] = ("boost",)
+    page_hinkley_loss: tuple[Reaction, ...] = ("rehearse",)
     """Reactions when Page-Hinkley finds that the loss has risen."""
     page_hinkley_calibration: tuple[Reaction, ...] = ()
     """... that the model has become too sure of itself."""
@@ -44,6 +44,11 @@ class DriftConfig:
     """Interactions after which learning rates are what they were. A boost under way is not begun again."""
     boost_cool_down: Literal["exponential", "linear"] = "exponential"
     """How the factor falls back to 1 meanwhile."""
+    rehearse_steps: int = 3
+    """Steps that `rehearse` adds to each: on the same histories, at every position that is newer than the decision. Each
+    costs as much as an ordinary one without its test."""
+    rehearse_interactions: int = 4_000
+    """Interactions for which `rehearse` is in force."""
     replay_share: float = 0.0
     """Replay share while `replay` is in force: what was learned before the drift may be wrong now."""
     replay_interactions: int = 10_000
@@ -73,6 +78,8 @@ class DriftConfig:
             ("boost_row_factor", 1.0, 100.0),
             ("boost_dense_factor", 1.0, 100.0),
             ("boost_interactions", 1, 1 << 40),
+            ("rehearse_steps", 1, 100),
+            ("rehearse_interactions", 1, 1 << 40),
             ("replay_share", 0.0, 0.95),
             ("replay_interactions", 1, 1 << 40),
             ("hold_return", 0.0, 1.0),

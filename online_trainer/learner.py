@@ -14,7 +14,7 @@ from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from model.learning import supervised_pass
+from model.learning import SupervisedPass, supervised_pass
 from model.optimizer import RecommenderOptimizer
 from model.ranking import ranks, seen_before
 from model.recommender import Recommender
@@ -27,6 +27,7 @@ from online_trainer.drift_config import SIGNALS, DriftConfig
 from online_trainer.examples import Examples, build_examples
 from online_trainer.ledger import Ledger
 from online_trainer.prequential import PrequentialMeter
+from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
 
 logger = logging.getLogger(__name__)
@@ -136,11 +137,24 @@ class OnlineLearner:
             logger.error("the loss of step %d is %s: not learned from", self.ledger.num_steps + 1, loss)
             return
         decisions = self._watch_drift(signal_parts, examples)
+        self._train(learned)
+        if (since_ms := self.drift.rehearse_since_ms) is not None:
+            self._rehearse(history, rehearsal_targets(history, targets, since_ms=since_ms))
+        self.ledger.num_supervised += len(examples.positions)
+        self._keep_or_roll_back(decisions)
+
+    def _train(self, learned: SupervisedPass) -> None:
         learned.loss.backward()  # type: ignore[no-untyped-call]
         row_factor, dense_factor = self.drift.learning_rate_factors
         self._optimizer.step(learned.active, row_factor=row_factor, dense_factor=dense_factor)
-        self.ledger.num_supervised += len(examples.positions)
-        self._keep_or_roll_back(decisions)
+
+    def _rehearse(self, history: HistoryBatch, targets: Targets) -> None:
+        for _ in range(self._config.drift.rehearse_steps):
+            learned = supervised_pass(self.model, history, targets, self._config.loss, generator=self._generator)
+            if not math.isfinite(loss := float(learned.loss.detach())):
+                logger.error("a rehearsal's loss in step %d is %s: it ends there", self.ledger.num_steps + 1, loss)
+                return
+            self._train(learned)
 
     def _watch_drift(self, signal_parts: dict[str, list[Tensor]], examples: Examples) -> list[DriftDecision]:
         if not self.drift.is_on:

@@ -25,6 +25,7 @@ from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.log_commands import log_app
 from ops.settings import Settings
+from ops.simulate_commands import simulate
 from ops.store_commands import store_app
 from ops.user_commands import user_app
 from serving.errors import PortTakenError
@@ -56,6 +57,7 @@ app.add_typer(dlq_app, name="dlq")
 app.add_typer(user_app, name="user")
 app.add_typer(store_app, name="store")
 app.add_typer(log_app, name="log")
+app.command()(simulate)
 
 
 class TimeUnit(StrEnum):
