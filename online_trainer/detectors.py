@@ -45,7 +45,10 @@ def build_detector(name: str, config: DriftConfig) -> Detector:
 
 
 class AdwinDetector:
-    """ADWIN (Bifet and Gavaldà 2007): a window that is cut where its two parts have different means."""
+    """ADWIN (Bifet and Gavaldà 2007): a window that is cut while any two parts of it have different means.
+
+    Its evidence is what was cut and what was kept; the change need not lie in between.
+    """
 
     def __init__(self, delta: float) -> None:
         from river.drift import ADWIN  # noqa: PLC0415 - see the module
@@ -62,11 +65,11 @@ class AdwinDetector:
         adwin.update(value)  # type: ignore[no-untyped-call]
         if not adwin.drift_detected:
             return None
-        num_dropped = width + 1 - adwin.width
+        num_dropped, num_kept = int(width) + 1 - int(adwin.width), int(adwin.width)
         mean_before = (total + value - adwin.total) / num_dropped
         if adwin.estimation <= mean_before:
             return None
-        return Rise(mean_before=mean_before, mean_after=adwin.estimation, num_before=num_dropped, num_after=adwin.width)
+        return Rise(mean_before=mean_before, mean_after=adwin.estimation, num_before=num_dropped, num_after=num_kept)
 
     def state(self) -> dict[str, Any]:
         """See `Detector`. The window is as river itself writes it: bytes of numbers, in hex."""

@@ -20,7 +20,7 @@ class DriftConfig:
     replay share), `hold` (nothing is published for a while) and `rollback` (weights go back to those of some time ago).
     """
 
-    adwin_loss: tuple[Reaction, ...] = ("alert",)
+    adwin_loss: tuple[Reaction, ...] = ("rehearse",)
     """Reactions when ADWIN finds that the loss has risen; none: the detector is off."""
     adwin_calibration: tuple[Reaction, ...] = ("alert",)
     """... that the model has become too sure of itself."""
@@ -45,8 +45,8 @@ class DriftConfig:
     boost_cool_down: Literal["exponential", "linear"] = "exponential"
     """How the factor falls back to 1 meanwhile."""
     rehearse_steps: int = 3
-    """Steps that `rehearse` adds to each: on the same histories, at every position that is newer than the decision. Each
-    costs as much as an ordinary one without its test."""
+    """Steps that `rehearse` adds to each: on the same histories, at every position that is newer than the decision.
+    Each costs as much as an ordinary one without its test."""
     rehearse_interactions: int = 4_000
     """Interactions for which `rehearse` is in force."""
     replay_share: float = 0.0

@@ -139,7 +139,8 @@ class OnlineLearner:
         decisions = self._watch_drift(signal_parts, examples)
         self._train(learned)
         if (since_ms := self.drift.rehearse_since_ms) is not None:
-            self._rehearse(history, rehearsal_targets(history, targets, since_ms=since_ms))
+            in_order_L = torch.from_numpy(examples.is_in_order)
+            self._rehearse(history, rehearsal_targets(history, targets, in_order_L, since_ms=since_ms))
         self.ledger.num_supervised += len(examples.positions)
         self._keep_or_roll_back(decisions)
 
