@@ -50,9 +50,9 @@ REACT = DriftConfig()
 ALERT = replace(REACT, **{key: ("alert",) if REACT.reactions(key) else () for key in detector_keys()})  # type: ignore[arg-type]
 ARMS = {"alert": ALERT, "react": REACT}
 CASES: tuple[tuple[Scenario, tuple[int, ...]], ...] = (
-    ("sudden", (0, 1, 2, 3)),
+    ("sudden", (0, 1, 2)),
     ("gradual", (0, 1)),
-    ("recurring", (0, 1)),
+    ("recurring", (0,)),
     ("new_items", (0, 1)),
     ("dirichlet", (0,)),
 )
@@ -74,7 +74,7 @@ class Run:
     """Sum of NDCG@20 over the step's interactions; `ideal` is that of the truth."""
     ideal: Float64s
     decisions: list[DriftDecision]
-    seconds: float
+    cpu_s: float
 
 
 def learn(stream: SimulatedStream, drift: DriftConfig) -> Run:
@@ -145,7 +145,7 @@ def drive(learner: OnlineLearner, updates: list[HistoryUpdate], stream: Simulate
     end, count, total, first = [], [0.0], [0.0], 0
     ideal: list[float] = []
     decisions: list[DriftDecision] = []
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     while batch := batcher.take():
         learner.step(batch)
         end.append(learner.ledger.num_interactions)
@@ -161,7 +161,7 @@ def drive(learner: OnlineLearner, updates: list[HistoryUpdate], stream: Simulate
         ndcg=np.diff(total),
         ideal=np.array(ideal),
         decisions=decisions,
-        seconds=time.perf_counter() - started_s,
+        cpu_s=time.process_time() - started_s,
     )
 
 
@@ -213,7 +213,7 @@ def measure(scenario: Scenario, seed: int, num_events: int) -> list[dict[str, An
         row["alarms"] = alarms(runs["alert"], change.first, until)
         for arm, run in runs.items():
             stretch = slice(*np.searchsorted(run.end, (change.first, until), side="right").tolist())
-            row[arm] = {"quality": quality(run, stretch), "seconds": run.seconds}
+            row[arm] = {"quality": quality(run, stretch), "cpu_s": round(run.cpu_s, 1)}
             if scenario != "dirichlet":  # always changing: there is no time before
                 row[arm]["recovery"] = {f"{share:g}": recovery(run, change.first, until, share) for share in SHARES}
         rows.append(row)
@@ -221,16 +221,17 @@ def measure(scenario: Scenario, seed: int, num_events: int) -> list[dict[str, An
 
 
 def stationary(num_events: int) -> dict[str, Any]:
-    """False alarms per 100,000 events, and what reacting to them costs."""
+    """False alarms per 100,000 events; without any, reacting to them changes nothing."""
     stream = simulate(replace(STREAM, scenario="stationary", num_events=num_events))
-    runs = {arm: learn(stream, drift) for arm, drift in ARMS.items()}
+    alert = learn(stream, ALERT)
+    runs = {"alert": alert, "react": learn(stream, REACT) if alert.decisions else alert}
     per = 100_000 / num_events
-    names = [f"{one.detector}_{one.signal}" for one in runs["alert"].decisions]
+    names = [f"{one.detector}_{one.signal}" for one in alert.decisions]
     return {
         "events": num_events,
         "false_alarms_per_100k": {key: names.count(key) * per for key in detector_keys() if REACT.reactions(key)},
         "quality": {arm: quality(run, slice(None)) for arm, run in runs.items()},
-        "seconds": {arm: run.seconds for arm, run in runs.items()},
+        "cpu_s": round(alert.cpu_s, 1),
     }
 
 
