@@ -247,6 +247,9 @@ class OnlineLearner:
         self._baseline = torch.full((self.model.items.capacity,), -torch.inf, dtype=torch.float64)
         self._baseline[: self.num_items] = checkpoint.tensors["baseline"]
         self._generator.set_state(checkpoint.tensors["generator"])
-        self.drift.load_state(checkpoint.state["drift"])
+        if "drift" in checkpoint.state:
+            self.drift.load_state(checkpoint.state["drift"])
+        else:
+            logger.warning("the checkpoint is from before drift detection: its detectors begin afresh")
         if self._last_good is not None:
             self._last_good.load_tensors(part("last_good."))

@@ -21,6 +21,7 @@ from model.snapshot import chain, list_versions, load_snapshot, read_manifest, r
 from model.swap import apply_snapshot
 from online_trainer.config import TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.drift_config import DriftConfig
 from stream.clock import WallClock
 from stream.errors import LogResetError
 from stream.freshness import AgeHistogram
@@ -37,7 +38,7 @@ class Site:
     store: FeatureStore
     root: Path
 
-    def daemon(self, **trainer: Any) -> TrainerDaemon:
+    def daemon(self, drift: DriftConfig | None = None, **trainer: Any) -> TrainerDaemon:
         settings = {"batch_interactions": 16, "publish_interval_ms": 30, "checkpoint_interval_s": 0.1} | trainer
         return TrainerDaemon(
             TrainerParts(
@@ -52,6 +53,7 @@ class Site:
                 snapshot_root=self.root / "snapshots",
                 checkpoint_root=self.root / "checkpoints",
                 clock=WallClock(),
+                drift_config=drift or DriftConfig(),
             )
         )
 

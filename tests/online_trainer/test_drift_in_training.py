@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions
@@ -17,7 +20,9 @@ from online_trainer.drift_config import DriftConfig, Reaction
 from online_trainer.learner import OnlineLearner
 from online_trainer.publisher import Publisher
 from stream.clock import WallClock
+from stream.memory_log import MemoryLog
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
+from tests.online_trainer.test_daemon import Site, learn
 from tests.online_trainer.test_learner import assert_equal, run
 
 NUM_EVENTS, CHANGE, BATCH = 960, 640, 16
@@ -136,3 +141,34 @@ def test_nothing_is_published_while_it_is_held_back(stream: RecordedStream, tmp_
     # What changed meanwhile is not lost to the next snapshot.
     assert publisher.has_unpublished()
     assert torch.equal(learner.model.items.dirty_rows(), changed)
+
+
+async def test_the_daemon_logs_counts_and_traces_every_decision(
+    stream: RecordedStream, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MemoryLog(WallClock(), log_id="main")
+    await log.create_topics()
+    site = Site(log, stream.store, tmp_path)
+    site.send(stream.updates)
+    daemon = site.daemon(drift=replace(DRIFT, page_hinkley_loss=("boost",)))
+    reader = InMemoryMetricReader()
+    daemon._drift_decisions = MeterProvider([reader]).get_meter("test").create_counter("headrace.trainer.drift")
+    status = await learn(daemon, NUM_EVENTS)
+    decisions = list(daemon._learner.drift.decisions)
+    assert status["drift"]["decisions"] == len(decisions) > 0
+    assert [one.sentence() in caplog.text for one in decisions] == [True] * len(decisions)
+    data = reader.get_metrics_data()
+    assert data is not None
+    metric = data.resource_metrics[0].scope_metrics[0].metrics[0]
+    points = [point for point in metric.data.data_points if isinstance(point, NumberDataPoint)]
+    assert sum(int(point.value) for point in points) == len(decisions)
+    assert {(point.attributes or {})["headrace.drift.detector"] for point in points} == {d.detector for d in decisions}
+
+    span = TracerProvider().get_tracer("test").start_span("step")
+    daemon._learner._unreported = decisions
+    daemon._report_drift(span)
+    assert isinstance(span, ReadableSpan)
+    assert [event.name for event in span.events] == ["headrace.drift"] * len(decisions)
+    told = span.events[0].attributes or {}
+    assert told["headrace.drift.mean_before"] == decisions[0].mean_before
+    assert told["headrace.drift.step"] == decisions[0].step
