@@ -7,9 +7,9 @@ The real learner with a real store (SQLite in a temporary folder) in this proces
 `headrace.toml` has by default. Both see the same events in the same batches.
 
 Quality is NDCG@20 over the NDCG@20 that the stream's truth would score on the same events. Detection delay: events from
-the change to the end of the step whose test gave the alarm. Recovery: tested interactions from the change to the first
-1,024 that reach a share of the quality of the last 4,000 before the change, counted after the lowest point; 0 where
-quality never fell below it. The last line is one JSON object.
+the change to the end of the step whose test gave the alarm. Recovery: tested interactions from the end of the change (a
+gradual one takes a while) to the first 1,024 that reach a share of the quality of the last 4,000 before the change,
+looked for after the lowest point; 0 where quality never fell below it. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backtest.simulator import Scenario, SimulatedStream, SimulatorConfig, simulate
+from backtest.simulator import Change, Scenario, SimulatedStream, SimulatorConfig, simulate
 from benchmarks.environment import environment
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.hot import HotHistories
@@ -50,12 +50,13 @@ REACT = DriftConfig()
 ALERT = replace(REACT, **{key: ("alert",) if REACT.reactions(key) else () for key in detector_keys()})  # type: ignore[arg-type]
 ARMS = {"alert": ALERT, "react": REACT}
 CASES: tuple[tuple[Scenario, tuple[int, ...]], ...] = (
-    ("sudden", (0, 1, 2)),
-    ("gradual", (0, 1)),
-    ("recurring", (0,)),
-    ("new_items", (0, 1)),
-    ("dirichlet", (0,)),
+    ("sudden", (10, 11, 12)),
+    ("gradual", (10, 11)),
+    ("recurring", (10,)),
+    ("new_items", (10, 11)),
+    ("dirichlet", (10,)),
 )
+"""Seeds that no default was chosen on."""
 SHARES = (0.8, 0.9)
 WINDOW, LEVEL = 1_024, 4_000
 STATIONARY_EVENTS = 100_000
@@ -169,14 +170,14 @@ def quality(run: Run, steps: slice) -> float:
     return float(run.ndcg[steps].sum() / run.ideal[steps].sum())
 
 
-def recovery(run: Run, first: int, until: int, share: float) -> int | None:
+def recovery(run: Run, change: Change, until: int, share: float) -> int | None:
     """See the top; None when it is not back before event `until`."""
-    change, last = (int(np.searchsorted(run.end, at, side="right")) for at in (first, until))
+    first, over, last = np.searchsorted(run.end, (change.first, change.last, until), side="right").tolist()
     tested_before = run.tested.cumsum() - run.tested
-    start = int(np.searchsorted(tested_before, tested_before[change] - LEVEL))
-    wanted = share * quality(run, slice(start, change))
+    start = int(np.searchsorted(tested_before, tested_before[first] - LEVEL))
+    wanted = share * quality(run, slice(start, first))
     windows = []
-    for step in range(change, last):
+    for step in range(over, last):
         end = int(np.searchsorted(tested_before, tested_before[step] + WINDOW))
         if end >= last:
             break
@@ -185,7 +186,7 @@ def recovery(run: Run, first: int, until: int, share: float) -> int | None:
         return 0 if windows else None
     lowest = int(np.argmin(windows))
     back = next((at for at in range(lowest, len(windows)) if windows[at] >= wanted), None)
-    return None if back is None else int(tested_before[change + back] - tested_before[change])
+    return None if back is None else int(tested_before[over + back] - tested_before[over])
 
 
 def alarms(run: Run, first: int, until: int) -> dict[str, int]:
@@ -209,20 +210,26 @@ def measure(scenario: Scenario, seed: int, num_events: int) -> list[dict[str, An
     bounds = [change.first for change in stream.changes] + [config.num_events]
     rows = []
     for change, until in zip(stream.changes, bounds[1:], strict=True):
-        row: dict[str, Any] = {"scenario": scenario, "seed": seed, "change": change.first, "until": until}
+        row: dict[str, Any] = {
+            "scenario": scenario,
+            "seed": seed,
+            "change": change.first,
+            "over": change.last,
+            "until": until,
+        }
         row["alarms"] = alarms(runs["alert"], change.first, until)
         for arm, run in runs.items():
             stretch = slice(*np.searchsorted(run.end, (change.first, until), side="right").tolist())
             row[arm] = {"quality": quality(run, stretch), "cpu_s": round(run.cpu_s, 1)}
             if scenario != "dirichlet":  # always changing: there is no time before
-                row[arm]["recovery"] = {f"{share:g}": recovery(run, change.first, until, share) for share in SHARES}
+                row[arm]["recovery"] = {f"{share:g}": recovery(run, change, until, share) for share in SHARES}
         rows.append(row)
     return rows
 
 
 def stationary(num_events: int) -> dict[str, Any]:
     """False alarms per 100,000 events; without any, reacting to them changes nothing."""
-    stream = simulate(replace(STREAM, scenario="stationary", num_events=num_events))
+    stream = simulate(replace(STREAM, scenario="stationary", num_events=num_events, seed=10))
     alert = learn(stream, ALERT)
     runs = {"alert": alert, "react": learn(stream, REACT) if alert.decisions else alert}
     per = 100_000 / num_events
@@ -253,7 +260,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _or_all(recovered: int | None, row: dict[str, Any]) -> int:
-    return row["until"] - row["change"] if recovered is None else recovered
+    return row["until"] - row["over"] if recovered is None else recovered
 
 
 def _median(delays: list[int | None]) -> float | None:

@@ -189,7 +189,8 @@ class TrainerDaemon:
                 self._blocked_by, delay_s = None, RETRY_FIRST_S
             if self._batch_is_due():
                 await self._step(stopping)
-            if self._publisher.is_due() and not self._writing_snapshot:
+            # The publisher's gate holds back as well; not asking it keeps the traces' links for the next snapshot.
+            if self._publisher.is_due() and not self._writing_snapshot and not self._learner.drift.holds_publishing:
                 await self._publish(writer)
             if self._checkpoint_is_due():
                 await self._checkpoint()

@@ -20,7 +20,7 @@ class DriftConfig:
     replay share), `hold` (nothing is published for a while) and `rollback` (weights go back to those of some time ago).
     """
 
-    adwin_loss: tuple[Reaction, ...] = ("rehearse",)
+    adwin_loss: tuple[Reaction, ...] = ("alert",)
     """Reactions when ADWIN finds that the loss has risen; none: the detector is off."""
     adwin_calibration: tuple[Reaction, ...] = ("alert",)
     """... that the model has become too sure of itself."""
@@ -28,11 +28,11 @@ class DriftConfig:
     """Reactions when Page-Hinkley finds that the loss has risen."""
     page_hinkley_calibration: tuple[Reaction, ...] = ()
     """... that the model has become too sure of itself."""
-    adwin_delta: float = 0.0001
+    adwin_delta: float = 0.002
     """Chance of a false alarm that ADWIN allows in one look at its window."""
     page_hinkley_delta: float = 0.02
     """Rise of a signal's mean that Page-Hinkley tolerates. A loss is in units of the loss of guessing."""
-    page_hinkley_threshold: float = 20.0
+    page_hinkley_threshold: float = 12.0
     """What rises above that must add up to: more means fewer false alarms and a later alarm."""
     warm_up_interactions: int = 2_000
     """Interactions tested before the first decision."""
