@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backtest.dirichlet import DirichletConfig, dirichlet_records
 from benchmarks.environment import environment
 from benchmarks.leave_one_out import NextItemModel, Windows
 from kernels.host_memory import keep_freed_memory
@@ -33,49 +34,12 @@ from model.ranking import ranks
 
 Int64s = NDArray[np.int64]
 CUTOFFS = (10, 50)
+TEST_SHARE = 0.1
 PUBLISHED = {
     "transformer": {"hr@10": 0.0442, "hr@50": 0.2025},
     "hstu-softmax": {"hr@10": 0.0617, "hr@50": 0.2496},
     "hstu-pointwise": {"hr@10": 0.0893, "hr@50": 0.3170},
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
-    """The generator. Concentrations follow the authors' later streaming generator: uniform from 1 to 500."""
-
-    num_records: int
-    num_items: int
-    record_len: int = 128
-    num_categories: int = 100
-    categories_per_record: int = 5
-    concentration_max: float = 500.0
-    first_share: float = 0.4
-    """Share of every category's items that exists when the stream begins; the others arrive evenly."""
-    test_share: float = 0.1
-    seed: int = 0
-
-
-def make_stream(config: StreamConfig) -> Int64s:
-    """int64[records, length]: items, of category ``item % num_categories``, in the order they were chosen."""
-    rng = np.random.default_rng(config.seed)
-    R, C = config.num_records, config.categories_per_record
-    own_RC = rng.random((R, config.num_categories)).argpartition(C, axis=1)[:, :C]
-    num_own_R = rng.integers(1, C + 1, size=R)
-    prior_RC = rng.dirichlet(np.ones(C), size=R) * (np.arange(C) < num_own_R[:, None])
-    prior_RC *= rng.uniform(1, config.concentration_max, size=(R, 1)) / prior_RC.sum(1, keepdims=True)
-    per_category = config.num_items // config.num_categories
-    share_R = config.first_share + (1 - config.first_share) * np.arange(R) / R
-    available_R = np.maximum((per_category * share_R).astype(np.int64), 1)
-    weight_RC, items = prior_RC.copy(), np.empty((R, config.record_len), np.int64)
-    everyone = np.arange(R)
-    for step in range(config.record_len):
-        bound_RC = weight_RC.cumsum(1)
-        chosen_R = (rng.random(R)[:, None] * bound_RC[:, -1:] >= bound_RC).sum(1)
-        weight_RC[everyone, chosen_R] += 1
-        within_R = (rng.random(R) * available_R).astype(np.int64)
-        items[:, step] = within_R * config.num_categories + own_RC[everyone, chosen_R]
-    return items
 
 
 def arm_config(arm: str, *, width: int, layers: int, record_len: int, seed: int) -> ModelConfig:
@@ -94,7 +58,7 @@ def arm_config(arm: str, *, width: int, layers: int, record_len: int, seed: int)
     )
 
 
-def learn_once(model: NextItemModel, items: Int64s, stream: StreamConfig, options: argparse.Namespace) -> float:
+def learn_once(model: NextItemModel, items: Int64s, stream: DirichletConfig, options: argparse.Namespace) -> float:
     """One pass over the training records in order; seconds it took."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(stream.seed)
@@ -112,7 +76,7 @@ def learn_once(model: NextItemModel, items: Int64s, stream: StreamConfig, option
     return time.perf_counter() - started
 
 
-def known_items(stream: StreamConfig, record: int) -> int:
+def known_items(stream: DirichletConfig, record: int) -> int:
     """Items that exist at a record: rows below it."""
     share = stream.first_share + (1 - stream.first_share) * record / stream.num_records
     return max(int(stream.num_items // stream.num_categories * share), 1) * stream.num_categories
@@ -143,7 +107,7 @@ def test(model: NextItemModel, items: Int64s) -> dict[str, float]:
     return {f"hr@{k}": float((rank_P <= k).double().mean()) for k in CUTOFFS}
 
 
-def ideal(stream: StreamConfig, items: Int64s) -> dict[str, float]:
+def ideal(stream: DirichletConfig, items: Int64s) -> dict[str, float]:
     """HR of knowing each record's counts so far and nothing of its prior: items of its most frequent categories."""
     per_category, hits = stream.num_items // stream.num_categories, dict.fromkeys(CUTOFFS, 0.0)
     categories = items % stream.num_categories
@@ -173,9 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    stream = StreamConfig(num_records=options.records, num_items=options.items, seed=options.seed)
-    items = make_stream(stream)
-    split = int(len(items) * (1 - stream.test_share))
+    stream = DirichletConfig(num_records=options.records, num_items=options.items, seed=options.seed)
+    items = dirichlet_records(stream).items_RT
+    split = int(len(items) * (1 - TEST_SHARE))
     found: dict[str, dict[str, Any]] = {}
     print(f"{'arm':16s} {'HR@10':>8s} {'HR@50':>8s} {'published HR@10':>16s} {'s':>7s}")
     for arm in options.arms:
@@ -190,7 +154,8 @@ def main() -> None:
             f"{arm:16s} {row['hr@10']:8.4f} {row['hr@50']:8.4f} {PUBLISHED[arm]['hr@10']:16.4f} {seconds:7.0f}",
             flush=True,
         )
-    result: dict[str, Any] = {"benchmark": "dirichlet", "stream": asdict(stream), "arms": found, "published": PUBLISHED}
+    made = {**asdict(stream), "test_share": TEST_SHARE}
+    result: dict[str, Any] = {"benchmark": "dirichlet", "stream": made, "arms": found, "published": PUBLISHED}
     result["counts_alone"] = ideal(stream, items[split:])
     if {"hstu-softmax", "hstu-pointwise"} <= found.keys():
         result["pointwise_over_softmax"] = found["hstu-pointwise"]["hr@10"] / found["hstu-softmax"]["hr@10"]

@@ -9,6 +9,8 @@ Shapes: R rows of one step, D width, V items.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,13 @@ class RecommenderOptimizer:
         self.recommender.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self, active: ActiveRows) -> None:
-        """Apply the gradients of one backward pass and forget them."""
-        self._step_dense()
-        self._step_rows(active)
+    def step(self, active: ActiveRows, *, row_factor: float = 1.0, dense_factor: float = 1.0) -> None:
+        """Apply the gradients of one backward pass and forget them. Factors multiply this step's learning rates."""
+        self._step_dense(self.config.dense_learning_rate * dense_factor)
+        self._step_rows(active, self.config.row_learning_rate * row_factor)
         self.zero_grad()
 
-    def _step_dense(self) -> None:
+    def _step_dense(self, learning_rate: float) -> None:
         config = self.config
         self._step += 1
         correction1, correction2 = 1 - config.beta1**self._step, 1 - config.beta2**self._step
@@ -53,11 +55,11 @@ class RecommenderOptimizer:
             first, second = self._dense[name]
             first.lerp_(parameter.grad, 1 - config.beta1)
             second.mul_(config.beta2).addcmul_(parameter.grad, parameter.grad, value=1 - config.beta2)
-            parameter.mul_(1 - config.dense_learning_rate * config.dense_weight_decay)
+            parameter.mul_(1 - learning_rate * config.dense_weight_decay)
             root = (second / correction2).sqrt_().add_(config.epsilon)
-            parameter.addcdiv_(first, root, value=-config.dense_learning_rate / correction1)
+            parameter.addcdiv_(first, root, value=-learning_rate / correction1)
 
-    def _step_rows(self, active: ActiveRows) -> None:
+    def _step_rows(self, active: ActiveRows, learning_rate: float) -> None:
         items = self.recommender.items
         if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
             return
@@ -70,21 +72,31 @@ class RecommenderOptimizer:
         state = {name: column[part] for name, column in self._rows.items()}
         state["steps"] += 1
         weight_RD, bias_R = items.weight[part], items.bias[part]
-        weight_RD.mul_(1 - self.config.row_learning_rate * self.config.row_weight_decay)
-        self._move(weight_RD, grad_RD, state["first"], state["second"], state["steps"])
-        self._move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"], state["steps"])
+        weight_RD.mul_(1 - learning_rate * self.config.row_weight_decay)
+        move = partial(self._move, steps_R=state["steps"], learning_rate=learning_rate)
+        move(weight_RD, grad_RD, state["first"], state["second"])
+        move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"])
         if not in_place:
             for name, column in self._rows.items():
                 column[part] = state[name]
             items.weight[part], items.bias[part] = weight_RD, bias_R
         items.dirty[part] = True
 
-    def _move(self, weight_RD: Tensor, grad_RD: Tensor, first_RD: Tensor, second_R: Tensor, steps_R: Tensor) -> None:
+    def _move(
+        self,
+        weight_RD: Tensor,
+        grad_RD: Tensor,
+        first_RD: Tensor,
+        second_R: Tensor,
+        *,
+        steps_R: Tensor,
+        learning_rate: float,
+    ) -> None:
         config = self.config
         first_RD.lerp_(grad_RD, 1 - config.beta1)
         second_R.lerp_(grad_RD.square().mean(1), 1 - config.beta2)
         root_R = (second_R / (1 - config.beta2**steps_R)).sqrt_().add_(config.epsilon)
-        size_R = config.row_learning_rate / ((1 - config.beta1**steps_R) * root_R)
+        size_R = learning_rate / ((1 - config.beta1**steps_R) * root_R)
         weight_RD.addcmul_(first_RD, size_R[:, None], value=-1)
 
     def follow(self, moves: RowMoves) -> None:

@@ -40,7 +40,7 @@ class TrainerConfig:
     spike_deviations: float = 8.0
     """A batch whose loss is so many standard deviations above what is typical is set aside, not learned from: see
     `headrace trainer inspect`. 0: only losses and gradients that are no finite numbers are."""
-    max_spikes_in_a_row: int = 5
+    max_spikes_in_a_row: int = 2
     """After so many such batches one after the other the stream has changed, and is learned from."""
     keep_set_aside: int = 100
     """Batches set aside that are kept on disk."""

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from model.storage import SnapshotRoot
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
+from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.instruments import observe_ranks
 from online_trainer.learner import LearnerConfig, OnlineLearner
@@ -74,6 +75,7 @@ class TrainerParts:
     metrics_root: Path
     clock: Clock
     mode: str = "live"
+    drift_config: DriftConfig = field(default_factory=DriftConfig)
 
     def learner_config(self) -> LearnerConfig:
         """The part of the settings that decides what a step computes."""
@@ -83,6 +85,7 @@ class TrainerParts:
             model=self.model_config,
             loss=self.loss_config,
             optimizer=self.optimizer_config,
+            drift=self.drift_config,
         )
 
 
@@ -129,6 +132,7 @@ class TrainerDaemon:
         self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
         observe_ranks(meter, self._learner.evaluation.measured)
+        self._drift_decisions = meter.create_counter("headrace.trainer.drift", unit="{decision}")
 
     def _resume(self, checkpoint: Checkpoint | None) -> OnlineLearner:
         parts = self._parts
@@ -200,7 +204,8 @@ class TrainerDaemon:
                 self._blocked_by, delay_s = None, RETRY_FIRST_S
             if self._batch_is_due():
                 await self._step(stopping)
-            if self._publisher.is_due() and not self._writing_snapshot:
+            # The publisher's gate holds back as well; not asking it keeps the traces' links for the next snapshot.
+            if self._publisher.is_due() and not self._writing_snapshot and not self._learner.drift.holds_publishing:
                 await self._publish(writer)
             if self._checkpoint_is_due():
                 await self._checkpoint()
@@ -241,6 +246,7 @@ class TrainerDaemon:
             if not await self._until_store_answers(batch, stopping):
                 return
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
+            self._report_drift(span)
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
         await self._write_set_aside()
@@ -300,6 +306,12 @@ class TrainerDaemon:
             else:
                 self._blocked_by = None
                 return True
+
+    def _report_drift(self, span: trace.Span) -> None:
+        for decision in self._learner.take_drift_decisions():
+            logger.warning("%s", decision.sentence())
+            self._drift_decisions.add(1, decision.what())
+            span.add_event("headrace.drift", decision.what() | decision.evidence())
 
     async def _publish(self, writer: LogWriter) -> None:
         links = list(self._unpublished_steps)
@@ -416,6 +428,7 @@ class TrainerDaemon:
             "positions": ledger.lineage().positions,
             "metrics": self._learner.metrics_summary(),
             "items": self._learner.num_items,
+            "drift": self._learner.drift.summary(),
             "snapshot": None
             if newest is None
             else {

@@ -28,6 +28,8 @@ class Examples:
     """[B + 1] row boundaries of the inputs."""
     positions: NDArray[np.int64]
     """[P] supervised input positions, ascending."""
+    is_in_order: NDArray[np.bool_]
+    """[L] whether all that comes before the next interaction in its history arrived before it."""
     target_item_id: NDArray[np.int64]
     """[P] the new interaction that each supervised position predicts."""
     num_first: int
@@ -41,7 +43,8 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
     """Examples for the `new` interactions, which `histories` (the newest max_len + 1 of each user) already contain."""
     lengths = histories.lengths()
     row_of = np.repeat(np.arange(histories.num_users), lengths)
-    is_target = _contains(histories, row_of, new) & ~_overtaken(histories, row_of)
+    is_overtaken = _overtaken(histories, row_of)
+    is_target = _contains(histories, row_of, new) & ~is_overtaken
     is_first_of_row = np.zeros(histories.num_interactions, bool)
     is_first_of_row[histories.offsets[:-1][lengths > 0]] = True
     # Inputs are all interactions but each row's last; the next interaction is the one after in the same row.
@@ -58,6 +61,7 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
         query_time_ms=histories.event_time_ms[inputs + 1],
         offsets=input_offsets,
         positions=positions,
+        is_in_order=~is_overtaken[inputs + 1],
         target_item_id=histories.item_id[inputs[positions] + 1],
         num_first=num_first,
         num_out_of_reach=len(new) - len(positions) - num_first,

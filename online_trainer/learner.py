@@ -15,18 +15,21 @@ from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from model.item_table import ActiveRows
 from model.learning import SupervisedPass, supervised_pass
 from model.optimizer import RecommenderOptimizer
 from model.recommender import Recommender
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
+from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
+from online_trainer.drift_config import SIGNALS, DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.ledger import Ledger
 from online_trainer.quarantine import LossGuard, SetAside
+from online_trainer.rehearsal import rehearsal_targets
+from online_trainer.rollback import LastGoodWeights
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class LearnerConfig:
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
+    drift: DriftConfig = field(default_factory=DriftConfig)
 
     def __post_init__(self) -> None:
         if self.model.max_items < 2 * self.trainer.batch_interactions:
@@ -62,6 +66,9 @@ class OnlineLearner:
         self.model = Recommender(config.model)
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
+        self.drift = DriftMonitor(config.drift)
+        self._last_good = LastGoodWeights(config.drift.rollback_interval) if config.drift.rolls_back() else None
+        self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._admission = Admission(config.items)
         self._guard = LossGuard(
@@ -143,28 +150,50 @@ class OnlineLearner:
         )
         self.ledger.num_unlisted += int((~is_listed).sum())
         test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
+        signal_parts: dict[str, list[Tensor]] = {signal: [] for signal in SIGNALS}
+
+        def on_logits(part: slice, logits_pV: Tensor) -> None:
+            test.on_logits(part, logits_pV)
+            if self.drift.is_on:
+                for signal, values_p in signals_of(logits_pV, targets.rows_P[part]).items():
+                    signal_parts[signal].append(values_p)
+
         learned = supervised_pass(
-            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=test.on_logits
+            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=on_logits
         )
         self.evaluation.finish(test)
         if not is_listed.any():
             return
-        if self._learn_from(learned, new):
-            self.ledger.num_supervised += targets.rows_P.shape[0]
-        else:
-            self.ledger.num_quarantined += targets.rows_P.shape[0]
-
-    def _learn_from(self, learned: SupervisedPass, new: Interactions) -> bool:
-        """Step the weights, unless that would do harm: then they stay, the batch is set aside, and training goes on."""
-        loss, typical_loss = float(learned.loss.detach()), self._guard.typical_loss
-        reason = self._guard.objection(loss)
-        if reason is None:
-            learned.loss.backward()  # type: ignore[no-untyped-call]
-            if self._gradients_are_finite(learned.active):
-                self._optimizer.step(learned.active)
-                return True
-            self._optimizer.zero_grad()
+        typical_loss = self._guard.typical_loss
+        reason = self._guard.objection(float(learned.loss.detach()))
+        decisions = self._watch_drift(signal_parts, examples) if reason is None else []
+        if reason is None and not self._train(learned):
             reason = "gradient"
+        if reason is not None:
+            self._set_aside(reason, learned, new, typical_loss)
+            self.ledger.num_quarantined += targets.rows_P.shape[0]
+            return
+        if (since_ms := self.drift.rehearse_since_ms) is not None:
+            in_order_L = torch.from_numpy(examples.is_in_order)
+            self._rehearse(history, rehearsal_targets(history, targets, in_order_L, since_ms=since_ms))
+        self.ledger.num_supervised += targets.rows_P.shape[0]
+        self._keep_or_roll_back(decisions)
+
+    def _train(self, learned: SupervisedPass) -> bool:
+        """Step the weights; False, and nothing changed, where a gradient is no finite number."""
+        learned.loss.backward()  # type: ignore[no-untyped-call]
+        tensors = [*self.model.parameters(), learned.active.weight_RD, learned.active.bias_R]
+        sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
+        if not torch.isfinite(torch.stack(sums)).all():
+            self._optimizer.zero_grad()
+            return False
+        row_factor, dense_factor = self.drift.learning_rate_factors
+        self._optimizer.step(learned.active, row_factor=row_factor, dense_factor=dense_factor)
+        return True
+
+    def _set_aside(self, reason: str, learned: SupervisedPass, new: Interactions, typical_loss: float | None) -> None:
+        """Weights stay at the last good state; the interactions count as taken, so that training goes on."""
+        loss = float(learned.loss.detach())
         why = SetAside(
             step=self.ledger.num_steps + 1,
             reason=reason,
@@ -175,12 +204,38 @@ class OnlineLearner:
         )
         self.set_aside.append((why, new))
         logger.error("step %d is not learned from (%s): loss %s, typically %s", why.step, reason, loss, typical_loss)
-        return False
 
-    def _gradients_are_finite(self, active: ActiveRows) -> bool:
-        tensors = [*self.model.parameters(), active.weight_RD, active.bias_R]
-        sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
-        return bool(torch.isfinite(torch.stack(sums)).all())
+    def _rehearse(self, history: HistoryBatch, targets: Targets) -> None:
+        for _ in range(self._config.drift.rehearse_steps):
+            learned = supervised_pass(self.model, history, targets, self._config.loss, generator=self._generator)
+            if not (math.isfinite(loss := float(learned.loss.detach())) and self._train(learned)):
+                logger.error("a rehearsal's loss in step %d is %s: it ends there", self.ledger.num_steps + 1, loss)
+                return
+
+    def _watch_drift(self, signal_parts: dict[str, list[Tensor]], examples: Examples) -> list[DriftDecision]:
+        if not self.drift.is_on:
+            return []
+        signals = {signal: torch.cat(parts).numpy() for signal, parts in signal_parts.items()}
+        newest_ms = int(examples.query_time_ms[examples.positions].max())
+        decisions = self.drift.observe(
+            signals, step=self.ledger.num_steps + 1, event_time_ms=max(self.ledger.watermark_ms, newest_ms)
+        )
+        self._unreported += decisions
+        return decisions
+
+    def _keep_or_roll_back(self, decisions: list[DriftDecision]) -> None:
+        """After training: what this batch taught the weights of before is given up with them."""
+        if self._last_good is None:
+            return
+        if any("rollback" in decision.reactions for decision in decisions):
+            self._last_good.restore(self.model)
+        else:
+            self._last_good.take_if_due(self.model, self.drift.num_tested)
+
+    def take_drift_decisions(self) -> list[DriftDecision]:
+        """Decisions since the last call, oldest first."""
+        taken, self._unreported = self._unreported, []
+        return taken
 
     def _observe(self, new: Interactions) -> None:
         rows = self.model.items.lookup(new.item_id)
@@ -210,8 +265,10 @@ class OnlineLearner:
         tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors["generator"] = self._generator.get_state()
+        if self._last_good is not None:
+            tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
         config_hash = self._config.model.config_hash()
-        state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state()}
+        state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state(), "drift": self.drift.state()}
         return Checkpoint(self.ledger.num_steps, config_hash, tensors, state)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -232,3 +289,6 @@ class OnlineLearner:
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])
+        self.drift.load_state(checkpoint.state["drift"])
+        if self._last_good is not None:
+            self._last_good.load_tensors(part("last_good."))

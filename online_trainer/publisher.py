@@ -162,6 +162,8 @@ class Publisher:
         if held is not None:
             self._hold_back(held, created_at_ms, learner.ledger.num_interactions)
             return None
+        if learner.drift.holds_publishing:
+            return None
         as_anchor = self._anchor_next or self._num_since_anchor + 1 >= self._config.anchor_every
         ages = self._unfinished = self._take_ages(created_at_ms, learner.ledger.num_interactions)
         rows = take_rows(learner.model, "anchor" if as_anchor else "delta")

@@ -26,6 +26,7 @@ from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.log_commands import log_app
 from ops.settings import Settings
+from ops.simulate_commands import simulate
 from ops.snapshot_commands import snapshots_app
 from ops.store_commands import store_app
 from ops.trainer_commands import trainer_app
@@ -61,6 +62,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(log_app, name="log")
 app.add_typer(trainer_app, name="trainer")
 app.add_typer(snapshots_app, name="snapshots")
+app.command()(simulate)
 
 
 class TimeUnit(StrEnum):

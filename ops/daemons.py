@@ -66,6 +66,7 @@ def train(settings: Settings) -> int:
     from model.config import LossConfig, ModelConfig, OptimizerConfig
     from online_trainer.config import ItemsConfig, TrainerConfig
     from online_trainer.daemon import TrainerDaemon, TrainerParts
+    from online_trainer.drift_config import DriftConfig
     from ops.snapshot_store import snapshot_storage
 
     config = settings.get(HeadraceConfig)
@@ -82,6 +83,7 @@ def train(settings: Settings) -> int:
                 model_config=settings.get(ModelConfig),
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),
+                drift_config=settings.get(DriftConfig),
                 model_name=config.model,
                 log=KafkaLog(_current_log(settings, store)),
                 store=store,

@@ -69,6 +69,7 @@ SECTIONS: Final = (
     Section("optimizer", "model.config", "OptimizerConfig"),
     Section("items", "online_trainer.config", "ItemsConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
+    Section("drift", "online_trainer.drift_config", "DriftConfig"),
     Section("serving", "serving.config", "ServingConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),
 )

@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 import torch
 
-from benchmarks.bench_dirichlet import StreamConfig, known_items, make_stream
+from backtest.dirichlet import DirichletConfig, dirichlet_records
+from benchmarks.bench_dirichlet import known_items
 from benchmarks.leave_one_out import NextItemModel, Run, Sequences, TrainingPlan, read_ml1m, windows
 from benchmarks.padded_hstu import padded_loss
 from kernels.softmax_loss import sampled_softmax_loss
@@ -127,10 +128,10 @@ def test_the_reconstruction_keeps_items_whose_ratings_have_no_place(tmp_path: Pa
 
 
 def test_the_dirichlet_stream_follows_its_vocabulary_and_is_repeatable() -> None:
-    stream = StreamConfig(num_records=200, num_items=1000, record_len=16)
-    items = make_stream(stream)
+    stream = DirichletConfig(num_records=200, num_items=1000, record_len=16)
+    items = dirichlet_records(stream).items_RT
     assert items.shape == (200, 16)
-    assert (items == make_stream(stream)).all()
+    assert (items == dirichlet_records(stream).items_RT).all()
     for record in (0, 100, 199):
         assert items[record].max() < known_items(stream, record)
     per_record = [len(set(record % stream.num_categories)) for record in items]

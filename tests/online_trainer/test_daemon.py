@@ -23,6 +23,7 @@ from model.snapshot import chain, list_versions, load_snapshot, read_manifest, r
 from model.swap import apply_snapshot
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.drift_config import DriftConfig
 from online_trainer.gate import read_held
 from stream.clock import WallClock
 from stream.errors import LogResetError
@@ -40,7 +41,7 @@ class Site:
     store: FeatureStore
     root: Path
 
-    def daemon(self, **trainer: Any) -> TrainerDaemon:
+    def daemon(self, drift: DriftConfig | None = None, **trainer: Any) -> TrainerDaemon:
         settings = {"batch_interactions": 16, "publish_interval_ms": 30, "checkpoint_interval_s": 0.1} | trainer
         return TrainerDaemon(
             TrainerParts(
@@ -58,6 +59,7 @@ class Site:
                 quarantine_root=self.root / "quarantine",
                 metrics_root=self.root / "metrics",
                 clock=WallClock(),
+                drift_config=drift or DriftConfig(),
             )
         )
 

@@ -24,6 +24,7 @@ def examples(histories: list[list[int]]) -> tuple[Examples, torch.Tensor, torch.
             query_time_ms=np.full(len(inputs), 1_000),
             offsets=offsets,
             positions=offsets[1:] - 1,
+            is_in_order=np.ones(len(inputs), bool),
             target_item_id=np.array([history[-1] for history in histories]),
             num_first=0,
             num_out_of_reach=0,

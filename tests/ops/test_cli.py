@@ -35,6 +35,7 @@ def test_without_a_command_it_lists_the_commands(headrace: Headrace) -> None:
         "serve",
         "up",
         "replay",
+        "simulate",
         "demo",
         "version",
         "dlq",
@@ -156,3 +157,16 @@ def test_up_refuses_ports_that_collide_and_a_broker_that_cannot_be_local(headrac
     assert_refused(
         headrace("up", "--local-broker", HEADRACE_LOG__BOOTSTRAP_SERVERS="kafka:9092"), "kafka:9092", "this machine"
     )
+
+
+def test_simulate_writes_a_stream_and_the_truth_about_it(headrace: Headrace, tmp_path: Path) -> None:
+    file = tmp_path / "made.parquet"
+    ran = headrace("simulate", str(file), "--scenario", "recurring", "--changes", "2", "--events", "300", "--seed", "7")
+    assert ran.returncode == 0
+    said = json.loads(ran.stdout)
+    assert [change["first"] for change in said["changes"]] == [100, 200]
+    assert json.loads((tmp_path / "made.truth.json").read_text())["changes"] == said["changes"]
+    assert file.is_file()
+    assert f"headrace replay {file} --user-col user_id" in ran.stderr
+    assert_refused(headrace("simulate", str(tmp_path / "made.csv")), "parquet")
+    assert_refused(headrace("simulate", str(file), "--events", "0"), "num_events = 0")
