@@ -30,9 +30,9 @@ class DriftConfig:
     """... that the model has become too sure of itself."""
     adwin_delta: float = 0.002
     """Chance of a false alarm that ADWIN allows in one look at its window."""
-    page_hinkley_delta: float = 0.02
+    page_hinkley_delta: float = 0.05
     """Rise of a signal's mean that Page-Hinkley tolerates. A loss is in units of the loss of guessing."""
-    page_hinkley_threshold: float = 12.0
+    page_hinkley_threshold: float = 15.0
     """What rises above that must add up to: more means fewer false alarms and a later alarm."""
     warm_up_interactions: int = 2_000
     """Interactions tested before the first decision."""
