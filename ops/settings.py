@@ -30,7 +30,7 @@ DEFAULT_FILE: Final = "headrace.toml"
 FILE_VARIABLE: Final = "HEADRACE_CONFIG"
 PREFIX: Final = "HEADRACE_"
 DEFAULT_ORIGIN: Final = "default"
-_SECRET_SUFFIXES: Final = ("password", "passphrase", "secret", "token", "tokens", "api_key")
+_SECRET_SUFFIXES: Final = ("password", "passphrase", "secret", "token", "api_key")
 _URL_PASSWORD: Final = re.compile(r"(?P<before>://[^:/@\s]*:)(?P<password>[^@/\s]+)(?=@)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,8 @@ from typing import Literal
 import pytest
 
 from ops.errors import SettingsError
-from ops.settings import Section, Setting, Settings, load
+from ops.settings import SECTIONS as REAL_SECTIONS
+from ops.settings import Section, Setting, Settings, is_secret, load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,3 +240,13 @@ def test_less_history_kept_than_models_are_given_is_refused() -> None:
         load(environment={"HEADRACE_STORE__MAX_HISTORY": "100"})
     load(environment={"HEADRACE_STORE__MAX_HISTORY": "512"})
     load(environment={"HEADRACE_STORE__MAX_HISTORY": "0"})
+
+
+def test_only_text_is_a_secret() -> None:
+    secret = [
+        f"{section.table}.{field.name}"
+        for section in REAL_SECTIONS
+        for field in dataclasses.fields(section.config_class())
+        if is_secret(field.name) and "str" not in str(field.type)
+    ]
+    assert secret == []
