@@ -134,7 +134,9 @@ def _run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             learner.step(batch)
             taken = learner.ledger.num_interactions
             if taken * NUM_POINTS // len(stream) > len(curve):
-                curve.append({"events": taken, **learner.metrics_summary()})
+                summary = learner.metrics_summary()
+                kept = {key: value for key, value in summary.items() if key.endswith((".count", *METRICS))}
+                curve.append({"events": taken, **kept})
         cpu_s, seconds = time.process_time() - started_s, time.perf_counter() - began_s
         num_items = learner.num_items
     whole, half = curve[-1], min(curve, key=lambda point: abs(point["events"] - len(stream) / 2))
