@@ -2,7 +2,8 @@
 
 BacktestError
 ├── RecordedStreamError     a file cannot be replayed: unreadable, a column is missing or holds what it must not
-└── DatasetMissingError     a data set that ships with headrace is not where it should be
+├── DatasetMissingError     a data set that ships with headrace is not where it should be
+└── RunFolderError          a run's folder cannot be read, or cannot be continued
 """
 
 from __future__ import annotations
@@ -18,3 +19,7 @@ class RecordedStreamError(BacktestError):
 
 class DatasetMissingError(BacktestError):
     """A data set that ships with headrace is incomplete; the message names the file."""
+
+
+class RunFolderError(BacktestError):
+    """A run's folder cannot be read or continued; the message names it and the remedy."""
