@@ -19,6 +19,7 @@ from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
 from model.history_input import HistoryInput
 from model.initial import NORM_EPS, dropout_seed, normal, xavier
+from model.key_values import KeyValues
 
 
 class HSTULayer(nn.Module):
@@ -54,10 +55,12 @@ class HSTULayer(nn.Module):
         mask: AttentionMask = CAUSAL,
         dropout: torch.Generator | None,
         kernel: KernelName = "auto",
+        kept: tuple[KeyValues, int] | None = None,
     ) -> Tensor:
         """x_LD of the next layer. times: int64 seconds of each position and of its query.
 
-        mask: silu attention only; softmax attention is always causal.
+        mask: silu attention only; softmax attention is always causal. kept: where keys and values are kept, and the
+        number of this layer; then x_LD, and the times of queries, are of the new positions only.
         """
         config = self.config
         entered = hstu_input(
@@ -70,12 +73,17 @@ class HSTULayer(nn.Module):
             activate="u" if config.gate_only_activation else "uvqk",
             kernel=kernel,
         )
+        k_LHA = entered.k_LA.view(-1, config.num_heads, config.attention_dim)
+        v_LHV = entered.v_LG.view(-1, config.num_heads, config.hidden_dim)
+        if kept is not None:
+            k_LHA, v_LHV = kept[0].put(kept[1], k_LHA, v_LHV)
         o_LHV = self._attend(
             entered.q_LA.view(-1, config.num_heads, config.attention_dim),
-            entered.k_LA.view(-1, config.num_heads, config.attention_dim),
-            entered.v_LG.view(-1, config.num_heads, config.hidden_dim),
+            k_LHA,
+            v_LHV,
             offsets,
             times,
+            query_offsets=None if kept is None else kept[0].query_offsets,
             mask=mask,
             kernel=kernel,
         )
@@ -102,12 +110,13 @@ class HSTULayer(nn.Module):
         offsets: Tensor,
         times: tuple[Tensor, Tensor],
         *,
+        query_offsets: Tensor | None,
         mask: AttentionMask,
         kernel: KernelName,
     ) -> Tensor:
         config = self.config
         if config.attention_activation == "softmax":
-            assert mask.is_causal_only, "softmax attention has no other mask"
+            assert mask.is_causal_only and query_offsets is None, "softmax attention is causal, over all positions"  # noqa: PT018
             return softmax_attention(q_LHA, k_LHA, v_LHV, offsets)
         bias = None
         if config.relative_bias:
@@ -126,6 +135,7 @@ class HSTULayer(nn.Module):
             alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
             bias=bias,
             mask=mask,
+            query_offsets=query_offsets,
             kernel=kernel,
         )
 
@@ -179,6 +189,27 @@ class HSTU(nn.Module):
         for layer in self.layers:
             x_LD = layer(x_LD, offsets, times_s, mask=mask, dropout=dropout, kernel=kernel)
         return x_LD
+
+    def extended_states(
+        self,
+        item_MD: Tensor,
+        known_M: Tensor | None,
+        times_ms: tuple[Tensor, Tensor],
+        kept: KeyValues,
+        *,
+        mask: AttentionMask = CAUSAL,
+        kernel: KernelName = "auto",
+    ) -> Tensor:
+        """x_MD as ``hidden_states``, of the new positions of rows whose other keys and values are kept; inference.
+
+        times_ms: int64[L] of all positions, int64[M] of the new ones' queries. Not with ``time_embedding`` or softmax
+        attention, under which what is kept does not stay valid.
+        """
+        times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
+        x_MD: Tensor = self.input(item_MD, known_M, kept.offsets, times_s, places_L=kept.places_M, dropout=None)
+        for number, layer in enumerate(self.layers):
+            x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
+        return x_MD
 
 
 class _Affine(nn.Module):

@@ -73,9 +73,9 @@ class Recommender(nn.Module):
         rows_L = batch.rows_L.clamp(min=0)
         if active is not None:
             index_L = active.index_of(rows_L).clamp(max=max(active.rows_R.shape[0] - 1, 0))
-            item_LD = _take(active.weight_RD, index_L)
+            item_LD = take_items(active.weight_RD, index_L)
         else:
-            item_LD = _take(self.items.weight, rows_L)
+            item_LD = take_items(self.items.weight, rows_L)
         times_ms = (batch.timestamps_ms_L, batch.query_times_ms_L)
         encoded: Tensor = self.encoder(item_LD, known_L, batch.offsets, times_ms, dropout=dropout, kernel=kernel)
         return encoded
@@ -134,7 +134,8 @@ class Recommender(nn.Module):
         return {name: (parameter, state[name]) for name, parameter in parameters.items()}
 
 
-def _take(weight_RD: Tensor, index_L: Tensor) -> Tensor:
+def take_items(weight_RD: Tensor, index_L: Tensor) -> Tensor:
+    """float[L, D]: rows of a table, zeros if it has none."""
     if weight_RD.shape[0] == 0:  # no item is known yet: every input reads as zeros
         return weight_RD.new_zeros(index_L.shape[0], weight_RD.shape[1])
     return functional.embedding(index_L, weight_RD)

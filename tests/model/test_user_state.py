@@ -1,0 +1,195 @@
+"""What is kept of a user gives the state that computing everything again gives, whatever happened in between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kernels.implementations import KernelName
+from model.batch import HistoryBatch
+from model.config import ModelConfig
+from model.recommender import Recommender
+from model.user_state import UserState, encode_newest, keeps_user_states, window_len
+
+CONFIG = ModelConfig(
+    embedding_dim=8, num_layers=3, num_heads=2, attention_dim=3, hidden_dim=5, max_len=12, num_time_buckets=40
+)
+NUM_ITEMS = 7
+History = list[tuple[int, int]]
+"""Item row (-1: unknown) and time in ms, in order."""
+
+
+def build(**options: Any) -> Recommender:
+    recommender = Recommender(replace(CONFIG, **options))
+    recommender.items.admit(np.arange(NUM_ITEMS))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        recommender.items.weight[:NUM_ITEMS] = torch.randn(NUM_ITEMS, CONFIG.embedding_dim, generator=generator)
+        for parameter in recommender.encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return recommender.eval()
+
+
+RECOMMENDER = build()
+
+
+def batch_of(histories: list[History], now_ms: int) -> HistoryBatch:
+    rows = [row for history in histories for row, _ in history]
+    times = [at_ms for history in histories for _, at_ms in history]
+    followed = [at_ms for history in histories for at_ms in [*(at for _, at in history[1:]), now_ms]]
+    bounds = np.cumsum([0, *(len(history) for history in histories)])
+    return HistoryBatch(
+        rows_L=torch.tensor(rows),
+        timestamps_ms_L=torch.tensor(times),
+        query_times_ms_L=torch.tensor(followed),
+        offsets=torch.tensor(bounds),
+    )
+
+
+def expected(recommender: Recommender, batch: HistoryBatch) -> torch.Tensor:
+    return recommender.encode(batch)[batch.last_positions()]
+
+
+def check(recommender: Recommender, histories: list[History], known: list[UserState | None], now_ms: int) -> Any:
+    batch = batch_of(histories, now_ms)
+    found = encode_newest(recommender, batch, known)
+    torch.testing.assert_close(found.u_BD, expected(recommender, batch), rtol=0, atol=1e-5)
+    return found
+
+
+HISTORY: History = [(n % NUM_ITEMS, 1_000_000 + 7_000 * n * n) for n in range(10)]
+NOW_MS = 9_000_000
+
+
+def test_a_repeated_request_computes_the_newest_position_only() -> None:
+    first = check(RECOMMENDER, [HISTORY], [None], NOW_MS)
+    again = check(RECOMMENDER, [HISTORY], first.states, 100 * NOW_MS)
+    assert (first.num_reused_B, again.num_reused_B) == ([0], [len(HISTORY) - 1])
+    assert again.states[0] is first.states[0]
+    assert not torch.allclose(first.u_BD, again.u_BD, atol=1e-5), "the time of the request must count"
+
+
+def test_new_interactions_extend_what_is_kept() -> None:
+    first = check(RECOMMENDER, [HISTORY[:6]], [None], NOW_MS)
+    then = check(RECOMMENDER, [HISTORY], first.states, NOW_MS)
+    assert then.num_reused_B == [5]
+    assert then.states[0].inputs_3P.shape[1] == then.states[0].layers.shape[1] == len(HISTORY) - 1
+
+
+def test_behind_a_late_interaction_everything_is_computed_again() -> None:
+    first = check(RECOMMENDER, [HISTORY[:8]], [None], NOW_MS)
+    late = [*HISTORY[:3], (5, HISTORY[2][1] + 1), *HISTORY[3:]]
+    # The third position stays the same, but is followed by another interaction now.
+    assert check(RECOMMENDER, [late], first.states, NOW_MS).num_reused_B == [2]
+
+
+def test_another_history_with_the_same_number_of_interactions_reuses_nothing() -> None:
+    first = check(RECOMMENDER, [HISTORY], [None], NOW_MS)
+    other = [(row - 1, at_ms) for row, at_ms in HISTORY]
+    assert check(RECOMMENDER, [other], first.states, NOW_MS).num_reused_B == [0]
+
+
+def test_a_history_of_one_interaction_has_nothing_to_keep() -> None:
+    first = check(RECOMMENDER, [HISTORY[:1]], [None], NOW_MS)
+    assert first.states[0].layers.shape[1] == 0
+    assert check(RECOMMENDER, [HISTORY[:2]], first.states, NOW_MS).num_reused_B == [0]
+
+
+def test_users_of_one_batch_are_told_apart() -> None:
+    histories = [HISTORY[:4], HISTORY[2:9], HISTORY[:1], HISTORY]
+    first = check(RECOMMENDER, histories[:3], [None] * 3, NOW_MS)
+    known = [first.states[0], None, first.states[2], first.states[1]]
+    found = check(RECOMMENDER, [HISTORY[:6], HISTORY[1:5], HISTORY[:2], HISTORY[2:]], known, NOW_MS)
+    assert found.num_reused_B == [3, 0, 0, 6]
+
+
+def test_what_is_kept_does_not_hold_the_memory_of_the_batch() -> None:
+    state = encode_newest(RECOMMENDER, batch_of([HISTORY] * 8, NOW_MS), [None] * 8).states[0]
+    width = CONFIG.num_heads * (CONFIG.attention_dim + CONFIG.hidden_dim)
+    assert state.layers.untyped_storage().nbytes() == CONFIG.num_layers * 9 * width * 4
+    assert state.num_bytes == state.layers.untyped_storage().nbytes() + 3 * 9 * 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"relative_bias": False},
+        {"affine_norms": True, "gate_only_activation": True, "scaled_scores": True, "concat_output": True},
+        {"num_heads": 1, "num_layers": 1},
+    ],
+)
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_it_holds_for_every_form_of_the_layer(options: dict[str, Any], kernel: KernelName) -> None:
+    recommender = build(**options)
+    batch = batch_of([HISTORY[:5], HISTORY], NOW_MS)
+    first = encode_newest(recommender, batch_of([HISTORY[:3], HISTORY[:7]], NOW_MS), [None, None], kernel=kernel)
+    found = encode_newest(recommender, batch, first.states, kernel=kernel)
+    assert found.num_reused_B == [2, 6]
+    torch.testing.assert_close(found.u_BD, expected(recommender, batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"time_embedding": True, "relative_bias": False},
+        {"kind": "sasrec"},
+        {"attention_activation": "softmax", "relative_bias": False, "hidden_dim": 3},
+    ],
+)
+def test_states_that_the_time_of_a_request_changes_are_not_kept(options: dict[str, Any]) -> None:
+    recommender = Recommender(replace(CONFIG, embedding_dim=8, **options))
+    assert not keeps_user_states(recommender.config)
+    with pytest.raises(ValueError, match="change with the time of the request"):
+        encode_newest(recommender, batch_of([HISTORY], NOW_MS), [None])
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[History]:
+    """What one user's history looked like from request to request: appended to, corrected, cut, forgotten."""
+    history: History = []
+    seen = []
+    row = st.integers(-1, NUM_ITEMS - 1)
+    for _ in range(draw(st.integers(2, 6))):
+        what = draw(st.sampled_from(["append", "append", "late", "forget", "nothing"]))
+        if what == "append":
+            for _ in range(draw(st.integers(1, 5))):
+                gap_ms = draw(st.sampled_from([0, 1, 999, 60_000, 10_000_000]))
+                history = [*history, (draw(row), (history[-1][1] if history else 1_000) + gap_ms)]
+        elif what == "late" and history:
+            at = draw(st.integers(0, len(history) - 1))
+            history = [*history[:at], (draw(row), history[at][1]), *history[at:]]
+        elif what == "forget":
+            history = [(draw(row), 5_000)]
+        seen.append(history)
+    return [one for one in seen if one]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(lives(), min_size=1, max_size=3), st.integers(1, CONFIG.max_len))
+def test_whatever_happens_to_histories_the_states_are_those_of_computing_all_again(
+    users: list[list[History]], hop: int
+) -> None:
+    known: dict[int, UserState] = {}
+    for moment in range(max(len(life) for life in users)):
+        present = [user for user, life in enumerate(users) if moment < len(life)]
+        windows = []
+        for user in present:
+            history = users[user][moment]
+            windows.append(history[-window_len(len(history), max_len=CONFIG.max_len, hop=hop) :])
+        if present:
+            found = check(RECOMMENDER, windows, [known.get(user) for user in present], 2_000_000_000)
+            known.update(zip(present, found.states, strict=True))
+
+
+def test_the_window_moves_in_hops_and_is_never_longer_than_the_model_reads() -> None:
+    lengths = [window_len(n, max_len=12, hop=4) for n in range(25)]
+    assert lengths[:13] == list(range(13))
+    assert lengths[13:] == [9, 10, 11, 12] * 3
+    assert [window_len(n, max_len=12, hop=1) for n in (11, 12, 13, 400)] == [11, 12, 12, 12]
+    assert window_len(13, max_len=12, hop=12) == 1
