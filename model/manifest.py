@@ -27,13 +27,15 @@ class Lineage:
     """Exactly which interactions the weights have learned from.
 
     positions: next source offset per partition of the log ``log_id``. num_interactions and fingerprint (sum of the
-    64-bit event keys, modulo 2**64) count what was learned, for comparison with the store.
+    64-bit event keys, modulo 2**64) count what was taken from the stream, for comparison with the store; of these,
+    num_thinned were passed over instead of learned from, because the stream outran the trainer.
     """
 
     log_id: str = ""
     positions: dict[int, int] = field(default_factory=dict)
     num_interactions: int = 0
     fingerprint: int = 0
+    num_thinned: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,7 @@ class Manifest:
                     positions={int(p): int(o) for p, o in lineage["positions"].items()},
                     num_interactions=int(lineage["num_interactions"]),
                     fingerprint=int(lineage["fingerprint"]),
+                    num_thinned=int(lineage.get("num_thinned", 0)),  # snapshots of before there was thinning
                 ),
                 files={name: FileEntry(**entry) for name, entry in files.items()},
                 **{name: value for name, value in raw.items() if name in {f.name for f in fields(Manifest)}},

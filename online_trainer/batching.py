@@ -1,7 +1,8 @@
 """From update messages to micro-batches: which new interactions the next step learns from.
 
-A pure function of the sequence of messages and the budgets, so that a run can be repeated bit by bit; only the
-decision to stop waiting (`flush`) depends on time, and only when the stream is quiet.
+A pure function of the sequence of messages and calls and the budgets, so that a run can be repeated bit by bit. Time
+decides when a batch that is not full is closed, which only happens when the stream is quiet, and how much waits, which
+only matters to the policies for a trainer that is behind (`LagRule`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_store.interactions import Interactions
+from online_trainer.config import LagPolicy, TrainerConfig
 from stream.messages import HistoryUpdate
 from stream.tracing import Headers
 
@@ -37,12 +39,41 @@ class MicroBatch:
     interactions: Interactions
     append_ms: NDArray[np.int64]
     """[N] broker append time of each, epoch ms."""
+    thinned: Interactions
+    """Those passed over because the stream outran the trainer: in histories and trends, not tested, not learned from.
+    They came before `interactions`."""
     dropped: Interactions
     """Those of users who were forgotten since: taken from the stream, and not to be learned from."""
     positions: dict[SourcePartition, PartitionPosition]
     """Positions after this batch, for the partitions it touches."""
     headers: tuple[Headers, ...]
     """Trace context of the update messages it draws from."""
+    is_large: bool = False
+    """It was closed at the limits for a trainer that is behind."""
+
+    def taken(self) -> Interactions:
+        """What enters histories and trends: all but those of users who are gone."""
+        return Interactions.concat([self.thinned, self.interactions]) if len(self.thinned) else self.interactions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LagRule:
+    """What changes while more interactions wait than the trainer keeps up with."""
+
+    policy: LagPolicy
+    lag_interactions: int
+    """More than so many waiting: the stream has outrun the trainer."""
+    max_interactions: int
+    """Of a batch meanwhile, under `larger_batches`; tokens in proportion."""
+
+    @classmethod
+    def of(cls, config: TrainerConfig) -> LagRule:
+        """The rule that the settings ask for."""
+        return cls(
+            policy=config.lag_policy,
+            lag_interactions=config.lag_interactions,
+            max_interactions=config.lag_batch_interactions,
+        )
 
 
 @dataclass(slots=True)
@@ -127,8 +158,11 @@ class MicroBatcher:
         max_tokens: int,
         max_len: int,
         positions: dict[SourcePartition, PartitionPosition],
+        lag: LagRule | None = None,
     ) -> None:
+        """lag: None leaves batches as they are however much waits."""
         self._max_interactions, self._max_tokens, self._max_len = max_interactions, max_tokens, max_len
+        self._lag = lag
         self._queues = {source: _Queue(position.source_offset - 1) for source, position in positions.items()}
         self._forgotten: dict[int, dict[int, int]] = {}
         """Partition of `history-updates` → user → offset of the message that ends what was announced before."""
@@ -174,16 +208,32 @@ class MicroBatcher:
         """Whether a batch can be closed without waiting."""
         return self.num_pending >= self._max_interactions
 
+    def is_behind(self) -> bool:
+        """Whether the stream has outrun the trainer."""
+        return self._lag is not None and self.num_pending > self._lag.lag_interactions
+
+    def oldest_append_ms(self) -> int | None:
+        """Broker append time of what has waited longest; None when nothing waits."""
+        heads = [queue.updates[0] for queue in self._queues.values() if queue.updates]
+        return min((int(head.update.append_ms[head.taken]) for head in heads), default=None)
+
     def take(self) -> MicroBatch | None:
         """Close a batch with what is pending, within the budgets; None when nothing is."""
         if not self.num_pending:
             return None
+        policy = self._lag.policy if self._lag is not None and self.is_behind() else "fall_behind"
+        max_rows, max_tokens = self._max_interactions, self._max_tokens
+        if self._lag is not None and policy == "larger_batches":
+            max_rows = self._lag.max_interactions
+            max_tokens = max_tokens * max_rows // self._max_interactions
+        num_thinned = self.num_pending - max_rows if policy == "thin" else 0
         sources = sorted(self._queues)
-        rows, order = self._merge(sources)
+        rows, order = self._merge(sources, num_thinned + max_rows)
         candidates = Interactions.concat(rows.interactions).take(order)
-        num_rows = self._num_within_budget(candidates)
+        num_rows = num_thinned + self._num_within_budget(candidates.take(slice(num_thinned, None)), max_tokens)
         order, candidates = order[:num_rows], candidates.take(slice(0, num_rows))
         is_kept, source_of = np.concatenate(rows.is_kept)[order], np.concatenate(rows.source)[order]
+        is_learned = is_kept & (np.arange(num_rows) >= num_thinned)
         positions: dict[SourcePartition, PartitionPosition] = {}
         headers: list[Headers] = []
         for number, count in zip(*np.unique(source_of, return_counts=True), strict=True):
@@ -192,27 +242,29 @@ class MicroBatcher:
             headers += of_messages
         self.num_pending -= num_rows
         return MicroBatch(
-            interactions=candidates.take(is_kept),
-            append_ms=np.concatenate(rows.append_ms)[order][is_kept],
+            interactions=candidates.take(is_learned),
+            append_ms=np.concatenate(rows.append_ms)[order][is_learned],
+            thinned=candidates.take(is_kept & ~is_learned),
             dropped=candidates.take(~is_kept),
             positions=positions,
             headers=tuple(headers),
+            is_large=policy == "larger_batches",
         )
 
-    def _merge(self, sources: list[SourcePartition]) -> tuple[_Rows, NDArray[np.intp]]:
+    def _merge(self, sources: list[SourcePartition], num_rows: int) -> tuple[_Rows, NDArray[np.intp]]:
         """Candidates for a batch with the numbers of their sources, and their order: oldest append first."""
         merged = _Rows()
         for number, source in enumerate(sources):
-            peeked = self._queues[source].peek(self._max_interactions)
+            peeked = self._queues[source].peek(num_rows)
             merged.interactions += peeked.interactions
             merged.append_ms += peeked.append_ms
             merged.order_ms += peeked.order_ms
             merged.is_kept += peeked.is_kept
             merged.source += [np.full(len(part), number) for part in peeked.order_ms]
         # A stable sort keeps each partition's rows in source order.
-        return merged, np.argsort(np.concatenate(merged.order_ms), kind="stable")[: self._max_interactions]
+        return merged, np.argsort(np.concatenate(merged.order_ms), kind="stable")[:num_rows]
 
-    def _num_within_budget(self, candidates: Interactions) -> int:
+    def _num_within_budget(self, candidates: Interactions, max_tokens: int) -> int:
         """Rows until the token budget is spent, or a user has more new interactions than one history row holds.
 
         A user costs its history length, known from `seq` without reading the history: arrivals so far.
@@ -223,7 +275,7 @@ class MicroBatcher:
         is_first = np.zeros(len(users), bool)
         is_first[first_rows] = True
         cost = np.cumsum(np.where(is_first, tokens, 1))
-        within = int(np.searchsorted(cost, self._max_tokens, side="right"))
+        within = int(np.searchsorted(cost, max_tokens, side="right"))
         by_user = np.argsort(user_of_row, kind="stable")
         starts = np.cumsum(np.bincount(user_of_row)) - np.bincount(user_of_row)
         rank_within_user = np.empty(len(users), np.int64)

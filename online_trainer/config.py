@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+LagPolicy = Literal["fall_behind", "larger_batches", "thin"]
+LAG_POLICIES: Final[tuple[LagPolicy, ...]] = get_args(LagPolicy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +21,15 @@ class TrainerConfig:
     """A step starts at the latest this long (ms) after its first interaction arrived."""
     max_pending_interactions: int = 20_000
     """Interactions read but not yet learned from; beyond it the trainer stops reading until it has caught up."""
+    lag_policy: LagPolicy = "fall_behind"
+    """What the trainer does while the stream outruns it. fall_behind: nothing, each interaction is learned from in its
+    turn, however late; the only one under which a restart repeats what it did bit by bit. larger_batches: steps of
+    lag_batch_interactions, which cost less an interaction and teach less. thin: all that waits but the newest
+    batch_interactions is passed over and counted as thinned: in histories and trends, not tested, not learned from."""
+    lag_interactions: int = 4_000
+    """Interactions read but not yet learned from, from which on the trainer counts as behind."""
+    lag_batch_interactions: int = 512
+    """New interactions of one step at most while behind, under larger_batches; history tokens in proportion."""
     poll_records: int = 16
     """Update messages taken per poll."""
     seed: int = 42
@@ -76,6 +89,7 @@ class TrainerConfig:
             "batch_interactions",
             "batch_tokens",
             "max_pending_interactions",
+            "lag_interactions",
             "poll_records",
             "metrics_window",
             "metrics_new_below",
@@ -95,6 +109,7 @@ class TrainerConfig:
         for name in ("batch_wait_ms", "publish_interval_ms", "num_threads", "spike_deviations", "max_spikes_in_a_row"):
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
+        self._check_lag()
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:
             raise ValueError("trainer.baseline_half_life_h and trainer.checkpoint_interval_s must be positive")
         if self.replica_timeout_s <= 0 or self.gate_memory_s <= 0:
@@ -104,6 +119,28 @@ class TrainerConfig:
                 f"trainer.gate_baseline_min = {self.gate_baseline_min}, trainer.gate_drop_max = {self.gate_drop_max}: "
                 "the first must not be negative, the second a share from 0 to below 1"
             )
+
+    def _check_lag(self) -> None:
+        if self.lag_policy not in LAG_POLICIES:
+            raise ValueError(f"trainer.lag_policy = {self.lag_policy!r}: must be {' or '.join(LAG_POLICIES)}")
+        if self.lag_policy == "fall_behind":
+            return
+        if not self.batch_interactions <= self.lag_interactions <= self.max_pending_interactions:
+            raise ValueError(
+                f"trainer.lag_interactions = {self.lag_interactions}: must lie between trainer.batch_interactions "
+                f"({self.batch_interactions}) and trainer.max_pending_interactions ({self.max_pending_interactions}), "
+                "beyond which nothing more is read"
+            )
+        if self.lag_policy == "larger_batches" and self.lag_batch_interactions < self.batch_interactions:
+            raise ValueError(
+                f"trainer.lag_batch_interactions = {self.lag_batch_interactions}: must be at least "
+                f"trainer.batch_interactions ({self.batch_interactions})"
+            )
+
+    @property
+    def batch_interactions_max(self) -> int:
+        """Interactions that one step may learn from, also while the trainer is behind."""
+        return self.lag_batch_interactions if self.lag_policy == "larger_batches" else self.batch_interactions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,12 +21,13 @@ from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
 from model.storage import SnapshotRoot
-from online_trainer.batching import MicroBatch, MicroBatcher
+from online_trainer.batching import LagRule, MicroBatch, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.instruments import observe_ranks
+from online_trainer.lag import LagWatch
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
 from online_trainer.metrics_file import MetricsFile
@@ -115,6 +116,7 @@ class TrainerDaemon:
             max_tokens=parts.config.batch_tokens,
             max_len=parts.model_config.max_len,
             positions=self._learner.ledger.positions,
+            lag=LagRule.of(parts.config),
         )
         self.freshness = FreshnessRecorder(F2_LEARNED, mode=parts.mode)
         self._blocked_by: str | None = "starting"
@@ -131,6 +133,7 @@ class TrainerDaemon:
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
         self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
+        self._lag = LagWatch(self._batcher, parts.config, parts.clock, meter)
         observe_ranks(meter, self._learner.evaluation.measured)
         self._drift_decisions = meter.create_counter("headrace.trainer.drift", unit="{decision}")
 
@@ -202,6 +205,7 @@ class TrainerDaemon:
                 delay_s = min(2 * delay_s, RETRY_MAX_S)
             else:
                 self._blocked_by, delay_s = None, RETRY_FIRST_S
+            self._lag.look()
             if self._batch_is_due():
                 await self._step(stopping)
             # The publisher's gate holds back as well; not asking it keeps the traces' links for the next snapshot.
@@ -253,12 +257,13 @@ class TrainerDaemon:
         fail_point("trainer.trained")
         self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
         self._learned.add(len(batch.interactions))
+        self._lag.took(batch)
         event_time_ms = batch.interactions.event_time_ms
         self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
         if self._learner.ledger.num_steps % self._config.metrics_every_steps == 0:
             await self._in_compute_thread(self._note_metrics)
         num_taken = self._learner.ledger.num_interactions
-        self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped))
+        self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped) + len(batch.thinned))
 
     async def _write_set_aside(self) -> None:
         """Before the step counts: a crash then repeats it, and writes the same again."""
@@ -422,6 +427,7 @@ class TrainerDaemon:
             "items_retired": ledger.num_items_retired,
             "steps": ledger.num_steps,
             "pending": self._batcher.num_pending,
+            "lag": self._lag.status(ledger),
             "repeated": self._batcher.num_repeated,
             "fingerprint": str(ledger.fingerprint),
             "watermark_ms": ledger.watermark_ms,

@@ -46,10 +46,11 @@ class LearnerConfig:
     drift: DriftConfig = field(default_factory=DriftConfig)
 
     def __post_init__(self) -> None:
-        if self.model.max_items < 2 * self.trainer.batch_interactions:
+        if self.model.max_items < 2 * self.trainer.batch_interactions_max:
             raise ValueError(
                 f"model.max_items is {self.model.max_items}; the items of a step and as many new ones must find room:"
-                f" at least twice trainer.batch_interactions ({self.trainer.batch_interactions})"
+                f" at least twice trainer.batch_interactions or, under trainer.lag_policy larger_batches,"
+                f" trainer.lag_batch_interactions ({self.trainer.batch_interactions_max})"
             )
 
 
@@ -85,14 +86,17 @@ class OnlineLearner:
 
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""
-        new = batch.interactions
+        new, taken = batch.interactions, batch.taken()
+        if len(taken):
+            # The ledger's watermark: after a restart it is what it was, and with it what had expired.
+            self._hot.apply(taken, watermark_ms=self.ledger.watermark_ms)
         if len(new):
             self._learn(new)
+        # What was thinned counts in trends as well, of items with a row: a burst is when they matter most.
+        self._observe(taken)
         self.ledger.record(batch)
 
     def _learn(self, new: Interactions) -> None:
-        # The ledger's watermark: after a restart it is what it was, and with it what had expired.
-        self._hot.apply(new, watermark_ms=self.ledger.watermark_ms)
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
         self._retire_items(new)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
@@ -100,7 +104,6 @@ class OnlineLearner:
         self._admit_items(new)
         if len(examples.positions):
             self._test_and_train(examples, new, num_known)
-        self._observe(new)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
 

@@ -36,6 +36,10 @@ class Ledger:
     """... in batches whose loss was not finite: weights stayed as they were."""
     num_forgotten: int = 0
     """... whose users were forgotten before they were learned from."""
+    num_thinned: int = 0
+    """... passed over because the stream outran the trainer: trainer.lag_policy."""
+    num_large_steps: int = 0
+    """Steps of more than trainer.batch_interactions, for the same reason."""
     num_items_retired: int = 0
     """Items that lost their rows."""
     num_steps: int = 0
@@ -44,13 +48,15 @@ class Ledger:
     def record(self, batch: MicroBatch) -> None:
         """Take a finished step's batch into the account."""
         self.positions.update(batch.positions)
-        for taken in (batch.interactions, batch.dropped):
+        for taken in (batch.interactions, batch.thinned, batch.dropped):
             self.num_interactions += len(taken)
             keys = int(np.add.reduce(taken.event_key, dtype=np.uint64))
             self.fingerprint = (self.fingerprint + keys) % _MODULUS
         self.num_forgotten += len(batch.dropped)
+        self.num_thinned += len(batch.thinned)
+        self.num_large_steps += batch.is_large
         self.num_steps += 1
-        self.watermark_ms = max(self.watermark_ms, int(batch.interactions.event_time_ms.max(initial=0)))
+        self.watermark_ms = int(batch.taken().event_time_ms.max(initial=self.watermark_ms))
 
     def lineage(self) -> Lineage:
         """Which events are inside, as manifests state it."""
@@ -59,6 +65,7 @@ class Ledger:
             positions={partition: position.source_offset for partition, position in self.of_log(self.log_id).items()},
             num_interactions=self.num_interactions,
             fingerprint=self.fingerprint,
+            num_thinned=self.num_thinned,
         )
 
     def of_log(self, log_id: str) -> dict[int, PartitionPosition]:

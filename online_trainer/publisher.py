@@ -119,7 +119,7 @@ class Publisher:
     def learned(
         self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], num_interactions: int, num_dropped: int
     ) -> None:
-        """Note what a step learned from or dropped; `num_interactions` is the ledger's total after it.
+        """Note what a step learned from or only took (dropped); `num_interactions` is the ledger's total after it.
 
         After a restart from a checkpoint, the interactions learned again are in a published snapshot already:
         they are neither counted again nor published until the trainer has passed that snapshot.

@@ -43,6 +43,12 @@ class Account:
         if self.stored.num_removed:
             accepted = f"{self.stored.num_accepted:,} accepted ({self.stored.num_removed:,} removed since)"
         if self.is_equal:
+            if self.learned.num_thinned:
+                return (
+                    f"version {self.version} has taken each of the {accepted} interactions exactly once, and learned "
+                    f"from all but {self.learned.num_thinned:,}, passed over because the stream outran the trainer "
+                    "(trainer.lag_policy)"
+                )
             return f"version {self.version} has learned from each of the {accepted} interactions exactly once"
         if not self.is_caught_up:
             newest = "no snapshot is published" if self.version is None else f"version {self.version}"

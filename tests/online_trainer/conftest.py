@@ -17,7 +17,7 @@ from feature_store.interactions import Interactions
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from online_trainer.batching import MicroBatcher
+from online_trainer.batching import LagRule, MicroBatcher
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from stream.messages import HistoryUpdate
@@ -55,10 +55,14 @@ class RecordedStream:
     def learner(self, **config: Any) -> OnlineLearner:
         return OnlineLearner(self.config(**config), HotHistories(self.store, HOT), log_id="main")
 
-    def batcher(self, learner: OnlineLearner, max_interactions: int = 16) -> MicroBatcher:
+    def batcher(self, learner: OnlineLearner, max_interactions: int = 16, lag: LagRule | None = None) -> MicroBatcher:
         """A batcher that continues where the learner stands, with every update queued."""
         batcher = MicroBatcher(
-            max_interactions=max_interactions, max_tokens=10_000, max_len=8, positions=learner.ledger.positions
+            max_interactions=max_interactions,
+            max_tokens=10_000,
+            max_len=8,
+            positions=learner.ledger.positions,
+            lag=lag,
         )
         for number, update in enumerate(self.updates):
             batcher.add(update, number)
