@@ -29,9 +29,10 @@ from ops.settings import Settings
 from ops.simulate_commands import simulate
 from ops.snapshot_commands import snapshots_app
 from ops.store_commands import store_app
+from ops.token_commands import token_app
 from ops.trainer_commands import trainer_app
 from ops.user_commands import user_app
-from serving.errors import PortTakenError
+from serving.errors import ListenRefusedError, PortTakenError
 from stream.errors import LogResetError, StreamError
 
 _REFUSALS: Final = (
@@ -42,6 +43,7 @@ _REFUSALS: Final = (
     LogResetError,
     CheckpointMismatchError,
     PortTakenError,
+    ListenRefusedError,
 )
 """Trying again cannot help: exit status 2."""
 
@@ -62,6 +64,7 @@ app.add_typer(store_app, name="store")
 app.add_typer(log_app, name="log")
 app.add_typer(trainer_app, name="trainer")
 app.add_typer(snapshots_app, name="snapshots")
+app.add_typer(token_app, name="token")
 app.command()(simulate)
 
 

@@ -109,6 +109,7 @@ def serve(settings: Settings, port: int) -> int:
     from model.config import ModelConfig
     from model.storage import LocalStorage
     from ops.snapshot_store import snapshot_storage
+    from serving.access_config import AccessConfig
     from serving.config import ServingConfig
     from serving.daemon import run_worker
     from serving.worker import ServingParts
@@ -123,6 +124,7 @@ def serve(settings: Settings, port: int) -> int:
         model_config=settings.get(ModelConfig),
         model_name=config.model,
         snapshot_root=snapshots,
+        access=settings.get(AccessConfig),
         snapshot_cache=None if isinstance(snapshots, LocalStorage) else config.data_dir / "snapshot-cache",
         log=KafkaLog(settings.get(KafkaConfig)),
         store=store,

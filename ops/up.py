@@ -13,6 +13,7 @@ from ops.config import HeadraceConfig
 from ops.errors import SettingsError
 from ops.settings import FILE_VARIABLE, Settings, variable_of
 from ops.supervisor import Child
+from serving.access_config import AccessConfig
 from serving.config import ServingConfig
 from stream.clock import WallClock
 from stream.kafka import KafkaConfig
@@ -107,8 +108,9 @@ def addresses(settings: Settings, ports: Sequence[int]) -> list[str]:
     """What a person wants to know once everything starts: one line per address."""
     config = settings.get(HeadraceConfig)
     host = settings.get(ServingConfig).host
+    scheme = "https" if settings.get(AccessConfig).tls_certfile else "http"
     return [
-        *(f"serving  http://{host}:{port}" for port in ports),
+        *(f"serving  {scheme}://{host}:{port}" for port in ports),
         f"ingest   http://{config.probe_host}:{config.ingest_port}/status",
         f"trainer  http://{config.probe_host}:{config.trainer_port}/status",
     ]

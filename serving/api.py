@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from serving.access_config import Scope
 from serving.errors import EventsRefusedError, InvalidRequestError, RequestError
 from serving.instruments import ERROR, FALLBACK, OK, REFUSED, REJECTED
 from serving.messages import (
@@ -60,6 +61,7 @@ def build_api(worker: ServingWorker) -> FastAPI:
     _add_work(app, worker)
     _add_probes(app, worker)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(Exception, _our_bug)
     return app
 
@@ -77,17 +79,17 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
     @app.post("/v1/recommend", **_documented(RecommendRequest, Recommendation))
     async def post_recommend(request: Request) -> Response:
         """The best items for a user."""
-        return await _respond(worker, request, "/v1/recommend", recommend)
+        return await _respond(worker, request, "/v1/recommend", recommend, scope="read")
 
     @app.post("/v1/rank", **_documented(RankRequest, RankedCandidates))
     async def post_rank(request: Request) -> Response:
         """Given candidates in order of preference; unknown ones last, without a score."""
-        return await _respond(worker, request, "/v1/rank", rank)
+        return await _respond(worker, request, "/v1/rank", rank, scope="read")
 
     @app.post("/v1/events", status_code=202, **_documented(Event, EventsAccepted, status=202))
     async def post_events(request: Request) -> Response:
         """One event, or a list of them: all are in the log, or none was sent."""
-        return await _respond(worker, request, "/v1/events", events, status=202)
+        return await _respond(worker, request, "/v1/events", events, scope="write", status=202)
 
     @app.delete("/v1/users/{user_id}", status_code=202)
     async def delete_user(request: Request, user_id: str, *, text: bool = False) -> Response:
@@ -101,7 +103,7 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
             await worker.removal.forget(meant)
             return ForgetAccepted(request_id=request_id, user_id=meant)
 
-        return await _respond(worker, request, "/v1/users/{user_id}", forget, status=202)
+        return await _respond(worker, request, "/v1/users/{user_id}", forget, scope="write", status=202)
 
 
 def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
@@ -117,14 +119,19 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
         reasons = worker.reasons_not_ready()
         return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
+    def admit(request: Request) -> None:
+        worker.access.admit_monitoring(request.headers.get("authorization"), _host(request))
+
     @app.get("/metrics")
-    def metrics() -> Response:
+    def metrics(request: Request) -> Response:
         """Prometheus text format."""
+        admit(request)
         return Response(worker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
-    async def version() -> Response:
+    async def version(request: Request) -> Response:
         """What runs here."""
+        admit(request)
         return _json(
             {
                 "name": "headrace",
@@ -136,12 +143,15 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
         )
 
     @app.get("/status")
-    async def status() -> Response:
+    async def status(request: Request) -> Response:
         """Figures of this worker, for people and for the live view."""
+        admit(request)
         return _json(worker.status())
 
 
-async def _respond(worker: ServingWorker, request: Request, route: str, work: _Work, *, status: int = 200) -> Response:
+async def _respond(
+    worker: ServingWorker, request: Request, route: str, work: _Work, *, scope: Scope, status: int = 200
+) -> Response:
     started_s = worker.clock.monotonic_s()
     request_id = _request_id(request)
     outcome = ERROR
@@ -152,6 +162,7 @@ async def _respond(worker: ServingWorker, request: Request, route: str, work: _W
         attributes={"http.request.method": request.method, "http.route": route, "headrace.request.id": request_id},
     ) as span:
         try:
+            worker.access.admit(request.headers.get("authorization"), _host(request), scope)
             done = await work(await _read_body(request, worker.config.body_max_bytes), request_id)
             outcome = OK
             if isinstance(done, Answer):
@@ -199,6 +210,10 @@ def _decode(kind: type[_Body], body: bytes) -> _Body:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="malformed_json") from error
 
 
+def _host(request: Request) -> str:
+    return "" if request.client is None else request.client.host
+
+
 def _request_id(request: Request) -> str:
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -210,7 +225,14 @@ def _error_response(error: RequestError, request_id: str) -> Response:
     response = _json(ErrorAnswer(request_id=request_id, error=body), error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
     return response
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _error_response(error, _request_id(request))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

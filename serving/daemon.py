@@ -7,10 +7,12 @@ import logging
 import math
 import signal
 import socket
+import ssl
 
 import torch
 import uvicorn
 
+from serving.access import require_guarded, tls_context
 from serving.api import build_api
 from serving.config import ServingConfig
 from serving.errors import PortTakenError
@@ -20,11 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_worker(parts: ServingParts) -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return the process's exit code. Raises PortTakenError."""
+    """Serve until SIGTERM or SIGINT, drain, and return the process's exit code.
+
+    Raises PortTakenError, or ListenRefusedError for settings of access that nobody can have meant.
+    """
     torch.set_num_threads(parts.config.num_threads)
+    require_guarded(parts.access, parts.config.host)
+    tls = tls_context(parts.access)
     listener = _listen(parts.config)
     try:
-        return asyncio.run(_serve(parts, listener))
+        return asyncio.run(_serve(parts, listener, tls))
     finally:
         listener.close()
 
@@ -38,7 +45,7 @@ def _listen(config: ServingConfig) -> socket.socket:
         ) from error
 
 
-async def _serve(parts: ServingParts, listener: socket.socket) -> int:
+async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
     worker = ServingWorker(parts)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -47,6 +54,7 @@ async def _serve(parts: ServingParts, listener: socket.socket) -> int:
             access_log=False,
             log_config=None,
             server_header=False,
+            ssl_context_factory=None if tls is None else lambda *_: tls,
             timeout_graceful_shutdown=math.ceil(parts.config.drain_timeout_ms / 1000),
         )
     )
@@ -55,7 +63,7 @@ async def _serve(parts: ServingParts, listener: socket.socket) -> int:
         asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     await worker.start()
     host, port = listener.getsockname()[:2]
-    logger.info("serving on http://%s:%d", host, port)
+    logger.info("serving on %s://%s:%d", "http" if tls is None else "https", host, port)
     failed = asyncio.create_task(_exit_when_failed(worker, server))
     await server.serve(sockets=[listener])
     failed.cancel()

@@ -4,13 +4,17 @@ ServingError
 ├── RequestError               refused on behalf of the caller: HTTP status, code, Retry-After
 │   ├── InvalidRequestError      422, or 413 for a body that is too large: sending it again will not help
 │   ├── EventsRefusedError       422: some of the events are not acceptable, none was sent
+│   ├── UnauthenticatedError     401: no token, or none that is known
+│   ├── ForbiddenError           403: the token does not allow this
+│   ├── RateLimitedError         429: this caller asks too often
 │   ├── QueueFullError           429: more requests wait than can be answered in time
 │   ├── DeadlineExceededError    504: accepted, but not answered before its deadline
 │   ├── DrainingError            503: this worker is stopping
 │   └── LogAwayError             503: the log did not acknowledge what was to be sent
 │       └── EventsUnavailableError
 ├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
-└── PortTakenError             another process listens on the port
+├── PortTakenError             another process listens on the port
+└── ListenRefusedError         the worker would listen where it must not as it is set up, or with a useless certificate
 """
 
 from __future__ import annotations
@@ -60,6 +64,31 @@ class EventsRefusedError(RequestError):
         self.refused = list(refused)
 
 
+class UnauthenticatedError(RequestError):
+    """Nobody knows who asks."""
+
+    status = 401
+    code = "unauthenticated"
+
+
+class ForbiddenError(RequestError):
+    """The caller is known, and may not do this."""
+
+    status = 403
+    code = "forbidden"
+
+
+class RateLimitedError(RequestError):
+    """This caller has used up what it may ask for."""
+
+    status = 429
+    code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class QueueFullError(RequestError):
     """The queue in front of the model is full."""
 
@@ -101,3 +130,7 @@ class SnapshotRefusedError(ServingError):
 
 class PortTakenError(ServingError):
     """The address to listen on cannot be bound."""
+
+
+class ListenRefusedError(ServingError):
+    """The worker must not listen as it is set up."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,8 @@ from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from model.file_cache import FileCache
 from model.storage import SnapshotRoot
+from serving.access import Access
+from serving.access_config import AccessConfig
 from serving.answering import Answering, AnswerParts
 from serving.batcher import MicroBatcher, ModelThread
 from serving.broker_watch import BrokerWatch
@@ -59,6 +61,8 @@ class ServingParts:
     hot_config: HotHistoriesConfig
     rules: EventRules
     clock: Clock
+    access: AccessConfig = field(default_factory=AccessConfig)
+    """Who may use the API; by default everybody who can reach it."""
     snapshot_cache: Path | None = None
     """Folder for copies of the files of remote snapshots; None: they are read where they are."""
     mode: str = "live"
@@ -79,6 +83,7 @@ class ServingWorker:
         config = parts.config
         self.config, self.clock, self.metrics_text = config, parts.clock, parts.metrics_text
         self._parts = parts
+        self.access = Access(parts.access, parts.clock)
         self._replay_clock = WatermarkClock() if parts.mode == "replay" else None
         self.instruments = ServingInstruments()
         self._model_thread = ModelThread()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +19,7 @@ from serving.config import ServingConfig
 from serving.daemon import run_worker
 from serving.errors import PortTakenError
 from tests.serving.building import SERVING, Town, eventually
-
-ROOT = Path(__file__).parents[2]
+from tests.serving.process import process, stderr_of, until_ready
 
 
 async def test_stopping_answers_what_was_asked_and_refuses_what_comes_after(town: Town) -> None:
@@ -83,39 +78,6 @@ async def test_a_port_that_is_taken_is_one_clear_sentence(town: Town) -> None:
         parts = town.build()._parts
         with pytest.raises(PortTakenError, match=rf"port {port} on 127\.0\.0\.1 cannot be used .* serving\.port"):
             await asyncio.to_thread(run_worker, replace(parts, config=ServingConfig(port=port)))
-
-
-@asynccontextmanager
-async def process(folder: Path, bootstrap_servers: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """A running worker process and its URL; killed if the test leaves it behind."""
-    running = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "ignore", "-m", "tests.serving.process", str(folder), bootstrap_servers),
-        cwd=ROOT,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert running.stderr is not None
-    try:
-        async for line in running.stderr:
-            if found := re.search(rb"serving on (http://\S+)", line):
-                yield running, found[1].decode()
-                return
-        pytest.fail("the process ended before it served")
-    finally:
-        if running.returncode is None:
-            running.kill()
-        await running.wait()
-
-
-async def stderr_of(running: asyncio.subprocess.Process) -> str:
-    assert running.stderr is not None
-    return (await running.stderr.read()).decode()
-
-
-async def until_ready(client: httpx.AsyncClient) -> None:
-    deadline_s = time.monotonic() + 20
-    while (await client.get("/readyz")).status_code != 200:
-        assert time.monotonic() < deadline_s, (await client.get("/readyz")).text
-        await asyncio.sleep(0.02)
 
 
 async def test_sigterm_drains_and_exits_with_0_while_the_broker_is_away(town: Town, tmp_path: Path) -> None:
