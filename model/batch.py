@@ -64,11 +64,19 @@ class Targets:
     """The supervised positions of a batch and the item that came next at each.
 
     positions_P: int64[P], index into the L packed positions. rows_P: int64[P], row of the next item, all >= 0.
+    weights_P: float[P], all > 0, how much each counts in the mean loss; None: all the same.
     """
 
     positions_P: Tensor
     rows_P: Tensor
+    weights_P: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.positions_P.shape != self.rows_P.shape or self.positions_P.dim() != 1:
             raise ValueError("positions_P and rows_P must be flat and of the same length")
+        if self.weights_P is not None and self.weights_P.shape != self.positions_P.shape:
+            raise ValueError("weights_P must be as long as positions_P")
+
+    def shares(self) -> Tensor | None:
+        """float[P] that sum to 1: the weights as factors of each position's loss. None: all the same."""
+        return None if self.weights_P is None else self.weights_P / self.weights_P.sum()

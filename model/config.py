@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 
@@ -123,6 +123,10 @@ class LossConfig:
     stochastic_length_selection: Literal["recent", "feature_weighted", "uniform"] = "feature_weighted"
     """Which interactions a shortened history keeps besides those learned from. recent: the newest. uniform: any.
     feature_weighted: any, the oldest with less weight."""
+    action_weights: dict[str, float] = field(default_factory=dict)
+    """How much an interaction counts as something to predict, by its action: {purchase = 3.0, view = 0.0}. 0: it is
+    read in histories, but neither learned from nor measured. Actions that are not named count 1; one interaction with
+    several actions counts as the weightiest."""
 
     def __post_init__(self) -> None:
         _require_one_of(self, "kind", ("full", "sampled"))
@@ -133,6 +137,9 @@ class LossConfig:
         _require(self, "num_hard_negatives", 0, 1 << 31)
         _require(self, "num_negatives", 1, 1 << 24)
         _require(self, "positions_per_chunk", 1, 1 << 20)
+        for action, weight in self.action_weights.items():
+            if not 0 <= weight <= 1_000:
+                raise ValueError(f"action_weights gives {action!r} {weight}; it must be between 0 and 1000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

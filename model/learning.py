@@ -25,7 +25,8 @@ from model.stochastic_length import StochasticLength, shortened
 class SupervisedPass:
     """A loss that has not been learned from yet: check that it is finite, ``backward`` it, step the optimiser.
 
-    loss: float32 scalar, mean over the targets. active: the rows to hand to the optimiser.
+    loss: float32 scalar, mean over the targets, weighted where they have weights. active: the rows to hand to the
+    optimiser.
     """
 
     loss: Tensor
@@ -76,6 +77,7 @@ def _full_pass(
         targets.rows_P,
         scale=recommender.scale,
         offset_V=catalogue.offset_V,
+        weights_P=targets.shares(),
         positions_per_chunk=loss_config.positions_per_chunk,
         on_logits=on_logits,
     )
@@ -136,6 +138,7 @@ def _sampled_pass(
         torch.arange(candidates_C.shape[0]),
         scale=recommender.scale,
         offset_V=catalogue.offset_V[index_C],
+        weights_P=targets.shares(),
         log_q_C=log_q_C,
         log_q_target_P=log_q_C[target_index_P],
     )

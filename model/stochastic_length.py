@@ -12,7 +12,7 @@ Shapes: B users, L positions, K kept positions, P supervised positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -143,7 +143,7 @@ def shortened(
         query_times_ms_L=batch.query_times_ms_L[kept_K],
         offsets=torch.searchsorted(kept_K, batch.offsets),
     )
-    return short, Targets(positions_P=torch.searchsorted(kept_K, targets.positions_P), rows_P=targets.rows_P)
+    return short, replace(targets, positions_P=torch.searchsorted(kept_K, targets.positions_P))
 
 
 def _check_rule(alpha: float, max_len: int) -> None:

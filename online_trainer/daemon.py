@@ -35,6 +35,7 @@ from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
 from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError
+from stream.events import EventRules
 from stream.failpoints import fail_point
 from stream.freshness import F2_LEARNED, FreshnessRecorder
 from stream.log import (
@@ -77,6 +78,7 @@ class TrainerParts:
     clock: Clock
     mode: str = "live"
     drift_config: DriftConfig = field(default_factory=DriftConfig)
+    actions: tuple[str, ...] = EventRules().actions
 
     def learner_config(self) -> LearnerConfig:
         """The part of the settings that decides what a step computes."""
@@ -87,6 +89,7 @@ class TrainerParts:
             loss=self.loss_config,
             optimizer=self.optimizer_config,
             drift=self.drift_config,
+            actions=self.actions,
         )
 
 
@@ -422,6 +425,7 @@ class TrainerDaemon:
             "first": ledger.num_first,
             "out_of_reach": ledger.num_out_of_reach,
             "unlisted": ledger.num_unlisted,
+            "weightless": ledger.num_weightless,
             "quarantined": ledger.num_quarantined,
             "forgotten": ledger.num_forgotten,
             "items_retired": ledger.num_items_retired,

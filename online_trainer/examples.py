@@ -24,6 +24,8 @@ class Examples:
     """[L]"""
     query_time_ms: NDArray[np.int64]
     """[L] time of the next interaction: when the prediction would have been asked for."""
+    next_action: NDArray[np.uint32]
+    """[L] actions of the next interaction, a bit each."""
     offsets: NDArray[np.int64]
     """[B + 1] row boundaries of the inputs."""
     positions: NDArray[np.int64]
@@ -59,6 +61,7 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
         item_id=histories.item_id[inputs],
         event_time_ms=histories.event_time_ms[inputs],
         query_time_ms=histories.event_time_ms[inputs + 1],
+        next_action=histories.action[inputs + 1],
         offsets=input_offsets,
         positions=positions,
         is_in_order=~is_overtaken[inputs + 1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import SupervisedPass, supervised_pass
 from model.optimizer import RecommenderOptimizer
 from model.recommender import Recommender
+from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
@@ -30,6 +31,7 @@ from online_trainer.ledger import Ledger
 from online_trainer.quarantine import LossGuard, SetAside
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
+from stream.events import EventRules
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class LearnerConfig:
     loss: LossConfig
     optimizer: OptimizerConfig
     drift: DriftConfig = field(default_factory=DriftConfig)
+    actions: tuple[str, ...] = EventRules().actions
+    """Names of the actions in order of their bits, as declared in events.actions."""
 
     def __post_init__(self) -> None:
         if self.model.max_items < 2 * self.trainer.batch_interactions_max:
@@ -72,6 +76,7 @@ class OnlineLearner:
         self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._admission = Admission(config.items)
+        self._action_weights = ActionWeights(config.loss.action_weights, config.actions)
         self._guard = LossGuard(
             spike_deviations=config.trainer.spike_deviations, max_in_a_row=config.trainer.max_spikes_in_a_row
         )
@@ -98,12 +103,15 @@ class OnlineLearner:
 
     def _learn(self, new: Interactions) -> None:
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
+        weight_L = None if self._action_weights.is_uniform else self._action_weights.of(examples.next_action)
+        if weight_L is not None:
+            examples = self._without_weightless(examples, weight_L)
         self._retire_items(new)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
         self._admit_items(new)
         if len(examples.positions):
-            self._test_and_train(examples, new, num_known)
+            self._test_and_train(examples, weight_L, new, num_known)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
 
@@ -136,7 +144,17 @@ class OnlineLearner:
         np.maximum.at(below_seq, row_of, new.seq.astype(np.int64) + 1)
         return self._hot.gather(users, max_len=self._config.model.max_len + 1, below_seq=below_seq)
 
-    def _test_and_train(self, examples: Examples, new: Interactions, num_known: int) -> None:
+    def _without_weightless(self, examples: Examples, weight_L: NDArray[np.float32]) -> Examples:
+        """Without the targets whose actions count nothing: neither measured nor learned from."""
+        is_kept_P = weight_L[examples.positions] > 0
+        self.ledger.num_weightless += int((~is_kept_P).sum())
+        return replace(
+            examples, positions=examples.positions[is_kept_P], target_item_id=examples.target_item_id[is_kept_P]
+        )
+
+    def _test_and_train(
+        self, examples: Examples, weights: NDArray[np.float32] | None, new: Interactions, num_known: int
+    ) -> None:
         rows_L = torch.from_numpy(self.model.items.lookup(examples.item_id))
         history = HistoryBatch(
             # What was not known before this batch reads as unknown, in the test and in training.
@@ -147,9 +165,12 @@ class OnlineLearner:
         )
         target_rows = torch.from_numpy(self.model.items.lookup(examples.target_item_id))
         is_listed = target_rows >= 0  # the others were not admitted: misses, and nothing to learn from
+        weight_L = None if weights is None else torch.from_numpy(weights)
+        positions_P = torch.from_numpy(examples.positions)[is_listed]
         targets = Targets(
-            positions_P=torch.from_numpy(examples.positions)[is_listed],
+            positions_P=positions_P,
             rows_P=target_rows[is_listed],
+            weights_P=None if weight_L is None else weight_L[positions_P],
         )
         self.ledger.num_unlisted += int((~is_listed).sum())
         test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
@@ -178,7 +199,8 @@ class OnlineLearner:
             return
         if (since_ms := self.drift.rehearse_since_ms) is not None:
             in_order_L = torch.from_numpy(examples.is_in_order)
-            self._rehearse(history, rehearsal_targets(history, targets, in_order_L, since_ms=since_ms))
+            again = rehearsal_targets(history, targets, in_order_L, since_ms=since_ms, weight_L=weight_L)
+            self._rehearse(history, again)
         self.ledger.num_supervised += targets.rows_P.shape[0]
         self._keep_or_roll_back(decisions)
 

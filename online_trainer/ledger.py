@@ -32,6 +32,8 @@ class Ledger:
     """... too late to be predicted: older than the newest max_len of their user."""
     num_unlisted: int = 0
     """... of items without a row in the model: items.min_interactions and items.admission_probability."""
+    num_weightless: int = 0
+    """... of actions that count nothing: loss.action_weights."""
     num_quarantined: int = 0
     """... in batches whose loss was not finite: weights stayed as they were."""
     num_forgotten: int = 0

@@ -68,6 +68,7 @@ def train(settings: Settings) -> int:
     from online_trainer.daemon import TrainerDaemon, TrainerParts
     from online_trainer.drift_config import DriftConfig
     from ops.snapshot_store import snapshot_storage
+    from stream.events import EventRules
 
     config = settings.get(HeadraceConfig)
     keep_freed_memory()
@@ -84,6 +85,7 @@ def train(settings: Settings) -> int:
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),
                 drift_config=settings.get(DriftConfig),
+                actions=settings.get(EventRules).actions,
                 model_name=config.model,
                 log=KafkaLog(_current_log(settings, store)),
                 store=store,

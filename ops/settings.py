@@ -162,6 +162,14 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
             f"store.max_history = {store.max_history} is less than hot.max_len = {hot.max_len}: models would get less "
             f"history than they ask for; raise store.max_history (at best to {2 * hot.max_len}), or lower hot.max_len"
         )
+    loss, events = configs.get("loss"), configs.get("events")
+    if loss is not None and events is not None:
+        unknown = sorted(loss.action_weights.keys() - set(events.actions))
+        if unknown:
+            raise SettingsError(
+                f"loss.action_weights names {', '.join(unknown)}: declared in events.actions are "
+                f"{', '.join(events.actions)}"
+            )
     trainer, serving = configs.get("trainer"), configs.get("serving")
     if trainer is not None and serving is not None and serving.lease_interval_ms * 2 > trainer.replica_timeout_s * 1000:
         raise SettingsError(

@@ -22,6 +22,7 @@ def examples(histories: list[list[int]]) -> tuple[Examples, torch.Tensor, torch.
             item_id=np.array(inputs),
             event_time_ms=np.zeros(len(inputs), np.int64),
             query_time_ms=np.full(len(inputs), 1_000),
+            next_action=np.ones(len(inputs), np.uint32),
             offsets=offsets,
             positions=offsets[1:] - 1,
             is_in_order=np.ones(len(inputs), bool),
