@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from functools import cache
 from importlib.metadata import version as distribution_version
 from typing import Any, Final, TypeVar
@@ -21,9 +23,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serving.access_config import Scope
-from serving.errors import EventsRefusedError, InvalidRequestError, RequestError
+from serving.config import ServingConfig
+from serving.errors import DeadlineExceededError, EventsRefusedError, InvalidRequestError, RequestError
 from serving.instruments import ERROR, FALLBACK, OK, REFUSED, REJECTED
 from serving.messages import (
+    TIMEOUT_HEADER,
     Answer,
     ErrorAnswer,
     ErrorBody,
@@ -41,6 +45,7 @@ from stream.messages import id_as_written
 _tracer = trace.get_tracer("headrace.serving")
 
 _JSON: Final = "application/json"
+_MILLISECONDS: Final = re.compile(r"[1-9][0-9]{0,8}")
 _REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 _Work = Callable[[bytes, str], Awaitable[msgspec.Struct]]
@@ -117,7 +122,8 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
     async def readyz() -> Response:
         """503 with the reasons while this worker should get no requests."""
         reasons = worker.reasons_not_ready()
-        return _json({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+        body = {"ready": not reasons, "reasons": reasons, "impairments": worker.impairments()}
+        return _json(body, 503 if reasons else 200)
 
     def admit(request: Request) -> None:
         worker.access.admit_monitoring(request.headers.get("authorization"), _host(request))
@@ -163,7 +169,8 @@ async def _respond(
     ) as span:
         try:
             worker.access.admit(request.headers.get("authorization"), _host(request), scope)
-            done = await work(await _read_body(request, worker.config.body_max_bytes), request_id)
+            async with _caller_s_deadline(request):
+                done = await work(await _read_body(request, worker.config), request_id)
             outcome = OK
             if isinstance(done, Answer):
                 outcome = FALLBACK if done.fallback else OK
@@ -185,16 +192,40 @@ def _parent(request: Request) -> Context | None:
     return None if trace.get_current_span().get_span_context().is_valid else propagate.extract(request.headers)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    chunks, size = [], 0
+@asynccontextmanager
+async def _caller_s_deadline(request: Request) -> AsyncIterator[None]:
+    """End what is inside when the caller waits no longer; what still waits for the model is not computed then."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is not None and not _MILLISECONDS.fullmatch(given):
+        raise InvalidRequestError(
+            f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to 999999999", field=TIMEOUT_HEADER
+        )
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise InvalidRequestError(
-                    f"the body is larger than serving.body_max_bytes ({limit})", status=413, code="body_too_large"
-                )
-            chunks.append(chunk)
+        async with asyncio.timeout(None if given is None else int(given) / 1000) as deadline:
+            yield
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise DeadlineExceededError(f"no answer within {given} ms ({TIMEOUT_HEADER})") from error
+
+
+async def _read_body(request: Request, config: ServingConfig) -> bytes:
+    chunks, size, limit = [], 0, config.body_max_bytes
+    try:
+        async with asyncio.timeout(config.body_timeout_ms / 1000):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise InvalidRequestError(
+                        f"the body is larger than serving.body_max_bytes ({limit})", status=413, code="body_too_large"
+                    )
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise InvalidRequestError(
+            f"the body did not arrive within {config.body_timeout_ms} ms (serving.body_timeout_ms)",
+            status=408,
+            code="body_timeout",
+        ) from error
     except ClientDisconnect as error:
         raise InvalidRequestError("the caller went away", status=400, code="disconnected") from error
     return b"".join(chunks)

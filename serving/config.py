@@ -22,10 +22,11 @@ _AT_LEAST_ONE: Final = (
     "store_check_ms",
     "broker_check_ms",
     "impressions_queue_max",
+    "body_timeout_ms",
     "drain_timeout_ms",
     "num_threads",
 )
-_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms")
+_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms", "drain_notice_ms")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,8 @@ class ServingConfig:
     """Deadline of a request (ms); later it gets 504, and is not computed if it was still waiting."""
     body_max_bytes: int = 1_048_576
     """Largest request body (bytes); beyond it 413."""
+    body_timeout_ms: int = 5_000
+    """Time (ms) for a request's body to arrive; later 408: a caller that sends nothing must not hold a connection."""
     k_max: int = 1_000
     """Most items one recommendation may ask for."""
     candidates_max: int = 10_000
@@ -75,10 +78,16 @@ class ServingConfig:
     weights_behind_max_ms: int = 0
     """Not ready when interactions have waited longer than this (ms) to be learned by the weights served; 0: never.
     A quiet stream leaves nothing waiting, so it never looks stale."""
+    fail_open: bool = False
+    """Stay ready while the store is away or the weights are behind: answers go on from memory or by popularity, and
+    say so. False: leave it to other workers, which helps if they are better off, but not if all share the trouble."""
     log_impressions: bool = True
     """Write what every answer showed to the `impressions` topic."""
     impressions_queue_max: int = 10_000
     """Impressions that may wait for the log; beyond it they are dropped and counted, never delaying an answer."""
+    drain_notice_ms: int = 200
+    """Time (ms) after SIGTERM in which /readyz says 503 and requests are still answered, each connection being closed
+    after its answer. Longer than the interval in which your load balancer looks: then no request is lost."""
     drain_timeout_ms: int = 5_000
     """Time (ms) for requests in flight when the worker stops."""
     num_threads: int = 1
@@ -93,10 +102,10 @@ class ServingConfig:
                 raise ValueError(f"serving.{name} = {getattr(self, name)}: must not be negative")
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"serving.port = {self.port}: must lie between 0 and 65535; 0 takes a free port")
-        if self.drain_timeout_ms > 8_000:
+        if self.drain_notice_ms + self.drain_timeout_ms > 8_000:
             raise ValueError(
-                f"serving.drain_timeout_ms = {self.drain_timeout_ms}: must be at most 8000, so that a worker "
-                "stops within 10 seconds"
+                f"serving.drain_timeout_ms = {self.drain_timeout_ms}: with serving.drain_notice_ms "
+                f"({self.drain_notice_ms}) must be at most 8000, so that a worker stops within 10 seconds"
             )
         if self.batch_wait_ms >= self.request_timeout_ms:
             raise ValueError(

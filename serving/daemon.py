@@ -8,9 +8,13 @@ import math
 import signal
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import uvicorn
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.access import require_guarded, tls_context
 from serving.api import build_api
@@ -45,11 +49,40 @@ def _listen(config: ServingConfig) -> socket.socket:
         ) from error
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals to us: uvicorn would stop listening at once, before any load balancer knows."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+class _ClosingWhenLeaving:
+    """Has each connection closed after its answer once the worker is leaving, so that its next request goes elsewhere.
+
+    A connection that is kept and then closed by us can cross with a request on its way.
+    """
+
+    def __init__(self, app: ASGIApp, worker: ServingWorker) -> None:
+        self._app, self._worker = app, worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; see ASGI."""
+
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._worker.is_leaving:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive, send_closing)
+
+
 async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLContext | None) -> int:
     worker = ServingWorker(parts)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
-            build_api(worker),
+            _ClosingWhenLeaving(build_api(worker), worker),
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -58,18 +91,30 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
             timeout_graceful_shutdown=math.ceil(parts.config.drain_timeout_ms / 1000),
         )
     )
-    # uvicorn raises the signal again once it has stopped; with handlers of our own that does not end the process.
+    told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
     await worker.start()
     host, port = listener.getsockname()[:2]
     logger.info("serving on %s://%s:%d", "http" if tls is None else "https", host, port)
-    failed = asyncio.create_task(_exit_when_failed(worker, server))
+    watching = [
+        asyncio.create_task(_exit_when_failed(worker, server)),
+        asyncio.create_task(_exit_when_told(told, worker, server)),
+    ]
     await server.serve(sockets=[listener])
-    failed.cancel()
+    for task in watching:
+        task.cancel()
     # The server has waited for the requests in flight.
     await worker.stop(drain_s=FLUSH_S)
     return 0 if worker.failure is None else 1
+
+
+async def _exit_when_told(told: asyncio.Event, worker: ServingWorker, server: uvicorn.Server) -> None:
+    """Step 1: not ready any more. Step 2: time to notice. Step 3: accept nothing new, answer what was accepted."""
+    await told.wait()
+    worker.leave()
+    await asyncio.sleep(worker.config.drain_notice_ms / 1000)
+    server.should_exit = True
 
 
 async def _exit_when_failed(worker: ServingWorker, server: uvicorn.Server) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from stream.events import IntId, TextId
+
+TIMEOUT_HEADER: Final = "x-timeout-ms"
+"""Header of a request: how long (ms) the caller waits for its answer."""
 
 ItemId = IntId | TextId
 """Non-negative 64-bit integer, or text of 1 to 256 characters."""

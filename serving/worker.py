@@ -137,6 +137,7 @@ class ServingWorker:
                 query_now_ms=self._query_now_ms,
             ),
         )
+        self.is_leaving = False
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
         self._answering_task: asyncio.Task[None] | None = None
@@ -244,6 +245,10 @@ class ServingWorker:
             self.failure = "; ".join(repr(one) for one in getattr(error, "exceptions", [error]))
             logger.critical("this worker can only be restarted: %s", self.failure, exc_info=error)
 
+    def leave(self) -> None:
+        """Go on answering, but be ready no more: this worker stops soon."""
+        self.is_leaving = True
+
     async def stop(self, *, drain_s: float | None = None) -> None:
         """Answer what is queued for at most `drain_s` (default: `drain_timeout_ms`), write what is pending, end."""
         self._batcher.close()
@@ -277,7 +282,7 @@ class ServingWorker:
     def reasons_not_ready(self) -> list[str]:
         """Why this worker should get no requests now; empty when it should."""
         reasons = []
-        if self._stopping.is_set() or self._batcher.is_closed:
+        if self.is_leaving or self._stopping.is_set() or self._batcher.is_closed:
             reasons.append("stopping")
         if self.failure is not None:
             reasons.append(self.failure)
@@ -285,6 +290,11 @@ class ServingWorker:
             status = self._swapper.status()
             detail = status["pointer_problem"] or status["last_refusal"] or "nothing has been published"
             reasons.append(f"no weights are loaded: {detail}")
+        return reasons if self.config.fail_open else reasons + self.impairments()
+
+    def impairments(self) -> list[str]:
+        """What makes answers worse, and with `fail_open` does not end readiness."""
+        reasons = []
         if self._store_watch.problem is not None:
             reasons.append(f"store: {self._store_watch.problem}")
         behind_ms, limit_ms = self._uncovered.behind_ms(self.clock.now_ms()), self.config.weights_behind_max_ms
@@ -303,6 +313,7 @@ class ServingWorker:
             "mode": self._parts.mode,
             "ready": not self.reasons_not_ready(),
             "reasons": self.reasons_not_ready(),
+            "impairments": self.impairments(),
             "snapshot": snapshot | {"lease_problem": self._lease.problem},
             **self.instruments.status(),
             "waiting": self._batcher.num_waiting,

@@ -6,6 +6,8 @@ import asyncio
 import json
 import shutil
 import threading
+import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -283,6 +285,47 @@ async def test_a_request_past_its_deadline_is_answered_504(town: Town) -> None:
         assert (await served.recommend(7))["snapshot_version"] == 1
 
 
+async def test_a_caller_s_own_deadline_is_kept_and_what_it_gave_up_is_not_computed(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        held = threading.Event()
+        blocking = asyncio.create_task(served.worker._model_thread.run(lambda: held.wait(5)))
+        first = asyncio.create_task(served.client.post("/v1/recommend", json={"user_id": 8}))
+        await asyncio.sleep(0.05)
+        started_s = time.monotonic()
+        response = await served.client.post("/v1/recommend", json={"user_id": 7}, headers={"x-timeout-ms": "100"})
+        waited_s = time.monotonic() - started_s
+        held.set()
+        await blocking
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert "100 ms" in response.json()["error"]["message"]
+        assert 0.1 <= waited_s < 2
+        assert (await first).status_code == 200
+        hot: Any = served.worker.status()["hot"]
+        assert hot["resident_users"] == 1, "only the history of the request that waited was read"
+        assert (
+            await served.client.post("/v1/recommend", json={"user_id": 7}, headers={"x-timeout-ms": "4000"})
+        ).json()["snapshot_version"] == 1
+
+
+@pytest.mark.parametrize("given", ["", "0", "-5", "1.5", "soon", "9999999999"])
+async def test_a_deadline_that_is_none_is_refused(town: Town, given: str) -> None:
+    async with town.worker(version=1) as served:
+        response = await served.client.post("/v1/recommend", json={"user_id": 7}, headers={"x-timeout-ms": given})
+        assert (response.status_code, response.json()["error"]["field"]) == (422, "x-timeout-ms")
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for(town: Town) -> None:
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b'{"user_id"'
+        await asyncio.sleep(30)
+        yield b": 7}"
+
+    async with town.worker(replace(SERVING, body_timeout_ms=50), version=1) as served:
+        response = await served.client.post("/v1/recommend", content=slowly())
+        assert (response.status_code, response.json()["error"]["code"]) == (408, "body_timeout")
+        assert served.worker.status()["outcomes"] == {"refused": 1}
+
+
 async def test_unknown_routes_and_methods_are_answered_in_the_same_form(town: Town) -> None:
     async with town.worker(version=1) as served:
         assert (await served.client.get("/v2/nothing")).json()["error"]["code"] == "http_error"
@@ -505,11 +548,12 @@ async def test_a_worker_is_ready_once_weights_are_loaded_and_the_store_answers(t
         assert response.json() == {
             "ready": False,
             "reasons": ["no weights are loaded: nothing has been published"],
+            "impairments": [],
         }
         town.publisher.publish("anchor")
         await served.until_version(2)
         response = await served.client.get("/readyz")
-        assert (response.status_code, response.json()) == (200, {"ready": True, "reasons": []})
+        assert (response.status_code, response.json()) == (200, {"ready": True, "reasons": [], "impairments": []})
 
 
 async def test_a_store_without_schema_is_named_in_the_reasons(town: Town) -> None:
@@ -541,6 +585,49 @@ async def test_weights_that_stay_behind_the_stream_make_a_worker_unready_but_a_q
         town.publisher.publish()
         await served.until_version(2)
         assert (await served.client.get("/readyz")).status_code == 200
+
+
+async def test_with_fail_open_a_worker_stays_ready_without_the_store_and_says_what_is_wrong(town: Town) -> None:
+    empty = FeatureStore(FeatureStoreConfig(url=f"sqlite:///{town.root.parent / 'empty.db'}"))
+    pointer = town.root / "hstu" / "current.json"
+    pointer.rename(pointer.with_name("away"))
+    config = replace(SERVING, fail_open=True, weights_behind_max_ms=60_000)
+    async with town.worker(config, store=empty) as served:
+        await eventually(lambda: served.worker.status()["store"]["problem"] != "not looked at yet")  # type: ignore[index]
+        response = await served.client.get("/readyz")
+        assert response.status_code == 503, "without any weights nothing but popularity could be answered"
+        pointer.with_name("away").rename(pointer)
+        await served.until_version(1)
+        town.happen([(7, 3, NOW_MS)])
+        await served.until_applied(1)
+        town.clock.advance(61_000)
+        response = await served.client.get("/readyz")
+        assert (response.status_code, response.json()["reasons"]) == (200, [])
+        impairments = response.json()["impairments"]
+        assert len(impairments) == 2
+        assert "headrace migrate" in impairments[0]
+        assert "weights_behind_max_ms" in impairments[1]
+    empty.close()
+
+
+async def test_weights_have_computed_something_before_a_worker_is_ready(town: Town) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    ready_at_forward: list[bool] = []
+    worker = town.build()
+
+    def note(module: object, _input: object, _output: object) -> None:
+        ready_at_forward.append(worker.snapshot_version is not None)
+
+    hook = register_module_forward_hook(note)
+    try:
+        await worker.start()
+        await eventually(lambda: worker.reasons_not_ready() == [])
+    finally:
+        hook.remove()
+    assert ready_at_forward
+    assert not any(ready_at_forward)
+    await worker.stop()
 
 
 async def test_metrics_version_and_status_are_served(town: Town) -> None:

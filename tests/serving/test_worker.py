@@ -102,22 +102,30 @@ async def test_through_swaps_and_sigterm_under_load_no_request_fails(
 ) -> None:
     statuses: list[int] = []
     async with (
-        process(tmp_path, fresh_broker.bootstrap_servers) as (running, url),
+        process(tmp_path, fresh_broker.bootstrap_servers, serving={"drain_notice_ms": 2_000}) as (running, url),
         httpx.AsyncClient(base_url=url, timeout=20) as client,
     ):
         await until_ready(client)
-        stopping = asyncio.Event()
+        in_service, told = asyncio.Event(), asyncio.Event()
+        in_service.set()
+
+        async def balance() -> None:
+            """What a load balancer does: look, and send nothing more to a worker that is not ready."""
+            async with httpx.AsyncClient(base_url=url, timeout=20) as probing:
+                for _ in range(200):
+                    await asyncio.sleep(0.1)
+                    if (await probing.get("/readyz")).status_code == 503:
+                        break
+            in_service.clear()
 
         async def ask() -> None:
-            while not stopping.is_set():
-                try:
-                    response = await client.post("/v1/recommend", json={"user_id": 7})
-                except httpx.ConnectError:
-                    # Refused before it was accepted: another worker's request.
-                    assert stopping.is_set()
-                    return
+            while in_service.is_set():
+                response = await client.post("/v1/recommend", json={"user_id": 7})
                 statuses.append(response.status_code)
+                if told.is_set() and response.headers.get("connection") == "close":
+                    closed.append(response.status_code)
 
+        closed: list[int] = []
         tasks = [asyncio.create_task(ask()) for _ in range(4)]
         for version in range(2, 12):
             town.publisher.learn([1, 2, 300 + version])
@@ -132,11 +140,14 @@ async def test_through_swaps_and_sigterm_under_load_no_request_fails(
                 break
             await asyncio.sleep(0.05)
         assert accepted.status_code == 202, accepted.text
-        stopping.set()
+        balancing = asyncio.create_task(balance())
+        await asyncio.sleep(0.2)
+        told.set()
         running.send_signal(signal.SIGTERM)
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks, balancing)
         errors = await stderr_of(running)
         assert await running.wait() == 0, errors
         assert "Traceback" not in errors, errors
     assert len(statuses) > 20
     assert set(statuses) == {200}
+    assert closed, "what was asked after SIGTERM was answered, and its connection closed"
