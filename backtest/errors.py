@@ -2,6 +2,7 @@
 
 BacktestError
 ├── RecordedStreamError     a file cannot be replayed: unreadable, a column is missing or holds what it must not
+│   └── RefusedRowsError    rows of it were refused, and that means to stop
 ├── DatasetMissingError     a data set that ships with headrace is not where it should be
 └── RunFolderError          a run's folder cannot be read, or cannot be continued
 """
@@ -15,6 +16,10 @@ class BacktestError(Exception):
 
 class RecordedStreamError(BacktestError):
     """The recorded file cannot be replayed; the message names file, column, row and remedy."""
+
+
+class RefusedRowsError(RecordedStreamError):
+    """Rows were refused; the message shows the first of each reason."""
 
 
 class DatasetMissingError(BacktestError):

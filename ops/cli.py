@@ -22,6 +22,7 @@ from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
 from model.errors import SnapshotError
 from online_trainer.errors import CheckpointMismatchError
+from ops.backtest_commands import backtest_app
 from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.log_commands import log_app
@@ -65,6 +66,7 @@ app.add_typer(log_app, name="log")
 app.add_typer(trainer_app, name="trainer")
 app.add_typer(snapshots_app, name="snapshots")
 app.add_typer(token_app, name="token")
+app.add_typer(backtest_app, name="backtest")
 app.command()(simulate)
 
 
