@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift bench-recommend docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench-publish: $(STAMP) ## bytes of deltas against anchors, and what publishing 
 
 bench-drift: $(STAMP) ## drift on simulated streams: delay, false alarms, recovery with and without reaction; ARGS=--quick
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_drift.py $(ARGS)
+
+bench-recommend: $(STAMP) ## what a recommendation costs: user states kept or not, search of the catalogue; ARGS="--only search"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_recommend.py $(ARGS)
 
 bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)

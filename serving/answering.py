@@ -26,7 +26,7 @@ from serving.messages import (
     ScoredItem,
     rfc3339,
 )
-from serving.ranker import Query, Ranking, RankQuery, RecommendQuery
+from serving.queries import Query, Ranking, RankQuery, RecommendQuery
 from stream.clock import Clock
 from stream.messages import Impression
 

@@ -26,7 +26,7 @@ _AT_LEAST_ONE: Final = (
     "drain_timeout_ms",
     "num_threads",
 )
-_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms", "drain_notice_ms")
+_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms", "drain_notice_ms", "user_state_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +90,12 @@ class ServingConfig:
     after its answer. Longer than the interval in which your load balancer looks: then no request is lost."""
     drain_timeout_ms: int = 5_000
     """Time (ms) for requests in flight when the worker stops."""
+    user_state_bytes: int = 67_108_864
+    """Memory (bytes) for what the encoder computed of users (keys and values, 1 KiB an interaction with the default
+    model), so that their next request computes only what is new. Of use between two swaps; 0: nothing is kept."""
+    window_hop_share: float = 0.125
+    """A history longer than model.max_len is read from a start that moves on by this share of max_len at a time, since
+    each move makes useless what was kept. So between (1 - share) * max_len and max_len interactions are read then."""
     num_threads: int = 1
     """CPU threads of the numerical library for one forward pass."""
 
@@ -100,6 +106,8 @@ class ServingConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"serving.{name} = {getattr(self, name)}: must not be negative")
+        if not 0 <= self.window_hop_share <= 0.5:
+            raise ValueError(f"serving.window_hop_share = {self.window_hop_share}: must lie between 0 and 0.5")
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"serving.port = {self.port}: must lie between 0 and 65535; 0 takes a free port")
         if self.drain_notice_ms + self.drain_timeout_ms > 8_000:

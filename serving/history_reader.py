@@ -40,6 +40,8 @@ class UserHistory:
     user_id: int
     item_ids: Int64s
     event_time_ms: Int64s
+    num_arrived: int = 0
+    """Interactions of this user that have ever been accepted, as far as those at hand tell."""
     missing_because: str | None = None
     """Why nothing could be read; None also for a user without history."""
 
@@ -175,6 +177,7 @@ def _by_user(histories: JaggedHistories) -> dict[int, UserHistory]:
             user_id=user_id,
             item_ids=histories.item_id[start:end],
             event_time_ms=histories.event_time_ms[start:end],
+            num_arrived=int(histories.seq[start:end].max()) + 1 if end > start else 0,
         )
         for user_id, start, end in zip(histories.user_ids.tolist(), bounds[:-1], bounds[1:], strict=True)
     }

@@ -2,13 +2,12 @@
 
 Everything here runs in the one thread that owns the weights and the hot histories.
 
-Shapes: B users of a batch, T interactions of their histories, L positions the model reads, P users it scores,
-V rows of the catalogue, D embedding width.
+Shapes: T interactions of all histories, U users that the model scores, V rows of the catalogue, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.batch import HistoryBatch
 from serving.history_reader import HISTORY_BEHIND, HISTORY_UNREADABLE, STORE_UNAVAILABLE, HistoryReader, UserHistory
+from serving.item_search import ItemSearch
 from serving.popularity import LivePopularity, PopularItems
-from serving.weights import ServedWeights, WeightsInfo
+from serving.queries import Query, Ranking, RankQuery, RecommendQuery
+from serving.user_states import Reading, UserEncoder
+from serving.weights import ServedWeights
 
 Int64s = NDArray[np.int64]
 
@@ -37,165 +38,122 @@ FALLBACK_REASONS: Final = {
 }
 """Why an answer is ordered by popularity."""
 
-_SCORES_MAX: Final = 8_000_000
-"""Scores that exist at once (32 MB); larger batches over large catalogues are scored in parts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecommendQuery:
-    """The k best items for a user."""
-
-    user_id: int
-    k: int
-    exclude_seen: bool
-    exclude: Int64s
-    """Item ids that must not be in the answer."""
-
-    @property
-    def item_ids(self) -> Int64s:
-        """Items that the request names."""
-        return self.exclude
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankQuery:
-    """Candidates (item ids) to put in order."""
-
-    user_id: int
-    candidates: Int64s
-
-    @property
-    def item_ids(self) -> Int64s:
-        """Items that the request names."""
-        return self.candidates
-
-
-Query = RecommendQuery | RankQuery
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranking:
-    """The answer to one query, and what it was computed from."""
-
-    weights: WeightsInfo | None
-    history_time_ms: int | None
-    """Newest interaction of the user that was used."""
-    fallback_reason: str | None
-    item_ids: Int64s
-    """int64[K], best first."""
-    scores: NDArray[np.float32]
-    """float32[K]; NaN: this candidate is unknown."""
-    places: Int64s
-    """int64[K], for RankQuery: where each item stands in `candidates`. Empty for RecommendQuery."""
-
 
 @dataclass(frozen=True, slots=True)
-class _FoundRows:
-    """Rows of the item table, -1 for items it does not hold."""
+class _Asked:
+    """One query of a micro-batch with all that is known for it."""
 
-    of_history: dict[int, Int64s]
-    """By user: of the whole history."""
-    of_query: list[Int64s]
-    """Of the items that each request names."""
-
-
-@dataclass(frozen=True, slots=True)
-class _QueryRows:
-    of_history: Int64s
-    of_query: Int64s
+    query: Query
+    history: UserHistory
+    history_rows: Int64s
+    """Rows of the item table, -1 for items it does not hold: of the whole history."""
+    named_rows: Int64s
+    """Of the items that the request names."""
 
 
 class Ranker:
     """Answers micro-batches with the weights and histories of the moment."""
 
-    def __init__(self, weights: ServedWeights, histories: HistoryReader, live_popularity: LivePopularity) -> None:
+    def __init__(
+        self,
+        weights: ServedWeights,
+        histories: HistoryReader,
+        live_popularity: LivePopularity,
+        encoder: UserEncoder,
+        search: ItemSearch,
+    ) -> None:
         self._weights = weights
         self._histories = histories
         self._live_popularity = live_popularity
+        self._encoder = encoder
+        self._search = search
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query], now_ms: int) -> list[Ranking]:
         """One ranking per query, all from the same weights. `now_ms`: time of the requests."""
-        histories = self._histories.read([query.user_id for query in queries])
-        found = self._look_up(histories, queries)
-        places: dict[int, list[int]] = {}
-        for place, query in enumerate(queries):
-            places.setdefault(query.user_id, []).append(place)
+        batch = self._look_up(queries, self._histories.read([query.user_id for query in queries]))
         rankings: dict[int, Ranking] = {}
-        for history, scores_V in self._scored(histories, found, now_ms):
-            for place in places[history.user_id]:
-                rows = _QueryRows(found.of_history[history.user_id], found.of_query[place])
-                rankings[place] = self._by_model(queries[place], history, rows, scores_V)
-        unscored = [place for place in range(len(queries)) if place not in rankings]
+        if self._weights.info is not None:
+            rankings = self._by_model(batch, now_ms)
+        unscored = [place for place in range(len(batch)) if place not in rankings]
         if unscored:
             popular = self._live_popularity.items() if self._weights.info is None else self._weights.popular()
-            for place in unscored:
-                query = queries[place]
-                rankings[place] = self._by_popularity(query, histories[query.user_id], popular)
-        return [rankings[place] for place in range(len(queries))]
+            rankings |= {place: self._by_popularity(batch[place], popular) for place in unscored}
+        return [rankings[place] for place in range(len(batch))]
 
-    def _look_up(self, histories: dict[int, UserHistory], queries: Sequence[Query]) -> _FoundRows:
+    def _look_up(self, queries: Sequence[Query], histories: dict[int, UserHistory]) -> list[_Asked]:
         """Table rows of all items that the batch is about, in one call."""
         ids = [*(history.item_ids for history in histories.values()), *(query.item_ids for query in queries)]
-        rows = self._weights.items.lookup(np.concatenate(ids))
-        bounds = np.cumsum([len(part) for part in ids])[:-1]
-        split = np.split(rows, bounds)
-        return _FoundRows(dict(zip(histories, split, strict=False)), split[len(histories) :])
+        split = np.split(self._weights.items.lookup(np.concatenate(ids)), np.cumsum([len(part) for part in ids])[:-1])
+        of_history = dict(zip(histories, split, strict=False))
+        return [
+            _Asked(query, histories[query.user_id], of_history[query.user_id], named_rows)
+            for query, named_rows in zip(queries, split[len(histories) :], strict=True)
+        ]
 
-    def _scored(
-        self, histories: dict[int, UserHistory], found: _FoundRows, now_ms: int
-    ) -> Iterator[tuple[UserHistory, Tensor]]:
-        """float32[V] for every user whose history the loaded weights can read."""
-        if self._weights.info is None:
-            return
-        rows = {user_id: own[-self._weights.max_len :] for user_id, own in found.of_history.items()}
-        readable = [history for history in histories.values() if (rows[history.user_id] >= 0).any()]
-        if not readable:
-            return
-        batch = _history_batch(readable, [rows[history.user_id] for history in readable], now_ms)
-        u_PD = self._weights.recommender.encode(batch)[batch.last_positions()]
-        step = max(1, _SCORES_MAX // self._weights.items.num_items)
-        for start in range(0, len(readable), step):
-            part = slice(start, start + step)
-            yield from zip(readable[part], self._weights.score(u_PD[part]), strict=True)
+    def _by_model(self, batch: Sequence[_Asked], now_ms: int) -> dict[int, Ranking]:
+        """By place in the batch: answers to all whose history the loaded weights can read."""
+        readings: dict[int, Reading] = {}
+        for asked in batch:
+            user_id, history = asked.history.user_id, asked.history
+            newest = slice(-self._encoder.window_len(history.num_arrived), None)
+            if user_id not in readings and (asked.history_rows[newest] >= 0).any():
+                readings[user_id] = Reading(
+                    user_id=user_id, rows=asked.history_rows[newest], times_ms=history.event_time_ms[newest]
+                )
+        if not readings:
+            return {}
+        states = dict(zip(readings, self._encoder.encode(list(readings.values()), now_ms), strict=True))
+        scored = [place for place, asked in enumerate(batch) if asked.history.user_id in states]
+        u_UD = torch.stack([states[batch[place].history.user_id] for place in scored])
+        best = [place for place in scored if isinstance(batch[place].query, RecommendQuery)]
+        found = self._recommended([batch[place] for place in best], u_UD[[place in best for place in scored]])
+        rankings = dict(zip(best, found, strict=True))
+        for place, u_D in zip(scored, u_UD, strict=True):
+            if place not in rankings:
+                rankings[place] = self._ranked(batch[place], u_D)
+        return rankings
 
-    def _by_model(self, query: Query, history: UserHistory, rows: _QueryRows, scores_V: Tensor) -> Ranking:
-        named = torch.from_numpy(rows.of_query[rows.of_query >= 0])
-        if isinstance(query, RankQuery):
-            scores = np.full(len(rows.of_query), np.nan, np.float32)
-            scores[rows.of_query >= 0] = scores_V[named].numpy()
-            return self._ranked_candidates(query, history, scores, None)
-        allowed_V = scores_V.clone() if self._weights.mask_V is None else scores_V + self._weights.mask_V
-        allowed_V[named] = -torch.inf
-        if query.exclude_seen:
-            allowed_V[torch.from_numpy(rows.of_history[rows.of_history >= 0])] = -torch.inf
-        best = torch.topk(allowed_V, min(query.k, len(allowed_V)))
-        kept = best.values.isfinite()
-        return Ranking(
-            weights=self._weights.info,
-            history_time_ms=history.newest_ms,
-            fallback_reason=None,
-            item_ids=self._weights.items.ids_of(best.indices[kept].numpy()),
-            scores=best.values[kept].numpy(),
-            places=np.empty(0, np.int64),
-        )
+    def _recommended(self, batch: Sequence[_Asked], u_UD: Tensor) -> list[Ranking]:
+        if not batch:
+            return []
+        queries = [asked.query for asked in batch if isinstance(asked.query, RecommendQuery)]
+        left_out = [
+            np.concatenate([asked.named_rows, asked.history_rows]) if query.exclude_seen else asked.named_rows
+            for asked, query in zip(batch, queries, strict=True)
+        ]
+        best = self._search.best(u_UD, max(query.k for query in queries), left_out=left_out)
+        rankings = []
+        for asked, query, scores_K, rows_K in zip(batch, queries, best.scores_BK, best.rows_BK, strict=True):
+            kept = scores_K[: query.k].isfinite()
+            rankings.append(
+                self._ranking(
+                    asked,
+                    item_ids=self._weights.items.ids_of(rows_K[: query.k][kept].numpy()),
+                    scores=scores_K[: query.k][kept].numpy(),
+                )
+            )
+        return rankings
 
-    def _by_popularity(self, query: Query, history: UserHistory, popular: PopularItems) -> Ranking:
+    def _ranked(self, asked: _Asked, u_D: Tensor) -> Ranking:
+        known = asked.named_rows >= 0
+        scores = np.full(len(known), np.nan, np.float32)
+        rows = torch.from_numpy(asked.named_rows[known])
+        scores[known] = self._weights.recommender.scores(u_D[None], rows, catalogue=self._weights.catalogue())[
+            0
+        ].numpy()
+        return self._in_order(asked, scores, None)
+
+    def _by_popularity(self, asked: _Asked, popular: PopularItems) -> Ranking:
+        query, history = asked.query, asked.history
         reason = self._fallback_reason(history)
         if isinstance(query, RankQuery):
-            return self._ranked_candidates(query, history, popular.scores_of(query.candidates), reason)
+            return self._in_order(asked, popular.scores_of(query.candidates), reason)
         left_out = [self._weights.withheld.item_ids, query.exclude]
         if query.exclude_seen:
             left_out.append(history.item_ids)
         item_ids, scores = popular.first(query.k, without=np.unique(np.concatenate(left_out)))
-        return Ranking(
-            weights=self._weights.info,
-            history_time_ms=history.newest_ms,
-            fallback_reason=reason,
-            item_ids=item_ids,
-            scores=scores,
-            places=np.empty(0, np.int64),
-        )
+        return self._ranking(asked, item_ids=item_ids, scores=scores, reason=reason)
 
     def _fallback_reason(self, history: UserHistory) -> str:
         if self._weights.info is None:
@@ -204,34 +162,28 @@ class Ranker:
             return history.missing_because
         return HISTORY_UNKNOWN_TO_WEIGHTS if len(history.item_ids) else NO_HISTORY
 
-    def _ranked_candidates(
-        self, query: RankQuery, history: UserHistory, scores: NDArray[np.float32], reason: str | None
-    ) -> Ranking:
+    def _in_order(self, asked: _Asked, scores: NDArray[np.float32], reason: str | None) -> Ranking:
+        """The candidates of a RankQuery by their scores."""
         # NaN (unknown) sorts last; equal scores keep the order of the request.
         places = np.argsort(-scores, kind="stable")
-        return Ranking(
-            weights=self._weights.info,
-            history_time_ms=history.newest_ms,
-            fallback_reason=reason,
-            item_ids=query.candidates[places],
-            scores=scores[places],
-            places=places,
+        return self._ranking(
+            asked, item_ids=asked.query.item_ids[places], scores=scores[places], places=places, reason=reason
         )
 
-
-def _history_batch(histories: Sequence[UserHistory], rows: Sequence[Int64s], now_ms: int) -> HistoryBatch:
-    """What the model reads: at each position the time of the next interaction, at the newest that of the request."""
-    times = [history.event_time_ms[-len(own) :] for history, own in zip(histories, rows, strict=True)]
-    lengths = np.array([len(own) for own in rows], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    times_L = np.concatenate(times)
-    next_L = np.empty_like(times_L)
-    next_L[:-1] = times_L[1:]
-    # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
-    next_L[offsets[1:] - 1] = np.maximum(times_L[offsets[1:] - 1], now_ms)
-    return HistoryBatch(
-        rows_L=torch.from_numpy(np.concatenate(rows)),
-        timestamps_ms_L=torch.from_numpy(times_L),
-        query_times_ms_L=torch.from_numpy(next_L),
-        offsets=torch.from_numpy(offsets),
-    )
+    def _ranking(
+        self,
+        asked: _Asked,
+        *,
+        item_ids: Int64s,
+        scores: NDArray[np.float32],
+        places: Int64s | None = None,
+        reason: str | None = None,
+    ) -> Ranking:
+        return Ranking(
+            weights=self._weights.info,
+            history_time_ms=asked.history.newest_ms,
+            fallback_reason=reason,
+            item_ids=item_ids,
+            scores=scores,
+            places=np.empty(0, np.int64) if places is None else places,
+        )

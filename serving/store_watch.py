@@ -46,7 +46,7 @@ class StoreWatch:
             logger.warning("serving goes on with what is in memory: %s", problem)
         self.problem = problem
         if not np.array_equal(before, self._withheld.item_ids):
-            await self._model_thread.run(self._weights.update_mask)
+            await self._model_thread.run(self._weights.withheld_changed)
 
     def _read(self) -> str | None:
         try:

@@ -17,6 +17,7 @@ from serving.config import ServingConfig
 from serving.history_reader import HistoryReader
 from serving.item_names import ItemNames
 from serving.popularity import LivePopularity
+from serving.user_states import UserStateCache
 from serving.weights import ServedWeights
 from stream.clock import Clock, WatermarkClock
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
@@ -70,9 +71,10 @@ class UncoveredUpdates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateTargets:
-    """What updates change; the first three belong to the model thread."""
+    """What updates change; the first four belong to the model thread."""
 
     histories: HistoryReader
+    user_states: UserStateCache
     live_popularity: LivePopularity
     weights: ServedWeights
     names: ItemNames
@@ -201,6 +203,7 @@ class UpdateFollower:
         targets, interactions = self._targets, update.interactions
         if update.forgotten:
             targets.histories.forget(np.array(update.forgotten, np.int64))
+            targets.user_states.forget(update.forgotten)
         if len(interactions):
             if targets.weights.info is None:
                 targets.live_popularity.add(interactions.item_id, interactions.event_time_ms)

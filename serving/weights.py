@@ -180,8 +180,7 @@ class ServedWeights:
         self.info: WeightsInfo | None = None
         self._catalogue = _CatalogueBuffer(self.recommender)
         self._popular: PopularItems | None = None
-        self.mask_V: Tensor | None = None
-        """float32[V]: -inf for withheld items, else 0; None when none are withheld."""
+        self._recommendable: Catalogue | None = None
 
     @property
     def max_len(self) -> int:
@@ -222,8 +221,7 @@ class ServedWeights:
             carry_out(change.planned)
             self._catalogue.carry_out(change)
         self.info = WeightsInfo.of(prepared.newest)
-        self._popular = None
-        self.update_mask()
+        self._popular = self._recommendable = None
 
     def score(self, u_PD: Tensor) -> Tensor:
         """float32[P, V]: every item's score for each state."""
@@ -235,13 +233,19 @@ class ServedWeights:
             self._popular = PopularItems.of_table(self.items)
         return self._popular
 
-    def update_mask(self) -> None:
-        """Follow a change of `withheld`."""
-        withheld = self.withheld.item_ids
-        if len(withheld) == 0:
-            self.mask_V = None
-            return
-        rows = self.items.lookup(withheld)
-        mask_V = np.zeros(self.items.num_items, np.float32)
-        mask_V[rows[rows >= 0]] = -np.inf
-        self.mask_V = torch.from_numpy(mask_V)
+    def catalogue(self) -> Catalogue:
+        """The live catalogue ready for scoring."""
+        return self._catalogue.catalogue
+
+    def recommendable(self) -> Catalogue:
+        """The same with offsets of -inf for withheld items; worked out when first asked for, not in a swap."""
+        if self._recommendable is None:
+            rows = self.items.lookup(self.withheld.item_ids)
+            offset_V = self.catalogue().offset_V.clone()
+            offset_V[torch.from_numpy(rows[rows >= 0])] = -torch.inf
+            self._recommendable = Catalogue(unit_VD=self.catalogue().unit_VD, offset_V=offset_V)
+        return self._recommendable
+
+    def withheld_changed(self) -> None:
+        """Other items are withheld from now on."""
+        self._recommendable = None

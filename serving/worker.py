@@ -30,13 +30,16 @@ from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
 from serving.instruments import ServingInstruments
 from serving.item_names import ItemNames, WithheldItems
+from serving.item_search import ExactSearch
 from serving.lease import SnapshotLease
 from serving.log_writer import SharedWriter
 from serving.popularity import LivePopularity
-from serving.ranker import Query, Ranker, Ranking
+from serving.queries import Query, Ranking
+from serving.ranker import Ranker
 from serving.store_watch import StoreWatch
 from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
 from serving.updates import UncoveredUpdates, UpdateFollower, UpdateTargets
+from serving.user_states import UserEncoder
 from serving.weights import PreparedSwap, ServedWeights
 from stream.clock import Clock, WatermarkClock
 from stream.events import EventRules
@@ -96,7 +99,8 @@ class ServingWorker:
             floor=parts.model_config.trend_floor,
             items_max=parts.model_config.max_items,
         )
-        ranker = Ranker(self._weights, self._histories, live_popularity)
+        self._encoder = UserEncoder(config, self._weights)
+        ranker = Ranker(self._weights, self._histories, live_popularity, self._encoder, ExactSearch(self._weights))
         self._batcher: MicroBatcher[Query, Ranking] = MicroBatcher(
             config, self._model_thread, lambda queries: ranker.answer(queries, self._query_now_ms()), self.instruments
         )
@@ -110,6 +114,7 @@ class ServingWorker:
         self._swapper = self._build_swapper()
         targets = UpdateTargets(
             histories=self._histories,
+            user_states=self._encoder.cache,
             live_popularity=live_popularity,
             weights=self._weights,
             names=self._names,
@@ -195,6 +200,10 @@ class ServingWorker:
             lambda: self._uncovered.behind_ms(self.clock.now_ms()) / 1000,
         )
         observe("headrace.serving.queue.length", "{request}", "Waiting requests", lambda: self._batcher.num_waiting)
+        states = self._encoder.cache
+        observe("headrace.serving.user_states.bytes", "By", "Memory of user states", lambda: states.num_bytes)
+        observe("headrace.serving.user_states.hits", "{history}", "Histories reused", lambda: states.num_hits)
+        observe("headrace.serving.user_states.misses", "{history}", "Histories read anew", lambda: states.num_misses)
 
     def _weights_age_s(self) -> float | None:
         held = self._swapper.held
@@ -320,6 +329,7 @@ class ServingWorker:
             "weights_age_ms": None if (age_s := self._weights_age_s()) is None else age_s * 1000,
             "weights_behind_ms": self._uncovered.behind_ms(self.clock.now_ms()),
             "events_accepted": self.intake.num_accepted,
+            "user_states": self._encoder.cache.status(),
             "hot": {name: getattr(hot, name) for name in hot.__dataclass_fields__},
             "updates": self._updates.status(),
             "broker": {

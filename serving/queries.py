@@ -1,0 +1,63 @@
+"""What the model thread is asked, and what it answers.
+
+Shapes: K items of an answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.weights import WeightsInfo
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecommendQuery:
+    """The k best items for a user."""
+
+    user_id: int
+    k: int
+    exclude_seen: bool
+    exclude: Int64s
+    """Item ids that must not be in the answer."""
+
+    @property
+    def item_ids(self) -> Int64s:
+        """Items that the request names."""
+        return self.exclude
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankQuery:
+    """Candidates (item ids) to put in order."""
+
+    user_id: int
+    candidates: Int64s
+
+    @property
+    def item_ids(self) -> Int64s:
+        """Items that the request names."""
+        return self.candidates
+
+
+Query = RecommendQuery | RankQuery
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """The answer to one query, and what it was computed from."""
+
+    weights: WeightsInfo | None
+    history_time_ms: int | None
+    """Newest interaction of the user that was used."""
+    fallback_reason: str | None
+    item_ids: Int64s
+    """int64[K], best first."""
+    scores: NDArray[np.float32]
+    """float32[K]; NaN: this candidate is unknown."""
+    places: Int64s
+    """int64[K], for RankQuery: where each item stands in `candidates`. Empty for RecommendQuery."""
