@@ -45,6 +45,7 @@ from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.config import TrainerConfig
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.publisher import Published, Publisher
+from online_trainer.steps import LearnedSteps
 from stream.clock import WallClock
 from stream.messages import HistoryUpdate
 
@@ -154,8 +155,9 @@ class Stepping:
             self.learner.step(batch)
             self.times[f"{arm} wall"].append(time.perf_counter() - wall)
             self.times[f"{arm} cpu"].append(time.thread_time() - cpu)
-            total = self.learner.ledger.num_interactions
-            self.publisher.learned(batch.interactions.event_time_ms, batch.append_ms, total, 0)
+            ledger = self.learner.ledger
+            step = LearnedSteps.of_batch(batch, ledger, at_ms=WallClock().now_ms(), is_set_aside=False)
+            self.publisher.learned(batch.interactions.event_time_ms, batch.append_ms, ledger.num_interactions, 0, step)
             if publishing and (time.perf_counter() - self._captured_s) * 1000 >= self.interval_ms:
                 self._publish()
             self.times[f"{arm} path"].append(time.perf_counter() - wall)

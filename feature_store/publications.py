@@ -80,12 +80,16 @@ def record_published(connection: Connection, snapshot: PublishedSnapshot) -> Non
     connection.execute(statement)
 
 
-def load_published(connection: Connection, model: str, since_version: int) -> list[PublishedSnapshot]:
+def load_published(
+    connection: Connection, model: str, since_version: int, created_from_ms: int, limit: int | None
+) -> list[PublishedSnapshot]:
     """Snapshots of a model with a version above `since_version`, oldest first."""
+    columns = published_snapshot.c
     query = (
         select(published_snapshot)
-        .where(published_snapshot.c.model == model, published_snapshot.c.version > since_version)
-        .order_by(published_snapshot.c.version)
+        .where(columns.model == model, columns.version > since_version, columns.created_at_ms >= created_from_ms)
+        .order_by(columns.version)
+        .limit(limit)
     )
     return [PublishedSnapshot(**row) for row in connection.execute(query).mappings()]
 
@@ -95,7 +99,7 @@ def record_first_served(connection: Connection, served: FirstServed) -> None:
     statement = upsert(connection.dialect.name, first_served).values(asdict(served))
     statement = statement.on_conflict_do_update(
         index_elements=list(first_served.primary_key),
-        set_={"at_ms": statement.excluded.at_ms},
+        set_={name: statement.excluded[name] for name in ("at_ms", "swapped_at_ms")},
         where=first_served.c.at_ms > statement.excluded.at_ms,
     )
     connection.execute(statement)
@@ -109,3 +113,23 @@ def load_first_served(connection: Connection, model: str, since_version: int) ->
         .order_by(first_served.c.version, first_served.c.replica)
     )
     return [FirstServed(**row) for row in connection.execute(query).mappings()]
+
+
+def load_first_answers(connection: Connection, model: str, version: int) -> list[FirstServed]:
+    """Of each replica, its first answer with `version` or a later one, by replica."""
+    columns = first_served.c
+    earliest = (
+        select(columns.replica, func.min(columns.at_ms).label("at_ms"))
+        .where(columns.model == model, columns.version >= version)
+        .group_by(columns.replica)
+        .subquery()
+    )
+    query = (
+        select(first_served)
+        .join(earliest, (columns.replica == earliest.c.replica) & (columns.at_ms == earliest.c.at_ms))
+        .where(columns.model == model, columns.version >= version)
+        .order_by(columns.replica, columns.version)
+    )
+    # Versions that were passed over have the time of the answer that made up for them: its version is the last.
+    found = {row["replica"]: FirstServed(**row) for row in connection.execute(query).mappings()}
+    return list(found.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class PublishedSnapshot:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Prequential metrics at publish."""
     traceparent: str | None = None
+    steps: Sequence[Mapping[str, Any]] | None = None
+    """The steps that learned what is newly inside, as `online_trainer.steps` writes them; None: not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,26 @@ class FirstServed:
     version: int
     replica: str
     at_ms: int
+    swapped_at_ms: int | None = None
+    """When its weights changed to this version, or to a later one at once; None: not recorded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredEvent:
+    """One event as a history holds it."""
+
+    user_id: int
+    item_id: int
+    event_time_ms: int
+    action: int
+    """Bitmask of the declared actions."""
+    seq: int
+    """Arrival number within the user."""
+    arrival_ms: int
+    num_later: int
+    """Interactions of later event time that were there when it arrived: above 0, it was late."""
+    is_expired: bool
+    """Still stored, but retention shows it to no reader any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, select, text
 
-from feature_store import audit, catalogue, publications, reading, redriven, removing
+from feature_store import audit, catalogue, event_search, publications, reading, redriven, removing
 from feature_store.appending import Appending
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine, erase_deleted
@@ -33,6 +33,7 @@ from feature_store.records import (
     PruneSlice,
     PublishedSnapshot,
     SourcePlace,
+    StoredEvent,
     StoreStats,
     StoreTotals,
 )
@@ -177,14 +178,18 @@ class FeatureStore:
         with write_transaction(self._engine) as connection:
             publications.record_published(connection, snapshot)
 
-    def published_snapshots(self, model: str, since_version: int = 0) -> list[PublishedSnapshot]:
-        """Published versions above `since_version`, oldest first."""
+    def published_snapshots(
+        self, model: str, since_version: int = 0, *, created_from_ms: int = 0, limit: int | None = None
+    ) -> list[PublishedSnapshot]:
+        """Published versions above `since_version`, made at or after a time, oldest first; at most `limit`."""
         with read_transaction(self._engine) as connection:
-            return publications.load_published(connection, model, since_version)
+            return publications.load_published(connection, model, since_version, created_from_ms, limit)
 
-    def record_first_served(self, model: str, version: int, replica: str, at_ms: int) -> None:
-        """Store when a replica first answered with a version; the earliest time stays."""
-        served = FirstServed(model=model, version=version, replica=replica, at_ms=at_ms)
+    def record_first_served(
+        self, model: str, version: int, replica: str, at_ms: int, *, swapped_at_ms: int | None = None
+    ) -> None:
+        """Store when a replica changed to and first answered with a version; the earliest answer stays."""
+        served = FirstServed(model=model, version=version, replica=replica, at_ms=at_ms, swapped_at_ms=swapped_at_ms)
         with write_transaction(self._engine) as connection:
             publications.record_first_served(connection, served)
 
@@ -192,6 +197,22 @@ class FeatureStore:
         """First answers with versions above `since_version`, by version and replica."""
         with read_transaction(self._engine) as connection:
             return publications.load_first_served(connection, model, since_version)
+
+    def first_answers(self, model: str, version: int) -> list[FirstServed]:
+        """Of each replica, its first answer with `version` or a later one, by replica."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_first_answers(connection, model, version)
+
+    def find_event(self, key: int, user_ids: Collection[int] | None = None) -> list[StoredEvent]:
+        """Everything stored under an event key, expired or not, by user and event time.
+
+        With `user_ids`, only these histories are looked at; without, the database searches all chunks for the key.
+
+        Raises ChunkCorruptError or StoreUnavailableError.
+        """
+        with read_transaction(self._engine) as connection:
+            self._require_layout(connection)
+            return event_search.find_event(connection, key, user_ids, self.retention)
 
     def record_redriven(self, log_id: str, places: Collection[SourcePlace], at_ms: int) -> None:
         """Store that the records refused at these places were sent back; the first time stays."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0005"
+SCHEMA_REVISION: Final = "0006"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -121,6 +121,7 @@ published_snapshot = Table(
     Column("append_age", JSON, nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("traceparent", String(128), nullable=True),
+    Column("steps", JSON, nullable=True),
 )
 
 first_served = Table(
@@ -130,5 +131,6 @@ first_served = Table(
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("replica", String(128), primary_key=True),
     Column("at_ms", BigInteger, nullable=False),
+    Column("swapped_at_ms", BigInteger, nullable=True),
     comment="When each replica first answered with a snapshot version.",
 )

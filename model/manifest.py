@@ -45,7 +45,8 @@ class Manifest:
     version: ascending from 1. parent: the version a delta applies to, None for an anchor. created_at_ms,
     watermark_ms: epoch milliseconds of publishing, and the event time learned up to. event_age, append_age:
     histograms of the ages of the events newly inside, as stream.freshness writes them. metrics: prequential, at the
-    time of publishing. traceparent: W3C trace context of the publishing span.
+    time of publishing. traceparent: W3C trace context of the publishing span. steps: which steps learned what is newly
+    inside, as online_trainer.steps writes them; None in snapshots of programs that did not tell.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Manifest:
     append_age: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     traceparent: str | None = None
+    steps: list[dict[str, Any]] | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -1,4 +1,6 @@
-"""How old the events are that no snapshot contains yet: bounded in memory, and carried over a restart."""
+"""How old the events are that no snapshot contains yet, and which steps learned them: bounded in memory, and carried
+over a restart.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from online_trainer.steps import LearnedSteps, bounded
 from stream.freshness import AgeHistogram
 
 _FOLD_EVENTS: Final = 100_000
@@ -72,14 +75,17 @@ class AgesUpTo:
     as_of_ms: int
     event_age: AgeHistogram
     append_age: AgeHistogram
+    steps: tuple[LearnedSteps, ...] = ()
+    """The steps that learned them."""
 
     def with_earlier(self, earlier: AgesUpTo) -> AgesUpTo:
         """These and those of events before them, as of this time."""
-        joined = (
+        event_age, append_age = (
             _joined([(before, earlier.as_of_ms), (own, self.as_of_ms)], self.as_of_ms)[0]
             for before, own in ((earlier.event_age, self.event_age), (earlier.append_age, self.append_age))
         )
-        return AgesUpTo(self.num_interactions, self.as_of_ms, *joined)
+        steps = bounded(earlier.steps + self.steps)
+        return AgesUpTo(self.num_interactions, self.as_of_ms, event_age, append_age, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -88,6 +94,7 @@ class AgesUpTo:
             "as_of_ms": self.as_of_ms,
             "event_age": self.event_age.to_dict(),
             "append_age": self.append_age.to_dict(),
+            "steps": [step.to_dict() for step in self.steps],
         }
 
     @classmethod
@@ -98,4 +105,5 @@ class AgesUpTo:
             stored["as_of_ms"],
             AgeHistogram.from_dict(stored["event_age"]),
             AgeHistogram.from_dict(stored["append_age"]),
+            tuple(LearnedSteps.of_dict(step) for step in stored.get("steps", ())),
         )

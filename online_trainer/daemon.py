@@ -33,6 +33,7 @@ from online_trainer.look_ahead import forgotten_ahead
 from online_trainer.metrics_file import MetricsFile
 from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
+from online_trainer.steps import LearnedSteps
 from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError
 from stream.events import EventRules
@@ -256,17 +257,19 @@ class TrainerDaemon:
             self._report_drift(span)
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
+        is_set_aside = bool(self._learner.set_aside)
         await self._write_set_aside()
         fail_point("trainer.trained")
         self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
         self._learned.add(len(batch.interactions))
         self._lag.took(batch)
-        event_time_ms = batch.interactions.event_time_ms
-        self.freshness.record(event_time_ms, batch.append_ms, self._parts.clock.now_ms())
+        event_time_ms, done_ms = batch.interactions.event_time_ms, self._parts.clock.now_ms()
+        self.freshness.record(event_time_ms, batch.append_ms, done_ms)
         if self._learner.ledger.num_steps % self._config.metrics_every_steps == 0:
             await self._in_compute_thread(self._note_metrics)
-        num_taken = self._learner.ledger.num_interactions
-        self._publisher.learned(event_time_ms, batch.append_ms, num_taken, len(batch.dropped) + len(batch.thinned))
+        ledger, num_dropped = self._learner.ledger, len(batch.dropped) + len(batch.thinned)
+        step = LearnedSteps.of_batch(batch, ledger, at_ms=done_ms, is_set_aside=is_set_aside)
+        self._publisher.learned(event_time_ms, batch.append_ms, ledger.num_interactions, num_dropped, step)
 
     async def _write_set_aside(self) -> None:
         """Before the step counts: a crash then repeats it, and writes the same again."""

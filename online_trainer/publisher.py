@@ -24,6 +24,7 @@ from online_trainer.ages import AgesUpTo, PendingAges
 from online_trainer.config import TrainerConfig
 from online_trainer.gate import HeldBack, HeldEpisode, PublishGate, read_held, write_held
 from online_trainer.learner import OnlineLearner
+from online_trainer.steps import LearnedSteps, bounded
 from stream.clock import Clock
 from stream.failpoints import fail_point
 from stream.freshness import F3_PUBLISHED, AgeHistogram, FreshnessRecorder
@@ -85,6 +86,7 @@ class Publisher:
         self._num_since_attempt = 0
         self._last_publish_s = clock.monotonic_s()
         self._event_ages, self._append_ages = PendingAges(), PendingAges()
+        self._steps: list[LearnedSteps] = []
         self._unfinished: AgesUpTo | None = None
         self._num_already_published = 0
         self._unrecorded: deque[tuple[Manifest, int]] = deque(maxlen=_UNRECORDED_MAX)
@@ -117,7 +119,12 @@ class Publisher:
             return []
 
     def learned(
-        self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], num_interactions: int, num_dropped: int
+        self,
+        event_time_ms: NDArray[np.int64],
+        append_ms: NDArray[np.int64],
+        num_interactions: int,
+        num_dropped: int,
+        step: LearnedSteps,
     ) -> None:
         """Note what a step learned from or only took (dropped); `num_interactions` is the ledger's total after it.
 
@@ -131,6 +138,7 @@ class Publisher:
         now_ms = self._clock.now_ms()
         self._event_ages.add(event_time_ms[-num_new:], now_ms)
         self._append_ages.add(append_ms[-num_new:], now_ms)
+        self._steps = list(bounded([*self._steps, step]))
         self._num_unpublished += num_new
         self._num_since_attempt += num_new
 
@@ -183,6 +191,7 @@ class Publisher:
             append_age=ages.append_age.to_dict(),
             metrics=measured,
             traceparent=traceparent,
+            steps=[step.to_dict() for step in ages.steps],
         )
         self._version += 1
         self._anchor_next = False
@@ -192,13 +201,21 @@ class Publisher:
 
     def _take_ages(self, now_ms: int, num_interactions: int) -> AgesUpTo:
         """Of everything learned up to `num_interactions` that is in no finished snapshot."""
-        ages = AgesUpTo(num_interactions, now_ms, self._event_ages.take(now_ms), self._append_ages.take(now_ms))
+        ages = AgesUpTo(
+            num_interactions,
+            now_ms,
+            self._event_ages.take(now_ms),
+            self._append_ages.take(now_ms),
+            tuple(self._steps),
+        )
+        self._steps = []
         return ages if self._unfinished is None else ages.with_earlier(self._unfinished)
 
     def unpublished(self) -> dict[str, Any]:
         """Ages of what no finished snapshot contains, JSON-ready: for the checkpoint. Call between steps."""
         now_ms, total = self._clock.now_ms(), self._num_learned
-        ages = [AgesUpTo(total, now_ms, self._event_ages.as_of(now_ms), self._append_ages.as_of(now_ms))]
+        event_age, append_age = self._event_ages.as_of(now_ms), self._append_ages.as_of(now_ms)
+        ages = [AgesUpTo(total, now_ms, event_age, append_age, tuple(self._steps))]
         unfinished = self._unfinished
         if unfinished is not None:
             ages.insert(0, unfinished)
@@ -318,4 +335,5 @@ def _stored(manifest: Manifest, published_at_ms: int) -> PublishedSnapshot:
         append_age=manifest.append_age,
         metrics=manifest.metrics,
         traceparent=manifest.traceparent,
+        steps=manifest.steps,
     )

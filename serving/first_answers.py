@@ -28,8 +28,16 @@ _RETRY_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
+class _Expected:
+    """A version in service, and since when it or a later one that made up for it is."""
+
+    manifest: Manifest
+    swapped_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Answered:
-    manifests: tuple[Manifest, ...]
+    expected: tuple[_Expected, ...]
     at_ms: int
 
 
@@ -38,7 +46,7 @@ class FirstAnswers:
 
     def __init__(self, store: FeatureStore, model: str, replica: str, mode: str) -> None:
         self._store, self._model, self._replica = store, model, replica
-        self._waiting: deque[Manifest] = deque(maxlen=_WAITING_MAX)
+        self._waiting: deque[_Expected] = deque(maxlen=_WAITING_MAX)
         self._answered: deque[_Answered] = deque(maxlen=_WAITING_MAX)
         self._answered_up_to = 0
         self._new = asyncio.Event()
@@ -55,26 +63,26 @@ class FirstAnswers:
             return None
         return max((one.version for one in served if one.replica == self._replica), default=None)
 
-    def expect(self, manifests: Sequence[Manifest]) -> None:
+    def expect(self, manifests: Sequence[Manifest], now_ms: int) -> None:
         """These versions are in service from now on; their first answer is yet to come."""
         for manifest in manifests:
-            newest = self._waiting[-1].version if self._waiting else self._answered_up_to
+            newest = self._waiting[-1].manifest.version if self._waiting else self._answered_up_to
             if manifest.version > newest:
-                self._waiting.append(manifest)
+                self._waiting.append(_Expected(manifest, now_ms))
 
     def answered(self, version: int, at_ms: int) -> None:
         """An answer was computed with `version` (and so with everything that earlier ones contain)."""
-        if not self._waiting or self._waiting[0].version > version:
+        if not self._waiting or self._waiting[0].manifest.version > version:
             return
-        manifests = []
-        while self._waiting and self._waiting[0].version <= version:
-            manifests.append(self._waiting.popleft())
+        expected = []
+        while self._waiting and self._waiting[0].manifest.version <= version:
+            expected.append(self._waiting.popleft())
         # The end of each event's path: the answer links to what published the weights it was computed with.
-        for manifest in manifests:
-            for link in link_to(manifest.traceparent):
+        for one in expected:
+            for link in link_to(one.manifest.traceparent):
                 trace.get_current_span().add_link(link.context)
         self._answered_up_to = version
-        self._answered.append(_Answered(tuple(manifests), at_ms))
+        self._answered.append(_Answered(tuple(expected), at_ms))
         self._new.set()
 
     async def run(self) -> None:
@@ -104,10 +112,16 @@ class FirstAnswers:
         return True
 
     def _record_one(self, answered: _Answered) -> None:
-        for manifest in answered.manifests:
-            self._store.record_first_served(self._model, manifest.version, self._replica, answered.at_ms)
+        for one in answered.expected:
+            self._store.record_first_served(
+                self._model,
+                one.manifest.version,
+                self._replica,
+                answered.at_ms,
+                swapped_at_ms=one.swapped_at_ms,
+            )
         # After the store has it: what is tried again must not be counted twice.
-        for manifest in answered.manifests:
+        for manifest in (one.manifest for one in answered.expected):
             delay_ms = answered.at_ms - manifest.created_at_ms
             self._freshness.record_histograms(_ages(manifest.event_age, delay_ms), _ages(manifest.append_age, delay_ms))
         self.summary = self._freshness.summary()

@@ -181,7 +181,7 @@ class ServingWorker:
         self._names.resolve(prepared.item_ids())
 
     def _after_swap(self, done: SwapDone) -> None:
-        self._first_answers.expect(done.passed)
+        self._first_answers.expect(done.passed, self.clock.now_ms())
         self._uncovered.covered(done.newest.lineage)
         if self._replay_clock is not None:
             self._replay_clock.observe(done.newest.watermark_ms)

@@ -111,3 +111,26 @@ def test_the_earliest_first_answer_of_each_replica_stays(store: FeatureStore) ->
     ]
     assert store.first_served("main", since_version=1) == second
     assert len(store.first_served("main")) == 3
+
+
+def test_the_first_answer_of_each_replica_with_a_version_or_a_later_one(store: FeatureStore) -> None:
+    for version, replica, at_ms, swapped_at_ms in (
+        (1, "a", 10, 9),
+        (2, "a", 40, 30),
+        (3, "a", 50, 45),
+        # Versions 2 and 3 were passed over, and version 4 made up for them.
+        *((version, "b", 90, 80) for version in (2, 3, 4)),
+        (1, "c", 20, None),
+    ):
+        store.record_first_served("main", version, replica, at_ms, swapped_at_ms=swapped_at_ms)
+    store.record_first_served("other", 2, "a", 1)
+    found = {one.replica: (one.version, one.at_ms, one.swapped_at_ms) for one in store.first_answers("main", 2)}
+    assert found == {"a": (2, 40, 30), "b": (4, 90, 80)}
+    assert store.first_answers("main", 5) == []
+
+
+def test_published_snapshots_are_read_from_a_time_on_in_parts(store: FeatureStore) -> None:
+    for version in range(1, 6):
+        store.record_published(snapshot(version, created_at_ms=100 * version, steps=[{"first_step": version}]))
+    found = store.published_snapshots("main", 2, created_from_ms=400, limit=1)
+    assert [(one.version, one.steps) for one in found] == [(4, [{"first_step": 4}])]

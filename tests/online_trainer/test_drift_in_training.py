@@ -19,6 +19,7 @@ from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
 from online_trainer.drift_config import DriftConfig, Reaction
 from online_trainer.learner import OnlineLearner
 from online_trainer.publisher import Publisher
+from online_trainer.steps import LearnedSteps
 from stream.clock import WallClock
 from stream.memory_log import MemoryLog
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
@@ -128,7 +129,9 @@ def test_nothing_is_published_while_it_is_held_back(stream: RecordedStream, tmp_
 
     def capture() -> bool:
         new = np.zeros(5, np.int64)
-        publisher.learned(new, new, learner.ledger.num_interactions, 0)
+        ledger = learner.ledger
+        step = LearnedSteps(first_step=ledger.num_steps, last_step=ledger.num_steps, at_ms=0, positions={})
+        publisher.learned(new, new, ledger.num_interactions, 0, step)
         return publisher.capture(learner, traceparent=None) is not None
 
     run(stream, learner, steps=CHANGE // BATCH)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.gate import read_held
 from online_trainer.learner import OnlineLearner
 from online_trainer.publisher import CapturedSnapshot, Publisher
+from online_trainer.steps import LearnedSteps, bounded
 from stream.clock import ManualClock
 from stream.freshness import AgeHistogram
 from tests.online_trainer.conftest import record_stream, walks
@@ -51,8 +54,11 @@ class Desk:
         batch = self.batcher.take()
         assert batch is not None
         self.learner.step(batch)
-        total = self.learner.ledger.num_interactions
-        self.publisher.learned(batch.interactions.event_time_ms, batch.append_ms, total, len(batch.dropped))
+        ledger = self.learner.ledger
+        step = LearnedSteps.of_batch(batch, ledger, at_ms=self.clock.now_ms(), is_set_aside=False)
+        self.publisher.learned(
+            batch.interactions.event_time_ms, batch.append_ms, ledger.num_interactions, len(batch.dropped), step
+        )
 
     def capture(self) -> CapturedSnapshot:
         captured = self.publisher.capture(self.learner, traceparent=None)
@@ -70,6 +76,70 @@ class Desk:
 @pytest.fixture
 def desk(store: FeatureStore, tmp_path: Path) -> Desk:
     return Desk(store, tmp_path / "snapshots")
+
+
+def a_step(number: int, *, is_set_aside: bool = False) -> LearnedSteps:
+    return LearnedSteps(
+        first_step=number,
+        last_step=number,
+        at_ms=10 * number,
+        positions={0: number},
+        is_set_aside=is_set_aside,
+    )
+
+
+def steps_of(store: FeatureStore) -> list[list[tuple[int, int]]]:
+    """Of each published version, its steps and where they had come to."""
+    told = [[LearnedSteps.of_dict(one) for one in row.steps or ()] for row in store.published_snapshots("default")]
+    return [[(step.first_step, step.positions[0]) for step in of_version] for of_version in told]
+
+
+def test_a_snapshot_tells_which_steps_learned_what_is_newly_inside(desk: Desk) -> None:
+    desk.learn()
+    desk.publish()
+    desk.publish()
+    per_batch = desk.learner.ledger.num_interactions // 3
+    assert steps_of(desk.store) == [[(1, per_batch), (2, 2 * per_batch)], [(3, 3 * per_batch)]]
+    assert read_manifest(desk.root, "default", 2).steps == desk.store.published_snapshots("default")[1].steps
+
+
+def test_steps_that_no_finished_snapshot_tells_are_told_after_a_restart(store: FeatureStore, tmp_path: Path) -> None:
+    disk = Disk()
+    desk = Desk(store, LocalStorage(tmp_path / "snapshots", disk))
+    desk.publish()
+    desk.learn()
+    write_before = disk.write
+    disk.write = _full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space left"):
+        desk.publisher.write(desk.capture())
+    disk.write = write_before  # type: ignore[method-assign]
+    desk.learn()
+    kept = json.loads(json.dumps(desk.publisher.unpublished()))
+    desk.publisher = desk.open()
+    desk.publisher.resume(kept, desk.learner.ledger.num_interactions)
+    desk.publish()
+    assert [step for step, _ in steps_of(desk.store)[-1]] == [2, 3, 4]
+
+
+def test_many_steps_share_entries_and_none_is_left_out() -> None:
+    told: tuple[LearnedSteps, ...] = ()
+    for number in range(1, 2_001):
+        told = bounded([*told, a_step(number, is_set_aside=number == 5)])
+        assert len(told) <= 256
+    assert (told[0].first_step, told[-1].last_step, told[-1].positions, told[-1].at_ms) == (
+        1,
+        2_000,
+        {0: 2_000},
+        20_000,
+    )
+    assert all(later.first_step == step.last_step + 1 for step, later in pairwise(told))
+    assert [step.is_set_aside for step in told] == [step.first_step <= 5 <= step.last_step for step in told]
+    assert told[-1].first_step == 2_000, "the newest are told apart longest"
+
+
+def _full(path: Path, content: bytes) -> None:
+    path.write_bytes(content[:100])
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def recorded(store: FeatureStore) -> list[int]:
@@ -131,12 +201,7 @@ def test_a_full_disk_leaves_the_last_good_one_and_an_anchor_follows(store: Featu
     desk.publish()
     desk.publish()
     write_before = disk.write
-
-    def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    disk.write = full  # type: ignore[method-assign]
+    disk.write = _full  # type: ignore[method-assign]
     desk.learn()
     with pytest.raises(OSError, match="No space left"):
         desk.publisher.write(desk.capture())
@@ -205,7 +270,7 @@ def test_after_a_pin_the_next_life_goes_on_behind_the_newest_version(desk: Desk)
     learned = desk.learner.ledger.num_interactions
     again = desk.open()
     # What version 2 contains is not counted again, although workers are at version 1.
-    again.learned(np.zeros(5, np.int64), np.zeros(5, np.int64), learned, 0)
+    again.learned(np.zeros(5, np.int64), np.zeros(5, np.int64), learned, 0, a_step(1))
     assert not again.has_unpublished()
 
 

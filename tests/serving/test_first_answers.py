@@ -57,6 +57,7 @@ async def test_versions_that_were_passed_over_count_with_the_first_answer_that_c
         (3, "one"),
         (4, "one"),
     }
+    assert {one.swapped_at_ms for one in town.store.first_served(NAME)} == {NOW_MS}
 
 
 async def test_an_answer_by_popularity_is_no_answer_of_the_weights(town: Town) -> None:
