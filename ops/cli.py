@@ -31,6 +31,7 @@ from ops.simulate_commands import simulate
 from ops.snapshot_commands import snapshots_app
 from ops.store_commands import store_app
 from ops.token_commands import token_app
+from ops.trace_commands import trace
 from ops.trainer_commands import trainer_app
 from ops.user_commands import user_app
 from serving.errors import ListenRefusedError, PortTakenError
@@ -68,6 +69,7 @@ app.add_typer(snapshots_app, name="snapshots")
 app.add_typer(token_app, name="token")
 app.add_typer(backtest_app, name="backtest")
 app.command()(simulate)
+app.command()(trace)
 
 
 class TimeUnit(StrEnum):

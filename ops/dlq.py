@@ -15,8 +15,8 @@ from ops.settings import Settings
 from stream.clock import WallClock
 from stream.dead_letters import DeadLetter, read_dead_letter
 from stream.kafka import KafkaConfig, KafkaLog
-from stream.log import Record
-from stream.redrive import LetterQuery, RedriveReport, read_letters, record_at, redrive
+from stream.log import Record, record_at
+from stream.redrive import LetterQuery, RedriveReport, read_letters, redrive
 
 _NUM_FIRST_BYTES = 60
 
@@ -39,7 +39,7 @@ async def find_record(settings: Settings, place: str) -> Record:
     """The record at `PARTITION:OFFSET` of `dead-letters`; raises OpsError when there is none."""
     log = KafkaLog(settings.get(KafkaConfig))
     partition, offset = parse_place(place)
-    record = await record_at(log, partition, offset)
+    record = await record_at(log, log.topics.dead_letters, partition, offset)
     if record is None:
         raise OpsError(f"{log.topics.dead_letters} has no record at {place}: `headrace dlq ls` lists what is there")
     return record

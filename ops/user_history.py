@@ -82,13 +82,17 @@ def show_user(store: FeatureStore, raw_id: str, actions: tuple[str, ...], *, lim
 
     Raises ChunkCorruptError, SchemaRevisionError or StoreUnavailableError.
     """
-    is_number = raw_id.isascii() and raw_id.isdigit() and len(raw_id) <= 19 and int(raw_id) <= _INT64_MAX
-    candidates = ([int(raw_id)] if is_number else []) + [stable_id(raw_id)]
-    for user_id in candidates:
+    for user_id in user_ids_meant(raw_id):
         shown = _show(store, user_id, actions, limit)
         if shown is not None:
             return shown
     return None
+
+
+def user_ids_meant(raw_id: str) -> list[int]:
+    """The numbers under which a user can be stored whom a person names so: the number itself first, then the text."""
+    is_number = raw_id.isascii() and raw_id.isdigit() and len(raw_id) <= 19 and int(raw_id) <= _INT64_MAX
+    return ([int(raw_id)] if is_number else []) + [stable_id(raw_id)]
 
 
 def action_names(mask: int, actions: tuple[str, ...]) -> tuple[str, ...]:

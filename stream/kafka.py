@@ -220,6 +220,18 @@ class KafkaReader:
             ) from error
         return {p.partition: LogBounds(starts[p], self._consumer.highwater(p)) for p in partitions}
 
+    async def since(self, topic: str, at_ms: int) -> dict[int, int]:
+        """See LogReader."""
+        bounds = await self.bounds(topic)
+        try:
+            found = await self._consumer.offsets_for_times({TopicPartition(topic, p): at_ms for p in bounds})
+        except (KafkaError, ValueError) as error:
+            raise LogUnavailableError(
+                f"{topic} at {self._config.bootstrap_servers} cannot be searched by time: {error!r}"
+            ) from error
+        # None: everything in the partition is older.
+        return {p.partition: bounds[p.partition].end if at is None else at.offset for p, at in found.items()}
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """Read these partitions from these positions, replacing any earlier assignment."""
         partitions = {TopicPartition(*partition): start for partition, start in starts.items()}

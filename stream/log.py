@@ -18,12 +18,15 @@ import numpy as np
 from aiokafka.errors import KafkaError
 from numpy.typing import NDArray
 
-from stream.errors import LogUnavailableError
+from stream.errors import LogResetError, LogUnavailableError
 from stream.log_bounds import LogBounds
 from stream.messages import Topics
 from stream.tracing import Headers
 
 logger = logging.getLogger(__name__)
+
+EMPTY_POLLS: Final = 2
+"""So many empty polls in a row mean that nothing more is there; one may only mean a slow first fetch."""
 
 Start = int | Literal["earliest", "latest"]
 PartitionId = tuple[str, int]
@@ -108,6 +111,14 @@ class LogReader(Protocol):
         """
         ...
 
+    async def since(self, topic: str, at_ms: int) -> dict[int, int]:
+        """Of each partition of a topic, an offset behind which all lies that is stamped at or after `at_ms` (epoch ms).
+
+        Some earlier records may, too, as brokers search by batches. Moves the reader like `bounds`, and raises what it
+        does.
+        """
+        ...
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """Read these partitions from these positions, replacing any earlier assignment."""
         ...
@@ -179,6 +190,22 @@ async def reading(log: EventLog) -> AsyncIterator[LogReader]:
         yield reader
     finally:
         await reader.stop()
+
+
+async def record_at(log: EventLog, topic: str, partition: int, offset: int, *, quiet_ms: int = 500) -> Record | None:
+    """The record at one place, or None where there is none (any more); raises LogUnavailableError."""
+    async with reading(log) as reader:
+        if partition not in await reader.partitions(topic):
+            return None
+        await reader.assign({(topic, partition): offset})
+        for _ in range(EMPTY_POLLS):
+            try:
+                records = await reader.poll(timeout_ms=quiet_ms, max_records=1)
+            except LogResetError:  # beyond the end, or deleted by retention
+                return None
+            if records:
+                return records[0] if records[0].offset == offset else None
+    return None
 
 
 async def acknowledged(sends: Sequence[Awaitable[object]]) -> None:

@@ -106,6 +106,14 @@ class MemoryReader:
         """See LogReader."""
         return {n: self._log.bounds((topic, n)) for n in self._log.partition_numbers(topic)}
 
+    async def since(self, topic: str, at_ms: int) -> dict[int, int]:
+        """See LogReader."""
+        found = {}
+        for partition, bounds in (await self.bounds(topic)).items():
+            newer = (one.offset for one in self._log.records((topic, partition)) if one.timestamp_ms >= at_ms)
+            found[partition] = max(bounds.start, next(newer, bounds.end))
+        return found
+
     async def assign(self, starts: Mapping[PartitionId, Start]) -> None:
         """See LogReader."""
         self._next = {}

@@ -18,14 +18,12 @@ from feature_store.records import SourcePlace
 from feature_store.store import FeatureStore
 from stream.clock import Clock
 from stream.dead_letters import ALL_REASONS, DeadLetter, read_dead_letter
-from stream.errors import LogResetError, MessageFormatError
-from stream.log import EventLog, LogWriter, Record, acknowledged, reading
+from stream.errors import MessageFormatError
+from stream.log import EMPTY_POLLS, EventLog, LogWriter, acknowledged, reading
 
 _LETTERS_PER_POLL: Final = 500
 _BATCH_BYTES: Final = 8_388_608
 """Letters held in memory until they are sent: one that is too large for ingest can be as large as the broker allows."""
-_EMPTY_POLLS: Final = 2
-"""So many empty polls in a row mean that nothing more is there; one may only mean a slow first fetch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +70,7 @@ async def read_letters(
         open_partitions = set(await reader.partitions(topic))
         await reader.assign({(topic, partition): "earliest" for partition in open_partitions})
         num_empty = 0
-        while open_partitions and num_empty < _EMPTY_POLLS:
+        while open_partitions and num_empty < EMPTY_POLLS:
             records = await reader.poll(timeout_ms=quiet_ms, max_records=_LETTERS_PER_POLL)
             num_empty = 0 if records else num_empty + 1
             for record in records:
@@ -86,23 +84,6 @@ async def read_letters(
                     on_foreign(str(error))
                 else:
                     yield letter
-
-
-async def record_at(log: EventLog, partition: int, offset: int, *, quiet_ms: int = 500) -> Record | None:
-    """The record at one place of `dead-letters`, or None; raises LogUnavailableError when the broker is away."""
-    topic = log.topics.dead_letters
-    async with reading(log) as reader:
-        if partition not in await reader.partitions(topic):
-            return None
-        await reader.assign({(topic, partition): offset})
-        for _ in range(_EMPTY_POLLS):
-            try:
-                records = await reader.poll(timeout_ms=quiet_ms, max_records=1)
-            except LogResetError:  # beyond the end, or deleted by retention
-                return None
-            if records:
-                return records[0] if records[0].offset == offset else None
-    return None
 
 
 async def redrive(

@@ -49,3 +49,9 @@ def links_to(headers_of_records: Iterable[Sequence[tuple[str, bytes]]]) -> list[
             if len(links) == MAX_LINKS:
                 break
     return links
+
+
+def trace_id_of(headers: Sequence[tuple[str, bytes]]) -> str | None:
+    """The trace id (32 hex digits) of the span that a record carries in its headers; None without one."""
+    links = links_to([headers])
+    return trace.format_trace_id(links[0].context.trace_id) if links else None

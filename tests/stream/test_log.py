@@ -210,3 +210,22 @@ async def test_records_that_lie_fetched_are_not_made_into_consumer_records(fresh
     assert (batch.topic, batch.partition, batch.offsets.tolist()) == (topic, 0, [1, 2])
     assert (batch.keys, batch.values, batch.headers) == ([b"k", None], [None, b"c"], [(("h", b"1"),), ()])
     assert (batch.timestamps_ms > 0).all()
+
+
+async def test_reading_can_begin_at_a_time(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
+    topic = log.topics.history_updates
+    await acknowledged([await writer.send(topic, value, partition=0) for value in (b"a", b"b")])
+    before_ms = (await read_all(reader, topic, {0: 0}, 2))[-1].timestamp_ms
+    if isinstance(log, MemoryLog):
+        assert isinstance(log._clock, ManualClock)
+        log._clock.advance(50)
+    await asyncio.sleep(0.05)
+    await acknowledged([await writer.send(topic, value, partition=0) for value in (b"c", b"d")])
+    found = await reader.since(topic, before_ms + 40)
+    assert [record.value for record in await read_all(reader, topic, {0: found[0]}, 2)] == [b"c", b"d"]
+    assert await reader.since(topic, 0) == {0: 0, 1: 0}
+
+
+async def read_all(reader: LogReader, topic: str, starts: dict[int, int], count: int) -> list[Record]:
+    await reader.assign({(topic, partition): start for partition, start in starts.items()})
+    return await read(reader, count)

@@ -21,12 +21,14 @@ from stream.dead_letters import DeadLetter, read_dead_letter
 from stream.errors import LogUnavailableError
 from stream.events import EventDecoder, EventRules
 from stream.kafka import KafkaConfig, KafkaLog
-from stream.log import EventLog, LogWriter, Record, acknowledged
+from stream.log import EventLog, LogWriter, Record, acknowledged, record_at
 from stream.memory_log import MemoryLog
-from stream.redrive import LetterQuery, RedriveReport, read_letters, record_at, redrive
+from stream.messages import Topics
+from stream.redrive import LetterQuery, RedriveReport, read_letters, redrive
 from tests.feature_store.databases import migrated_database
 
 NOW_MS = 1_700_000_000_000
+DEAD_LETTERS = Topics().dead_letters
 DECLARED = EventRules(actions=("rating", "view", "click", "like", "purchase", "stare"))
 
 
@@ -246,11 +248,11 @@ async def test_reading_ends_although_letters_keep_coming(site: Site) -> None:
 async def test_a_place_without_a_record_is_none(site: Site) -> None:
     site.send(1)
     await site.ingest()
-    found = await record_at(site.log, 0, 0, quiet_ms=1)
+    found = await record_at(site.log, DEAD_LETTERS, 0, 0, quiet_ms=1)
     assert found is not None
     assert json.loads(found.value or b"")["item_id"] == 1
     for partition, offset in ((0, 1), (0, 99), (7, 0)):
-        assert await record_at(site.log, partition, offset, quiet_ms=1) is None
+        assert await record_at(site.log, DEAD_LETTERS, partition, offset, quiet_ms=1) is None
 
 
 @pytest.mark.parametrize(
@@ -285,10 +287,10 @@ async def test_at_a_real_broker_poison_is_redriven_and_stored_once(
     letters = await read_all(log, clock)
     assert len(letters) == 30
     assert {letter.reason for letter in letters} == {"unknown_action"}
-    found = await record_at(log, letters[-1].partition, letters[-1].offset)
+    found = await record_at(log, DEAD_LETTERS, letters[-1].partition, letters[-1].offset)
     assert found is not None
     assert found.value == letters[-1].value
-    assert await record_at(log, 0, 1_000) is None
+    assert await record_at(log, DEAD_LETTERS, 0, 1_000) is None
 
     for num_expected in (30, 0):
         report = await redrive(log, store, clock, LetterQuery(), on_foreign=pytest.fail)
