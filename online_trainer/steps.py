@@ -25,6 +25,8 @@ class LearnedSteps:
     """Partition → next source offset after them, of the partitions that they took from."""
     is_set_aside: bool = False
     """The batch of one of them was not learned from: it is kept aside (`headrace trainer inspect`)."""
+    is_thinned: bool = False
+    """One of them passed over some of what it took (trainer.lag_policy)."""
 
     @classmethod
     def of_batch(cls, batch: MicroBatch, ledger: Ledger, *, at_ms: int, is_set_aside: bool) -> LearnedSteps:
@@ -40,6 +42,7 @@ class LearnedSteps:
             at_ms=at_ms,
             positions=taken,
             is_set_aside=is_set_aside,
+            is_thinned=len(batch.thinned) > 0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class LearnedSteps:
             at_ms=later.at_ms,
             positions=self.positions | later.positions,
             is_set_aside=self.is_set_aside or later.is_set_aside,
+            is_thinned=self.is_thinned or later.is_thinned,
         )
 
 

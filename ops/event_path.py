@@ -172,6 +172,8 @@ def _learned(place: Announced, containing: PublishedSnapshot) -> Hop:
     hop = _reached(place, "learned", step["at_ms"], what)
     if step.get("is_set_aside"):
         return replace(hop, state=HopState.SET_ASIDE)
+    if step.get("is_thinned"):
+        return replace(hop, state=HopState.UNKNOWN, what=f"{what}, unless it was passed over (trainer.lag_policy)")
     if place.forgotten_ms is not None and place.forgotten_ms <= step["at_ms"]:
         return replace(hop, state=HopState.UNKNOWN, what=f"{what}, unless its user had been forgotten before it")
     return hop
@@ -254,8 +256,8 @@ _HOP_NUMBERS = {"stored": "F1 ", "learned": "F2 ", "published": "F3 ", "answered
 
 def _cells(hop: Hop) -> tuple[str, ...]:
     when = hop.state.value if hop.at_ms is None else utc_time(hop.at_ms)
-    if hop.state is HopState.SET_ASIDE:
-        when = f"{when} (set aside)"
+    if hop.at_ms is not None and hop.state is not HopState.REACHED:
+        when = f"{when} ({hop.state.value})"
     ages = tuple("" if age is None else duration(age) for age in (hop.append_age_ms, hop.event_age_ms))
     what = hop.what if hop.replica is None else f"{readable(hop.replica)}: {hop.what}"
     name = f"{_HOP_NUMBERS.get(hop.name, '   ')}{hop.name}"

@@ -206,6 +206,14 @@ async def test_a_batch_that_was_set_aside_is_no_learning(world: World) -> None:
     assert (learned.state, learned.what.split(",")[0]) == (HopState.SET_ASIDE, "step 3")
 
 
+async def test_of_a_step_that_passed_some_over_it_is_not_said_that_it_learned_this_one(world: World) -> None:
+    await world.arrive("wanted")
+    world.publish(1, up_to=1, steps=[a_step(3, 1, NOW_MS + 90, is_thinned=True)])
+    path = await world.path("wanted")
+    assert states(path)["learned"] == "unknown"
+    assert "(unknown)" in text_of(await world.trace("wanted"))
+
+
 async def test_an_event_that_was_told_twice_after_a_crash_is_the_one_that_was_stored(world: World) -> None:
     await world.arrive("wanted")
     topic = world.log.topics.history_updates
