@@ -1,4 +1,5 @@
-"""Moving workers to a version on purpose: back to an older one for now, or to one where they stay.
+"""Moving workers to a version on purpose: back to an older one for now, to one where they stay, or some of them to a
+candidate that the others may follow later.
 
 A trainer may publish at the same time. Whoever writes the pointer last wins, but for a pin: a trainer that sees one
 leaves the pointer alone, and puts it back if it was faster.
@@ -7,8 +8,9 @@ leaves the pointer alone, and puts it back if it was faster.
 from __future__ import annotations
 
 from model.errors import SnapshotError, SnapshotMissingError, SnapshotPinnedError
-from model.manifest import Manifest
+from model.manifest import Manifest, SnapshotPointer
 from model.snapshot import (
+    CANDIDATE_NAME,
     PIN_NAME,
     chain,
     list_versions,
@@ -16,10 +18,11 @@ from model.snapshot import (
     model_folder,
     move_pointer,
     pointer_to,
+    read_candidate,
     read_manifest,
     read_pin,
 )
-from model.storage import SnapshotRoot, open_storage
+from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 
 
 def roll_back(root: SnapshotRoot, model: str, version: int) -> Manifest:
@@ -43,18 +46,7 @@ def pin_snapshot(root: SnapshotRoot, model: str, version: int) -> Manifest:
     One of the SnapshotError tree, with nothing changed, if the version or what it builds on is not whole.
     """
     storage = open_storage(root)
-    manifest = verify_chain(storage, model, version)
-    pin_name, before = f"{model_folder(model)}/{PIN_NAME}", read_pin(storage, model)
-    storage.publish(pin_name, pointer_to(manifest).encode())
-    try:
-        # From here on nothing of the chain is deleted; a trainer may just have done so.
-        chain(storage, model, have=None, want=version)
-    except SnapshotError:
-        if before is None:
-            storage.remove_file(pin_name)
-        else:
-            storage.publish(pin_name, before.encode())
-        raise
+    manifest = _hold(storage, model, version, PIN_NAME, read_pin(storage, model))
     move_pointer(storage, manifest)
     return manifest
 
@@ -72,6 +64,56 @@ def unpin_snapshot(root: SnapshotRoot, model: str) -> Manifest | None:
     newest = read_manifest(storage, model, versions[-1])
     move_pointer(storage, newest)
     return newest
+
+
+def offer_candidate(root: SnapshotRoot, model: str, version: int) -> Manifest:
+    """Have canary workers serve a version, and stay there until it is promoted or withdrawn.
+
+    One of the SnapshotError tree, with nothing changed, if the version or what it builds on is not whole.
+    """
+    storage = open_storage(root)
+    return _hold(storage, model, version, CANDIDATE_NAME, read_candidate(storage, model))
+
+
+def withdraw_candidate(root: SnapshotRoot, model: str) -> int | None:
+    """Have canary workers follow the others again; the version that was the candidate, None if there was none."""
+    storage = open_storage(root)
+    candidate = read_candidate(storage, model)
+    storage.remove_file(f"{model_folder(model)}/{CANDIDATE_NAME}")
+    return None if candidate is None else candidate.version
+
+
+def promote_candidate(root: SnapshotRoot, model: str) -> Manifest:
+    """Have all workers serve the candidate: a pin moves there, without one the pointer.
+
+    One of the SnapshotError tree, with nothing changed, if there is none or it is not whole.
+    """
+    storage = open_storage(root)
+    candidate = read_candidate(storage, model)
+    if candidate is None:
+        raise SnapshotMissingError(f"{model!r} has no candidate to promote: offer one first")
+    pinned = read_pin(storage, model) is not None
+    manifest = (pin_snapshot if pinned else roll_back)(storage, model, candidate.version)
+    storage.remove_file(f"{model_folder(model)}/{CANDIDATE_NAME}")
+    return manifest
+
+
+def _hold(
+    storage: SnapshotStorage, model: str, version: int, pointer_name: str, before: SnapshotPointer | None
+) -> Manifest:
+    """Write a pointer that keeps a version from being deleted, once the version is known to be whole."""
+    manifest, name = verify_chain(storage, model, version), f"{model_folder(model)}/{pointer_name}"
+    storage.publish(name, pointer_to(manifest).encode())
+    try:
+        # From here on nothing of the chain is deleted; a trainer may just have done so.
+        chain(storage, model, have=None, want=version)
+    except SnapshotError:
+        if before is None:
+            storage.remove_file(name)
+        else:
+            storage.publish(name, before.encode())
+        raise
+    return manifest
 
 
 def verify_chain(root: SnapshotRoot, model: str, version: int) -> Manifest:

@@ -14,7 +14,16 @@ from dataclasses import asdict, dataclass
 from urllib.parse import quote
 
 from model.errors import SnapshotCorruptError, SnapshotFormatError, SnapshotMissingError
-from model.snapshot import READY_NAME, model_folder, names_in, read_manifest, read_pin, read_pointer, snapshot_folder
+from model.snapshot import (
+    READY_NAME,
+    model_folder,
+    names_in,
+    read_candidate,
+    read_manifest,
+    read_pin,
+    read_pointer,
+    snapshot_folder,
+)
 from model.storage import BUILDING, SnapshotRoot, open_storage
 
 _MAX_LEASE_BYTES = 4_096
@@ -68,8 +77,9 @@ def _lease_name(model: str, replica: str) -> str:
 class SnapshotRetention:
     """Deletes what nobody needs, for the one process that publishes.
 
-    Kept are the newest ``anchors_kept`` anchors and everything after them, and the chains of the pointer, of the pin
-    and of every version that a replica runs or loads whose lease is younger than ``replica_timeout_ms``.
+    Kept are the newest ``anchors_kept`` anchors and everything after them, and the chains of the pointer, of the pin,
+    of the candidate and of every version that a replica runs or loads whose lease is younger than
+    ``replica_timeout_ms``.
     """
 
     def __init__(self, root: SnapshotRoot, model: str, *, anchors_kept: int, replica_timeout_ms: int) -> None:
@@ -82,7 +92,8 @@ class SnapshotRetention:
 
     def prune(self, now_ms: int) -> list[int]:
         """Delete the rest, and unfinished leftovers of versions before the newest; returns the versions deleted."""
-        folders = _folders(names_in(self._storage, self._model))
+        names = names_in(self._storage, self._model)
+        folders = _folders(names)
         finished = sorted(v for v, found in folders.items() if any(name == READY_NAME for _, name in found))
         if not finished:
             return []
@@ -98,6 +109,11 @@ class SnapshotRetention:
                 # Step 2: its files, and what earlier crashes left.
                 for folder in sorted({folder for folder, _ in folders[version]}):
                     self._storage.remove_folder(f"{model_folder(self._model)}/{folder}")
+        for name in names:
+            # Step 3: what was said about versions that are gone; their numbers never come again.
+            rejected = re.fullmatch(r"rejected/v(\d{8,})\.json", name)
+            if rejected and int(rejected[1]) not in kept and int(rejected[1]) < finished[-1]:
+                self._storage.remove_file(f"{model_folder(self._model)}/{name}")
         return removed
 
     def _learn_parents(self, finished: list[int]) -> None:
@@ -111,7 +127,8 @@ class SnapshotRetention:
 
     def _needed(self, now_ms: int) -> set[int]:
         needed: set[int] = set()
-        for pointer in (read_pointer(self._storage, self._model), read_pin(self._storage, self._model)):
+        for read in (read_pointer, read_pin, read_candidate):
+            pointer = read(self._storage, self._model)
             if pointer is not None:
                 needed.add(pointer.version)
         for lease in read_leases(self._storage, self._model):

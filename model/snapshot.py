@@ -58,6 +58,7 @@ __all__ = [
 
 POINTER_NAME = "current.json"
 PIN_NAME = "pin.json"
+CANDIDATE_NAME = "candidate.json"
 READY_NAME = "READY"
 MANIFEST_NAME = "manifest.json"
 DENSE_NAME = "dense.safetensors"
@@ -182,7 +183,7 @@ def move_pointer(root: SnapshotRoot, manifest: Manifest) -> SnapshotPointer:
 
 
 def pointer_to(manifest: Manifest) -> SnapshotPointer:
-    """What current.json or pin.json say of a version."""
+    """What current.json, pin.json or candidate.json say of a version."""
     return SnapshotPointer(
         model=manifest.model,
         version=manifest.version,
@@ -201,6 +202,11 @@ def read_pointer(root: SnapshotRoot, model: str) -> SnapshotPointer | None:
 def read_pin(root: SnapshotRoot, model: str) -> SnapshotPointer | None:
     """The version that workers are pinned to, if they are."""
     return _read_pointer(open_storage(root), f"{model_folder(model)}/{PIN_NAME}")
+
+
+def read_candidate(root: SnapshotRoot, model: str) -> SnapshotPointer | None:
+    """The version that canary workers serve instead of the current one, if there is one."""
+    return _read_pointer(open_storage(root), f"{model_folder(model)}/{CANDIDATE_NAME}")
 
 
 def _read_pointer(storage: SnapshotStorage, name: str) -> SnapshotPointer | None:

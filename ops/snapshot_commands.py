@@ -128,6 +128,47 @@ def snapshots_unpin(config: ConfigOption = None) -> None:
     _announce(settings, newest)
 
 
+@snapshots_app.command("candidate")
+def snapshots_candidate(version: VersionArgument, config: ConfigOption = None) -> None:
+    """Make the workers with serving.channel = "candidate" serve VERSION, until it is promoted or withdrawn."""
+    from model.pinning import offer_candidate
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        manifest = offer_candidate(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
+    print(f"canary workers go to version {version} and stay there until it is promoted or withdrawn")
+    _announce(settings, manifest)
+
+
+@snapshots_app.command("promote")
+def snapshots_promote(config: ConfigOption = None) -> None:
+    """Make all workers serve the candidate; a pin moves there, without one the trainer's next version supersedes it."""
+    from model.pinning import promote_candidate
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        manifest = promote_candidate(snapshot_storage(settings), settings.get(HeadraceConfig).model)
+    print(f"all workers go to version {manifest.version}")
+    _announce(settings, manifest)
+
+
+@snapshots_app.command("withdraw")
+def snapshots_withdraw(config: ConfigOption = None) -> None:
+    """Make canary workers follow the others again."""
+    from model.pinning import withdraw_candidate
+    from ops.config import HeadraceConfig
+    from ops.snapshot_store import snapshot_storage
+
+    settings = settings_of(config)
+    with _one_sentence():
+        withdrawn = withdraw_candidate(snapshot_storage(settings), settings.get(HeadraceConfig).model)
+    print("there was no candidate" if withdrawn is None else f"version {withdrawn} is no candidate any more")
+
+
 def _announce(settings: "Settings", manifest: "Manifest") -> None:
     """Workers look at the pointer regularly; an announcement makes them look now."""
     from ops.sending import announce_snapshot

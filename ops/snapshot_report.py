@@ -5,50 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from model.errors import (
-    SnapshotCorruptError,
-    SnapshotFormatError,
-    SnapshotMissingError,
-    SnapshotParentError,
-)
+from model.errors import SnapshotParentError
+from model.listing import DAMAGED, SnapshotListing, num_bytes, read_snapshots
 from model.manifest import Manifest
-from model.retention import ReplicaLease, read_leases
-from model.snapshot import chain, list_versions, load_snapshot, read_manifest, read_pin, read_pointer
+from model.snapshot import chain, list_versions, load_snapshot, read_candidate, read_manifest, read_pin, read_pointer
 from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 from online_trainer.gate import HeldEpisode, read_held
 from ops.readable import utc_time
 from stream.freshness import AgeHistogram
 
-_DAMAGED = (SnapshotCorruptError, SnapshotFormatError, SnapshotMissingError)
 _METRIC = "window.ndcg_at_20"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """What is stored of one model. damaged: versions whose manifest cannot be used, and why."""
+    """What is stored of one model, and what its trainer held back."""
 
-    place: str
-    manifests: list[Manifest]
-    damaged: dict[int, str]
-    current: int | None
-    pinned: int | None
-    leases: list[ReplicaLease]
+    stored: SnapshotListing
     held: list[HeldEpisode]
-
-    def marks(self, version: int) -> list[str]:
-        """What there is to say of a version: who serves it, whether workers stay there."""
-        marks = ["current"] if version == self.current else []
-        marks += ["pinned"] if version == self.pinned else []
-        runs = sorted(lease.replica for lease in self.leases if lease.version == version)
-        marks += [f"run by {', '.join(runs)}"] if runs else []
-        loads = sorted(lease.replica for lease in self.leases if lease.loading == version)
-        return marks + ([f"being loaded by {', '.join(loads)}"] if loads else [])
 
     def to_text(self, *, now_ms: int) -> str:
         """A table, oldest first, and what was held back."""
-        lines = [self._row(manifest, now_ms) for manifest in self.manifests]
+        lines = [self._row(manifest, now_ms) for manifest in self.stored.manifests]
         if not lines:
-            return "\n".join([f"nothing is published in {self.place}", *self._held_lines()])
+            return "\n".join([f"nothing is published in {self.stored.place}", *self._held_lines()])
         header = ("version", "kind", "parent", "bytes", "age", "items", "interactions", "ndcg@20", "popular", "")
         rows = [header, *lines]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -56,7 +36,7 @@ class Listing:
             "  ".join(f"{cell:<{width}}" if n in {1, 9} else f"{cell:>{width}}" for n, (cell, width) in enumerate(row))
             for row in ([*zip(each, widths, strict=True)] for each in rows)
         ]
-        damaged = [f"version {version} is damaged: {why}" for version, why in self.damaged.items()]
+        damaged = [f"version {version} is damaged: {why}" for version, why in self.stored.damaged.items()]
         return "\n".join([*(line.rstrip() for line in table), *damaged, *self._held_lines()])
 
     def _row(self, manifest: Manifest, now_ms: int) -> tuple[str, ...]:
@@ -73,7 +53,7 @@ class Listing:
                 f"{metrics[key]:.4f}" if (key := f"{arm}.{_METRIC}") in metrics else "-"
                 for arm in ("model", "popularity")
             ),
-            "; ".join(self.marks(manifest.version)),
+            "; ".join(self.stored.marks(manifest.version)),
         )
 
     def _held_lines(self) -> list[str]:
@@ -89,52 +69,13 @@ class Listing:
 
     def to_json(self) -> str:
         """Everything that `to_text` is made of."""
-        versions = [
-            {
-                "version": one.version,
-                "kind": one.kind,
-                "parent": one.parent,
-                "bytes": num_bytes(one),
-                "created_at_ms": one.created_at_ms,
-                "items": one.num_items,
-                "interactions": one.lineage.num_interactions,
-                "metrics": one.metrics,
-                "marks": self.marks(one.version),
-            }
-            for one in self.manifests
-        ]
-        return json.dumps(
-            {
-                "versions": versions,
-                "damaged": self.damaged,
-                "current": self.current,
-                "pinned": self.pinned,
-                "replicas": [asdict(lease) for lease in self.leases],
-                "held": [asdict(one) for one in self.held],
-            },
-            indent=1,
-        )
+        return json.dumps(self.stored.to_dict() | {"held": [asdict(one) for one in self.held]}, indent=1)
 
 
 def read_listing(root: SnapshotRoot, model: str) -> Listing:
     """Look at every manifest. Raises SnapshotError or OSError if the storage cannot be read."""
     storage = open_storage(root)
-    pointer, pin = read_pointer(storage, model), read_pin(storage, model)
-    manifests, damaged = [], {}
-    for version in list_versions(storage, model):
-        try:
-            manifests.append(read_manifest(storage, model, version))
-        except _DAMAGED as error:
-            damaged[version] = str(error)
-    return Listing(
-        place=storage.place(model),
-        manifests=manifests,
-        damaged=damaged,
-        current=None if pointer is None else pointer.version,
-        pinned=None if pin is None else pin.version,
-        leases=read_leases(storage, model),
-        held=read_held(storage, model),
-    )
+    return Listing(stored=read_snapshots(storage, model), held=read_held(storage, model))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,25 +114,25 @@ def verify_snapshots(root: SnapshotRoot, model: str, version: int | None) -> Che
         versions = []
         try:
             versions = chain(storage, model, have=None, want=version)
-        except (*_DAMAGED, SnapshotParentError) as error:
+        except (*DAMAGED, SnapshotParentError) as error:
             findings.append(f"version {version}: {error}")
     for one in versions:
         try:
             total += num_bytes(load_snapshot(storage, model, one).manifest)
             chain(storage, model, have=None, want=one)
-        except (*_DAMAGED, SnapshotParentError) as error:
+        except (*DAMAGED, SnapshotParentError) as error:
             findings.append(f"version {one}: {error}")
     return Checked(num_versions=len(versions), num_bytes=total, findings=findings)
 
 
 def _wrong_pointers(storage: SnapshotStorage, model: str) -> list[str]:
     findings = []
-    for name, read in (("pointer", read_pointer), ("pin", read_pin)):
+    for name, read in (("pointer", read_pointer), ("pin", read_pin), ("candidate", read_candidate)):
         try:
             found = read(storage, model)
             if found is not None:
                 read_manifest(storage, model, found.version)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             findings.append(f"{name}: {error}")
     return findings
 
@@ -229,11 +170,6 @@ def _ages_text(stored: dict[str, object]) -> str:
     quantiles = [ages.quantile_ms(q) for q in (0.5, 0.99)]
     texts = ["-" if value is None else age_text(round(value)) for value in quantiles]
     return f"{ages.count:,} newly inside, p50 {texts[0]}, p99 {texts[1]}"
-
-
-def num_bytes(manifest: Manifest) -> int:
-    """Of all files of a snapshot but its manifest."""
-    return sum(file.size for file in manifest.files.values())
 
 
 def age_text(age_ms: int) -> str:

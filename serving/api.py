@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 import torch
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from serving.admin_api import add_admin
 from serving.errors import InvalidRequestError, RequestError
 from serving.messages import (
     ErrorAnswer,
@@ -23,7 +25,17 @@ from serving.messages import (
     Recommendation,
     RecommendRequest,
 )
-from serving.responding import JSON, decode, host_of, http_error, json_response, our_bug, refused_error, respond
+from serving.responding import (
+    JSON,
+    decode,
+    host_of,
+    http_error,
+    json_response,
+    our_bug,
+    refused_error,
+    respond,
+    wrong_parameter,
+)
 from serving.worker import ServingWorker
 from stream.events import Event
 from stream.messages import id_as_written
@@ -43,8 +55,10 @@ def build_api(worker: ServingWorker) -> FastAPI:
     app = _Api(title="headrace serving", version=_version())
     _add_work(app, worker)
     _add_probes(app, worker)
+    add_admin(app, worker)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestError, refused_error)
+    app.add_exception_handler(RequestValidationError, wrong_parameter)
     app.add_exception_handler(Exception, our_bug)
     return app
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 _AT_LEAST_ONE: Final = (
     "batch_max",
@@ -59,6 +59,9 @@ class ServingConfig:
     """Most events of one `POST /v1/events`."""
     events_timeout_ms: int = 5_000
     """How long (ms) `POST /v1/events` waits for the log's acknowledgement before it answers 503."""
+    channel: Literal["current", "candidate"] = "current"
+    """Which version this worker serves. `candidate`: the one offered by `headrace snapshots candidate`, while there is
+    one; set it on the few workers that are to try a version before the others."""
     snapshot_poll_ms: int = 500
     """Time (ms) between looks at the snapshot pointer; announcements on the `snapshots` topic are followed at once."""
     snapshot_retry_max_ms: int = 30_000

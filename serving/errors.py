@@ -10,6 +10,7 @@ ServingError
 │   ├── QueueFullError           429: more requests wait than can be answered in time
 │   ├── DeadlineExceededError    504: accepted, but not answered before its deadline
 │   ├── DrainingError            503: this worker is stopping
+│   ├── AdminRefusedError        404, 409, 503: an operator asked for what cannot be done to the snapshots
 │   └── LogAwayError             503: the log did not acknowledge what was to be sent
 │       └── EventsUnavailableError
 ├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
@@ -110,6 +111,15 @@ class DrainingError(RequestError):
     status = 503
     code = "draining"
     retry_after_s = 1
+
+
+class AdminRefusedError(RequestError):
+    """What an operator asked for cannot be done, and nothing was changed."""
+
+    def __init__(self, message: str, *, status: int, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class LogAwayError(RequestError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -96,6 +96,22 @@ class ForgetAccepted(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     user_id: int | str
+
+
+class AdminAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator asked for is done."""
+
+    request_id: str
+    version: int | None
+    """The version it was about; null when there was none: nothing pinned, no candidate."""
+
+
+class SnapshotsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /admin/snapshots`."""
+
+    request_id: str
+    snapshots: dict[str, Any]
+    """As `headrace snapshots ls --json` prints it."""
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

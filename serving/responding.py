@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 import msgspec
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind
@@ -48,7 +49,7 @@ async def respond(
         attributes={"http.request.method": request.method, "http.route": route, "headrace.request.id": request_id},
     ) as span:
         try:
-            worker.access.admit(request.headers.get("authorization"), host_of(request), scope)
+            request.state.caller = worker.access.admit(request.headers.get("authorization"), host_of(request), scope)
             async with _caller_s_deadline(request):
                 done = await work(await _read_body(request, worker.config), request_id)
             outcome = OK
@@ -149,6 +150,14 @@ async def refused_error(request: Request, error: Exception) -> Response:
     """Handler of RequestError outside of `respond`."""
     assert isinstance(error, RequestError)
     return error_response(error, request_id_of(request))
+
+
+async def wrong_parameter(request: Request, error: Exception) -> Response:
+    """Handler of a path or query that the framework could not read."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return error_response(InvalidRequestError(f"{field}: {first['msg']}", field=field), request_id_of(request))
 
 
 async def http_error(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from model.snapshot import (
     list_versions,
     load_snapshot,
     model_folder,
+    read_candidate,
     read_manifest,
     read_pointer,
 )
@@ -64,15 +65,18 @@ class SnapshotReader:
         *,
         lease: SnapshotLease | None = None,
         cache: FileCache | None = None,
+        channel: str = "current",
     ) -> None:
         model_folder(model)  # raises ValueError now for a name that cannot be a folder
         self._root, self._model, self._config = open_storage(root), model, config
         self._instruments, self._lease, self._cache = instruments, lease, cache
+        self._channel = channel
         self.refused: dict[int, str] = {}
 
     def pointer(self) -> SnapshotPointer | None:
-        """The newest published version. Raises ModelError or OSError."""
-        return read_pointer(self._root, self._model)
+        """The version to serve. Raises ModelError or OSError."""
+        candidate = read_candidate(self._root, self._model) if self._channel == "candidate" else None
+        return read_pointer(self._root, self._model) if candidate is None else candidate
 
     def prepare(self, *, have: int | None, want: int) -> PreparedSwap | None:
         """Read what leads from `have` to `want`, or as far towards it as usable snapshots go; None: not a step."""

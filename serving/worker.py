@@ -36,6 +36,7 @@ from serving.log_writer import SharedWriter
 from serving.popularity import LivePopularity
 from serving.queries import Query, Ranking
 from serving.ranker import Ranker
+from serving.snapshot_admin import SnapshotAdmin
 from serving.store_watch import StoreWatch
 from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
 from serving.updates import UncoveredUpdates, UpdateFollower, UpdateTargets
@@ -131,6 +132,9 @@ class ServingWorker:
         )
         self.intake = EventIntake(config, parts.rules, self._writer, parts.log.topics.interactions, parts.clock)
         self.removal = UserRemoval(config, self._writer, parts.log.topics.commands)
+        self.admin = SnapshotAdmin(
+            parts.snapshot_root, parts.model_name, self._writer, parts.log.topics.snapshots, self._swapper.announce
+        )
         self.answering = Answering(
             config,
             AnswerParts(
@@ -161,6 +165,7 @@ class ServingWorker:
             self.instruments,
             lease=self._lease,
             cache=None if folder is None else FileCache(folder, bytes_max=bytes_max),
+            channel=parts.config.channel,
         )
         return HotSwapper(
             parts.config,

@@ -6,10 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import SnapshotCorruptError, SnapshotPinnedError, SnapshotTruncatedError
-from model.pinning import pin_snapshot, roll_back, unpin_snapshot
+from model.errors import (
+    SnapshotCorruptError,
+    SnapshotFormatError,
+    SnapshotMissingError,
+    SnapshotPinnedError,
+    SnapshotTruncatedError,
+)
+from model.pinning import (
+    offer_candidate,
+    pin_snapshot,
+    promote_candidate,
+    roll_back,
+    unpin_snapshot,
+    withdraw_candidate,
+)
+from model.rejection import Rejection, read_rejection, read_rejections, write_rejection
 from model.retention import ReplicaLease, SnapshotRetention, end_lease, read_leases, write_lease
-from model.snapshot import chain, list_versions, load_snapshot, read_pin, read_pointer
+from model.snapshot import chain, list_versions, load_snapshot, read_candidate, read_pin, read_pointer
 from model.storage import LocalStorage, SnapshotStorage
 from tests.model.storages import KINDS, new_storage, truncate
 from tests.model.study import Study
@@ -88,6 +102,43 @@ def test_a_pin_is_kept_and_publishing_leaves_the_pointer_there(storage: Snapshot
     assert pointer.version == 11
     assert unpin_snapshot(storage, "hstu") is None
     assert prune(storage) == [4, 5]
+
+
+def test_a_candidate_is_kept_until_it_is_withdrawn(storage: SnapshotStorage) -> None:
+    assert offer_candidate(storage, "hstu", 2).version == 2
+    assert prune(storage) == [3, 4, 5, 6]
+    assert withdraw_candidate(storage, "hstu") == 2
+    assert prune(storage) == [1, 2]
+
+
+def test_a_candidate_is_promoted_with_the_pin_if_there_is_one(storage: SnapshotStorage, study: Study) -> None:
+    pin_snapshot(storage, "hstu", 8)
+    offer_candidate(storage, "hstu", 9)
+    assert promote_candidate(storage, "hstu").version == 9
+    publish(storage, study, 10, "anchor")
+    pointers = [read(storage, "hstu") for read in (read_pointer, read_pin, read_candidate)]
+    assert [None if one is None else one.version for one in pointers] == [9, 9, None]
+    with pytest.raises(SnapshotMissingError, match="no candidate"):
+        promote_candidate(storage, "hstu")
+
+
+def test_what_was_turned_away_is_remembered_for_as_long_as_it_is_there(storage: SnapshotStorage) -> None:
+    rejections = [
+        Rejection(
+            version=version, back_to=1, replica="host", at_ms=5, guard="scores", sentence="far", evidence={"ks": 0.9}
+        )
+        for version in (2, 8)
+    ]
+    for rejection in rejections:
+        write_rejection(storage, "hstu", rejection)
+    assert read_rejections(storage, "hstu") == rejections
+    assert read_rejection(storage, "hstu", 8) == rejections[1]
+    assert read_rejection(storage, "hstu", 7) is None
+    prune(storage)
+    assert read_rejections(storage, "hstu") == rejections[1:]
+    storage.publish("hstu/rejected/v00000009.json", b"{}")
+    with pytest.raises(SnapshotFormatError, match="v00000009.json cannot be read"):
+        read_rejection(storage, "hstu", 9)
 
 
 def test_a_pointer_that_was_moved_back_is_kept_until_the_next_version(storage: SnapshotStorage, study: Study) -> None:

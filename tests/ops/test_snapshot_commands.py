@@ -147,6 +147,22 @@ def test_pin_and_unpin(root: Path, run: Any) -> None:
     assert pointed_at(root) == 4
 
 
+def test_a_candidate_is_offered_promoted_and_withdrawn(root: Path, run: Any) -> None:
+    assert run("withdraw").stdout == "there was no candidate\n"
+    assert isinstance(run("promote").exception, OpsError)
+    assert run("pin", "1").exit_code == 0
+    assert "canary workers go to version 3" in run("candidate", "3").stdout
+    assert pointed_at(root) == 1
+    assert run("ls").stdout.splitlines()[3].endswith("candidate")
+    assert json.loads(run("ls", "--json").stdout)["candidate"] == 3
+    assert "all workers go to version 3" in run("promote").stdout
+    assert pointed_at(root) == 3
+    assert run("ls").stdout.splitlines()[3].endswith("current; pinned")
+    assert run("candidate", "2").exit_code == 0
+    assert run("withdraw").stdout == "version 2 is no candidate any more\n"
+    assert isinstance(run("candidate", "9").exception, OpsError)
+
+
 def test_going_to_a_damaged_version_is_refused(root: Path, run: Any) -> None:
     flip_last_byte(root / NAME / "v00000001" / "dense.safetensors")
     for command in ("rollback", "pin"):
