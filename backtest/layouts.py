@@ -74,15 +74,14 @@ class ImpressionReader:
         reader = TextReader(columns=columns, separator="\t", is_quoted=False)
         cells = [*(name for name in wanted if name != "news_id"), "impressions"]
         for chunk in reader.chunks(path, cells):
-            shown = (
-                pl.col("impressions")
-                .str.split(" ")
-                .list.eval(pl.element().filter(pl.element().str.ends_with("-1")).str.strip_suffix("-1"))
-            )
-            numbers = pl.int_ranges(shown.list.len()).cast(pl.List(pl.Int64))
-            clicked = chunk.frame.with_columns(shown.alias("news_id"), numbers.alias(PART)).explode("news_id", PART)
-            kept = _keeping(chunk, clicked, pl.col("news_id").is_not_null() | pl.col("impressions").is_null())
-            yield replace(kept, frame=kept.frame.with_columns(pl.col(PART).fill_null(0)).drop("impressions"))
+            shown = pl.col("impressions").str.split(" ").list
+            clicks = shown.eval(pl.element().filter(pl.element().str.ends_with("-1")).str.strip_suffix("-1"))
+            # A row without impressions is refused for the missing cell; one without a click is left out.
+            clicks = pl.coalesce(clicks, pl.concat_list(pl.lit(None, pl.String)))
+            numbers = pl.int_ranges(clicks.list.len()).cast(pl.List(pl.Int64))
+            frame = chunk.frame.with_columns(clicks.alias("news_id"), numbers.alias(PART)).drop("impressions")
+            kept = _keeping(chunk, frame, pl.col("news_id").list.len() > 0)
+            yield replace(kept, frame=kept.frame.explode("news_id", PART))
 
 
 class _Occurrence(msgspec.Struct, gc=False):
