@@ -83,6 +83,12 @@ def load_items(connection: Connection, ids: NDArray[np.int64]) -> dict[int, Item
     return items
 
 
+def load_categories(connection: Connection, *, after: int, limit: int) -> dict[int, tuple[str, ...]]:
+    """Categories of the first `limit` items with a larger id, by ascending id; items without any are among them."""
+    query = select(item.c.item_id, item.c.categories).where(item.c.item_id > after).order_by(item.c.item_id)
+    return {row.item_id: tuple(row.categories) for row in connection.execute(query.limit(limit))}
+
+
 def unavailable_items(connection: Connection) -> NDArray[np.int64]:
     """i64[K], ids of retired items in ascending order."""
     query = select(item.c.item_id).where(item.c.available.is_(False)).order_by(item.c.item_id)

@@ -168,6 +168,11 @@ class FeatureStore:
         with read_transaction(self._engine) as connection:
             return catalogue.load_items(connection, _ids(ids))
 
+    def item_categories(self, *, after: int, limit: int) -> dict[int, tuple[str, ...]]:
+        """Categories of at most `limit` items with ids above `after`, by ascending id; empty: there are no more."""
+        with read_transaction(self._engine) as connection:
+            return catalogue.load_categories(connection, after=after, limit=limit)
+
     def unavailable_items(self) -> NDArray[np.int64]:
         """i64[K], ids of retired items, ascending."""
         with read_transaction(self._engine) as connection:

@@ -16,6 +16,7 @@ from serving.config import ServingConfig
 from serving.errors import InvalidRequestError
 from serving.first_answers import FirstAnswers
 from serving.impressions import ImpressionLog
+from serving.item_categories import ItemCategories
 from serving.item_names import ItemNames
 from serving.messages import (
     RankedCandidates,
@@ -37,6 +38,7 @@ class AnswerParts:
 
     batcher: MicroBatcher[Query, Ranking]
     names: ItemNames
+    categories: ItemCategories
     first_answers: FirstAnswers
     impressions: ImpressionLog | None
     """None: impressions are not written."""
@@ -56,12 +58,21 @@ class Answering:
         """The best items for a user. Raises RequestError."""
         _at_most(request.k, self._config.k_max, "k", "serving.k_max")
         _at_most(len(request.exclude), self._config.exclude_max, "exclude", "serving.exclude_max")
+        _at_most(len(request.session), self._config.session_max, "session", "serving.session_max")
+        for field in ("categories", "exclude_categories"):
+            _at_most(len(getattr(request, field)), self._config.categories_max, field, "serving.categories_max")
+        if request.categories or request.exclude_categories:
+            self._parts.categories.require_known()
         ranking = await self._parts.batcher.submit(
             RecommendQuery(
                 user_id=_to_id(request.user_id),
                 k=request.k,
                 exclude_seen=request.exclude_seen,
                 exclude=_to_ids(request.exclude),
+                categories=tuple(request.categories),
+                exclude_categories=tuple(request.exclude_categories),
+                session=_to_ids(request.session),
+                diversity=request.diversity,
             )
         )
         items = [
@@ -69,7 +80,7 @@ class Answering:
             for item_id, score in zip(ranking.item_ids.tolist(), ranking.scores.tolist(), strict=True)
         ]
         self._note(request.user_id, request_id, ranking, items)
-        return Recommendation(**_origin(request_id, ranking), items=items)
+        return Recommendation(**_origin(request_id, ranking), items=items, from_session=ranking.from_session)
 
     async def rank(self, request: RankRequest, request_id: str) -> RankedCandidates:
         """The candidates in order of preference. Raises RequestError."""

@@ -13,6 +13,9 @@ _AT_LEAST_ONE: Final = (
     "k_max",
     "candidates_max",
     "exclude_max",
+    "session_max",
+    "categories_max",
+    "diversity_pool",
     "events_max",
     "events_timeout_ms",
     "snapshot_poll_ms",
@@ -26,7 +29,13 @@ _AT_LEAST_ONE: Final = (
     "drain_timeout_ms",
     "num_threads",
 )
-_NOT_NEGATIVE: Final = ("batch_wait_ms", "weights_behind_max_ms", "drain_notice_ms", "user_state_bytes")
+_NOT_NEGATIVE: Final = (
+    "batch_wait_ms",
+    "weights_behind_max_ms",
+    "drain_notice_ms",
+    "user_state_bytes",
+    "categories_refresh_ms",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +64,18 @@ class ServingConfig:
     """Most candidates one ranking may hold."""
     exclude_max: int = 10_000
     """Most items one recommendation may exclude by name."""
+    session_max: int = 256
+    """Most items of a `session`; the newest model.max_len of them are read."""
+    categories_max: int = 64
+    """Most categories that one recommendation may ask for, or exclude."""
+    categories_refresh_ms: int = 30_000
+    """Time (ms) between readings of all items' categories from the store, aside from answers: how late a filter by
+    category knows of a change. 0: they are not read, and requests that filter by category get 503."""
+    diversity_pool: int = 200
+    """Best items that an answer with `diversity` is chosen from; as many as it asks for, if that is more."""
+    blocking_actions: tuple[str, ...] = ()
+    """Actions (of events.actions) by which users say that they do not want to see an item again: it is not recommended
+    to them even without `exclude_seen`, as long as it is in the history held in memory (hot.max_len)."""
     events_max: int = 1_000
     """Most events of one `POST /v1/events`."""
     events_timeout_ms: int = 5_000

@@ -11,6 +11,7 @@ ServingError
 │   ├── DeadlineExceededError    504: accepted, but not answered before its deadline
 │   ├── DrainingError            503: this worker is stopping
 │   ├── AdminRefusedError        404, 409, 503: an operator asked for what cannot be done to the snapshots
+│   ├── CategoriesUnavailableError  503: which items are in which category is not known yet
 │   └── LogAwayError             503: the log did not acknowledge what was to be sent
 │       └── EventsUnavailableError
 ├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
@@ -120,6 +121,14 @@ class AdminRefusedError(RequestError):
         super().__init__(message)
         self.status = status
         self.code = code
+
+
+class CategoriesUnavailableError(RequestError):
+    """A filter by category cannot be honoured; answering without it would show what was asked to be left out."""
+
+    status = 503
+    code = "categories_unavailable"
+    retry_after_s = 1
 
 
 class LogAwayError(RequestError):

@@ -40,6 +40,8 @@ class UserHistory:
     user_id: int
     item_ids: Int64s
     event_time_ms: Int64s
+    action: NDArray[np.uint32]
+    """Bitmask of what the user did, of each interaction."""
     num_arrived: int = 0
     """Interactions of this user that have ever been accepted, as far as those at hand tell."""
     missing_because: str | None = None
@@ -167,7 +169,9 @@ def _missing(user_id: int, error: FeatureStoreError) -> UserHistory:
         reason = HISTORY_UNREADABLE
         logger.error("the history of user %d cannot be read: %s", user_id, error)
     empty = np.empty(0, np.int64)
-    return UserHistory(user_id=user_id, item_ids=empty, event_time_ms=empty, missing_because=reason)
+    return UserHistory(
+        user_id=user_id, item_ids=empty, event_time_ms=empty, action=empty.astype(np.uint32), missing_because=reason
+    )
 
 
 def _by_user(histories: JaggedHistories) -> dict[int, UserHistory]:
@@ -177,6 +181,7 @@ def _by_user(histories: JaggedHistories) -> dict[int, UserHistory]:
             user_id=user_id,
             item_ids=histories.item_id[start:end],
             event_time_ms=histories.event_time_ms[start:end],
+            action=histories.action[start:end],
             num_arrived=int(histories.seq[start:end].max()) + 1 if end > start else 0,
         )
         for user_id, start, end in zip(histories.user_ids.tolist(), bounds[:-1], bounds[1:], strict=True)

@@ -15,6 +15,9 @@ TIMEOUT_HEADER: Final = "x-timeout-ms"
 ItemId = IntId | TextId
 """Non-negative 64-bit integer, or text of 1 to 256 characters."""
 
+Category = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+"""As in the `items` topic."""
+
 
 class RecommendRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`POST /v1/recommend`: the best items for a user."""
@@ -24,6 +27,14 @@ class RecommendRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     exclude_seen: bool = True
     """Leave out what is in the user's history, as far as it is held in memory (`hot.max_len`)."""
     exclude: list[ItemId] = []
+    categories: list[Category] = []
+    """Only items that are in at least one of these; empty: of any or none."""
+    exclude_categories: list[Category] = []
+    """No items that are in any of these."""
+    session: list[ItemId] = []
+    """Items of the visit under way, oldest first: stand in for a history that is not there."""
+    diversity: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """0: by score. Towards 1: items that differ from those before them (maximal marginal relevance)."""
 
 
 class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,6 +76,8 @@ class Recommendation(Answer, frozen=True, kw_only=True):
     """Answer of `POST /v1/recommend`, best item first."""
 
     items: list[ScoredItem]
+    from_session: bool
+    """The user's state was computed from the request's `session`, since no history could be read."""
 
 
 class RankedCandidates(Answer, frozen=True, kw_only=True):

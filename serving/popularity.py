@@ -47,11 +47,14 @@ class PopularItems:
         """The trend of loaded weights."""
         return cls.ranked(items.ids(), items.trend[: items.num_items].numpy(), items.log_popularity().numpy())
 
-    def first(self, k: int, *, without: Int64s) -> tuple[Int64s, NDArray[np.float32]]:
-        """Ids and scores of the k best that are not in `without`."""
+    def first(self, k: int, *, without: Int64s, only: Int64s | None = None) -> tuple[Int64s, NDArray[np.float32]]:
+        """Ids and scores of the k best that are not in `without`, and in `only` if it is given."""
         # At most len(without) of the head can fall away.
-        head = slice(0, k + len(without))
-        kept = np.flatnonzero(~np.isin(self.item_ids[head], without))[:k]
+        head = slice(0, k + len(without)) if only is None else slice(None)
+        is_kept = ~np.isin(self.item_ids[head], without)
+        if only is not None:
+            is_kept &= np.isin(self.item_ids, only)
+        kept = np.flatnonzero(is_kept)[:k]
         return self.item_ids[head][kept], self.scores[head][kept]
 
     def scores_of(self, item_ids: Int64s) -> NDArray[np.float32]:

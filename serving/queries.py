@@ -5,7 +5,7 @@ Shapes: K items of an answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,12 @@ class RecommendQuery:
     exclude_seen: bool
     exclude: Int64s
     """Item ids that must not be in the answer."""
+    categories: tuple[str, ...] = ()
+    """Only items of these categories; empty: of any."""
+    exclude_categories: tuple[str, ...] = ()
+    session: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    """Item ids, oldest first, that stand in for a history that cannot be read."""
+    diversity: float = 0.0
 
     @property
     def item_ids(self) -> Int64s:
@@ -61,3 +67,5 @@ class Ranking:
     """float32[K]; NaN: this candidate is unknown."""
     places: Int64s
     """int64[K], for RankQuery: where each item stands in `candidates`. Empty for RecommendQuery."""
+    from_session: bool = False
+    """Computed from the items of the query's session."""

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.history_reader import HISTORY_BEHIND, HISTORY_UNREADABLE, STORE_UNAVAILABLE, HistoryReader, UserHistory
-from serving.item_search import ItemSearch
+from serving.item_categories import ItemCategories
 from serving.popularity import LivePopularity, PopularItems
 from serving.queries import Query, Ranking, RankQuery, RecommendQuery
+from serving.recommending import ItemChooser, Recommending
 from serving.user_states import Reading, UserEncoder
 from serving.weights import ServedWeights
 
@@ -38,6 +39,22 @@ FALLBACK_REASONS: Final = {
 }
 """Why an answer is ordered by popularity."""
 
+_NO_ITEMS: Final = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankerParts:
+    """What answers are computed from; all of it belongs to the model thread."""
+
+    weights: ServedWeights
+    histories: HistoryReader
+    live_popularity: LivePopularity
+    encoder: UserEncoder
+    chooser: ItemChooser
+    categories: ItemCategories
+    blocking_actions: int
+    """Bitmask of the actions after which a user does not want to see an item again."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -49,91 +66,123 @@ class _Asked:
     """Rows of the item table, -1 for items it does not hold: of the whole history."""
     named_rows: Int64s
     """Of the items that the request names."""
+    session_rows: Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """A query that the model answers."""
+
+    place: int
+    """In the batch."""
+    reading: Reading
 
 
 class Ranker:
     """Answers micro-batches with the weights and histories of the moment."""
 
-    def __init__(
-        self,
-        weights: ServedWeights,
-        histories: HistoryReader,
-        live_popularity: LivePopularity,
-        encoder: UserEncoder,
-        search: ItemSearch,
-    ) -> None:
-        self._weights = weights
-        self._histories = histories
-        self._live_popularity = live_popularity
-        self._encoder = encoder
-        self._search = search
+    def __init__(self, parts: RankerParts) -> None:
+        self._parts = parts
+        self._weights = parts.weights
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query], now_ms: int) -> list[Ranking]:
         """One ranking per query, all from the same weights. `now_ms`: time of the requests."""
-        batch = self._look_up(queries, self._histories.read([query.user_id for query in queries]))
-        rankings: dict[int, Ranking] = {}
-        if self._weights.info is not None:
-            rankings = self._by_model(batch, now_ms)
+        parts = self._parts
+        batch = self._look_up(queries, parts.histories.read([query.user_id for query in queries]))
+        rankings = self._by_model(batch, now_ms)
         unscored = [place for place in range(len(batch)) if place not in rankings]
         if unscored:
-            popular = self._live_popularity.items() if self._weights.info is None else self._weights.popular()
+            popular = parts.live_popularity.items() if self._weights.info is None else self._weights.popular()
             rankings |= {place: self._by_popularity(batch[place], popular) for place in unscored}
         return [rankings[place] for place in range(len(batch))]
 
     def _look_up(self, queries: Sequence[Query], histories: dict[int, UserHistory]) -> list[_Asked]:
         """Table rows of all items that the batch is about, in one call."""
-        ids = [*(history.item_ids for history in histories.values()), *(query.item_ids for query in queries)]
+        sessions = [query.session if isinstance(query, RecommendQuery) else _NO_ITEMS for query in queries]
+        ids = [*(history.item_ids for history in histories.values()), *(query.item_ids for query in queries), *sessions]
         split = np.split(self._weights.items.lookup(np.concatenate(ids)), np.cumsum([len(part) for part in ids])[:-1])
         of_history = dict(zip(histories, split, strict=False))
+        named, session = split[len(histories) : -len(queries)], split[-len(queries) :]
         return [
-            _Asked(query, histories[query.user_id], of_history[query.user_id], named_rows)
-            for query, named_rows in zip(queries, split[len(histories) :], strict=True)
+            _Asked(query, histories[query.user_id], of_history[query.user_id], named_rows, session_rows)
+            for query, named_rows, session_rows in zip(queries, named, session, strict=True)
         ]
 
     def _by_model(self, batch: Sequence[_Asked], now_ms: int) -> dict[int, Ranking]:
-        """By place in the batch: answers to all whose history the loaded weights can read."""
-        readings: dict[int, Reading] = {}
-        for asked in batch:
-            user_id, history = asked.history.user_id, asked.history
-            newest = slice(-self._encoder.window_len(history.num_arrived), None)
-            if user_id not in readings and (asked.history_rows[newest] >= 0).any():
-                readings[user_id] = Reading(
-                    user_id=user_id, rows=asked.history_rows[newest], times_ms=history.event_time_ms[newest]
-                )
-        if not readings:
+        """By place in the batch: answers to all for whom the loaded weights can read something."""
+        scored = self._readable(batch, now_ms) if self._weights.info is not None else []
+        if not scored:
             return {}
-        states = dict(zip(readings, self._encoder.encode(list(readings.values()), now_ms), strict=True))
-        scored = [place for place, asked in enumerate(batch) if asked.history.user_id in states]
-        u_UD = torch.stack([states[batch[place].history.user_id] for place in scored])
-        best = [place for place in scored if isinstance(batch[place].query, RecommendQuery)]
-        found = self._recommended([batch[place] for place in best], u_UD[[place in best for place in scored]])
-        rankings = dict(zip(best, found, strict=True))
-        for place, u_D in zip(scored, u_UD, strict=True):
+        # Several queries of one user share a reading.
+        readings = list({id(one.reading): one.reading for one in scored}.values())
+        number = {id(reading): at for at, reading in enumerate(readings)}
+        u_UD = self._parts.encoder.encode(readings, now_ms)
+        places, numbers = [one.place for one in scored], [number[id(one.reading)] for one in scored]
+        states = dict(zip(places, u_UD[numbers], strict=True))
+        recommending = [one for one in scored if isinstance(batch[one.place].query, RecommendQuery)]
+        rankings = self._recommended(batch, recommending, states)
+        for place in places:
             if place not in rankings:
-                rankings[place] = self._ranked(batch[place], u_D)
+                rankings[place] = self._ranked(batch[place], states[place])
         return rankings
 
-    def _recommended(self, batch: Sequence[_Asked], u_UD: Tensor) -> list[Ranking]:
-        if not batch:
-            return []
-        queries = [asked.query for asked in batch if isinstance(asked.query, RecommendQuery)]
-        left_out = [
-            np.concatenate([asked.named_rows, asked.history_rows]) if query.exclude_seen else asked.named_rows
-            for asked, query in zip(batch, queries, strict=True)
-        ]
-        best = self._search.best(u_UD, max(query.k for query in queries), left_out=left_out)
-        rankings = []
-        for asked, query, scores_K, rows_K in zip(batch, queries, best.scores_BK, best.rows_BK, strict=True):
-            kept = scores_K[: query.k].isfinite()
-            rankings.append(
-                self._ranking(
-                    asked,
-                    item_ids=self._weights.items.ids_of(rows_K[: query.k][kept].numpy()),
-                    scores=scores_K[: query.k][kept].numpy(),
+    def _readable(self, batch: Sequence[_Asked], now_ms: int) -> list[_Scored]:
+        """What the model reads for each query: the user's history, or else the items of the session."""
+        of_user: dict[int, Reading] = {}
+        scored = []
+        for place, asked in enumerate(batch):
+            history = asked.history
+            newest = slice(-self._parts.encoder.window_len(history.num_arrived), None)
+            if (asked.history_rows[newest] >= 0).any():
+                of_user.setdefault(
+                    history.user_id,
+                    Reading(
+                        user_id=history.user_id,
+                        rows=asked.history_rows[newest],
+                        times_ms=history.event_time_ms[newest],
+                    ),
                 )
+                scored.append(_Scored(place, of_user[history.user_id]))
+                continue
+            session = asked.session_rows[-self._weights.max_len :]
+            if (session >= 0).any():
+                # When they were looked at is not told: now.
+                times_ms = np.full(len(session), now_ms)
+                scored.append(_Scored(place, Reading(user_id=None, rows=session, times_ms=times_ms)))
+        return scored
+
+    def _recommended(
+        self, batch: Sequence[_Asked], scored: Sequence[_Scored], states: dict[int, Tensor]
+    ) -> dict[int, Ranking]:
+        """By place in the batch."""
+        if not scored:
+            return {}
+        asked = [self._recommending(batch[one.place]) for one in scored]
+        found = self._parts.chooser.choose(asked, torch.stack([states[one.place] for one in scored]))
+        return {
+            one.place: self._ranking(
+                batch[one.place],
+                item_ids=self._weights.items.ids_of(best.rows),
+                scores=best.scores,
+                from_session=one.reading.user_id is None,
             )
-        return rankings
+            for one, best in zip(scored, found, strict=True)
+        }
+
+    def _recommending(self, asked: _Asked) -> Recommending:
+        assert isinstance(asked.query, RecommendQuery), "chosen by its kind"
+        return Recommending(
+            query=asked.query,
+            named_rows=asked.named_rows,
+            session_rows=asked.session_rows,
+            seen_rows=asked.history_rows,
+            blocked_rows=asked.history_rows[self._is_blocked(asked.history)],
+        )
+
+    def _is_blocked(self, history: UserHistory) -> NDArray[np.bool_]:
+        blocked: NDArray[np.bool_] = (history.action & np.uint32(self._parts.blocking_actions)) != 0
+        return blocked
 
     def _ranked(self, asked: _Asked, u_D: Tensor) -> Ranking:
         known = asked.named_rows >= 0
@@ -145,14 +194,23 @@ class Ranker:
         return self._in_order(asked, scores, None)
 
     def _by_popularity(self, asked: _Asked, popular: PopularItems) -> Ranking:
-        query, history = asked.query, asked.history
+        query, history, categories = asked.query, asked.history, self._parts.categories
         reason = self._fallback_reason(history)
         if isinstance(query, RankQuery):
             return self._in_order(asked, popular.scores_of(query.candidates), reason)
-        left_out = [self._weights.withheld.item_ids, query.exclude]
+        left_out = [
+            self._weights.withheld.item_ids,
+            query.exclude,
+            history.item_ids[self._is_blocked(history)],
+            categories.ids_of(query.exclude_categories),
+        ]
         if query.exclude_seen:
-            left_out.append(history.item_ids)
-        item_ids, scores = popular.first(query.k, without=np.unique(np.concatenate(left_out)))
+            left_out += [history.item_ids, query.session]
+        item_ids, scores = popular.first(
+            query.k,
+            without=np.unique(np.concatenate(left_out)),
+            only=categories.ids_of(query.categories) if query.categories else None,
+        )
         return self._ranking(asked, item_ids=item_ids, scores=scores, reason=reason)
 
     def _fallback_reason(self, history: UserHistory) -> str:
@@ -178,10 +236,12 @@ class Ranker:
         scores: NDArray[np.float32],
         places: Int64s | None = None,
         reason: str | None = None,
+        from_session: bool = False,
     ) -> Ranking:
         return Ranking(
             weights=self._weights.info,
-            history_time_ms=asked.history.newest_ms,
+            history_time_ms=None if from_session else asked.history.newest_ms,
+            from_session=from_session,
             fallback_reason=reason,
             item_ids=item_ids,
             scores=scores,

@@ -29,13 +29,15 @@ from serving.forgetting import UserRemoval
 from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
 from serving.instruments import ServingInstruments
+from serving.item_categories import CategoryRows, ItemCategories
 from serving.item_names import ItemNames, WithheldItems
 from serving.item_search import ExactSearch
 from serving.lease import SnapshotLease
 from serving.log_writer import SharedWriter
 from serving.popularity import LivePopularity
 from serving.queries import Query, Ranking
-from serving.ranker import Ranker
+from serving.ranker import Ranker, RankerParts
+from serving.recommending import ItemChooser, blocking_mask
 from serving.snapshot_admin import SnapshotAdmin
 from serving.store_watch import StoreWatch
 from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
@@ -101,7 +103,19 @@ class ServingWorker:
             items_max=parts.model_config.max_items,
         )
         self._encoder = UserEncoder(config, self._weights)
-        ranker = Ranker(self._weights, self._histories, live_popularity, self._encoder, ExactSearch(self._weights))
+        self._categories = ItemCategories(parts.store, config.categories_refresh_ms)
+        search, rows = ExactSearch(self._weights), CategoryRows(self._weights, self._categories)
+        ranker = Ranker(
+            RankerParts(
+                weights=self._weights,
+                histories=self._histories,
+                live_popularity=live_popularity,
+                encoder=self._encoder,
+                chooser=ItemChooser(config, self._weights, search, rows),
+                categories=self._categories,
+                blocking_actions=blocking_mask(config, parts.rules),
+            )
+        )
         self._batcher: MicroBatcher[Query, Ranking] = MicroBatcher(
             config, self._model_thread, lambda queries: ranker.answer(queries, self._query_now_ms()), self.instruments
         )
@@ -140,6 +154,7 @@ class ServingWorker:
             AnswerParts(
                 batcher=self._batcher,
                 names=self._names,
+                categories=self._categories,
                 first_answers=self._first_answers,
                 impressions=self._impressions,
                 clock=parts.clock,
@@ -237,6 +252,7 @@ class ServingWorker:
                 self._broker_watch.run(self.config.broker_check_ms, self._stopping),
                 self._follow_updates(),
                 self._store_watch.run(self.config.store_check_ms),
+                self._categories.run(),
                 self._first_answers.run(),
                 self._open_writer(),
             ]

@@ -55,6 +55,15 @@ def test_items_come_back_whole_and_are_replaced_whole(store: FeatureStore) -> No
     assert store.items([2**62, 5, 6]) == {2**62: ITEM, 5: Item(item_id=5, title="new")}
 
 
+def test_categories_are_read_in_slices_by_ascending_id(store: FeatureStore) -> None:
+    with store.transaction() as transaction:
+        transaction.upsert_items([Item(item_id=n, categories=("a", f"of {n}")) for n in (7, 0, 3)])
+        transaction.retire_items([5])
+    assert store.item_categories(after=-1, limit=2) == {0: ("a", "of 0"), 3: ("a", "of 3")}
+    assert store.item_categories(after=3, limit=2) == {5: (), 7: ("a", "of 7")}
+    assert store.item_categories(after=7, limit=2) == {}
+
+
 def test_retired_items_are_remembered_even_if_never_heard_of(store: FeatureStore) -> None:
     with store.transaction() as transaction:
         transaction.upsert_items([ITEM])
