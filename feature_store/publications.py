@@ -94,6 +94,13 @@ def load_published(
     return [PublishedSnapshot(**row) for row in connection.execute(query).mappings()]
 
 
+def load_newest(connection: Connection, model: str) -> PublishedSnapshot | None:
+    """The highest published version of a model."""
+    query = select(published_snapshot).filter_by(model=model).order_by(published_snapshot.c.version.desc()).limit(1)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else PublishedSnapshot(**row)
+
+
 def record_first_served(connection: Connection, served: FirstServed) -> None:
     """Store when a replica first answered with a version; the earliest time stays."""
     statement = upsert(connection.dialect.name, first_served).values(asdict(served))

@@ -190,6 +190,11 @@ class FeatureStore:
         with read_transaction(self._engine) as connection:
             return publications.load_published(connection, model, since_version, created_from_ms, limit)
 
+    def newest_snapshot(self, model: str) -> PublishedSnapshot | None:
+        """The published version with the highest number; None before the first."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_newest(connection, model)
+
     def record_first_served(
         self, model: str, version: int, replica: str, at_ms: int, *, swapped_at_ms: int | None = None
     ) -> None:

@@ -70,6 +70,11 @@ def read_leases(root: SnapshotRoot, model: str) -> list[ReplicaLease]:
     return leases
 
 
+def valid_leases(root: SnapshotRoot, model: str, *, since_ms: int) -> list[ReplicaLease]:
+    """Leases that were renewed at or after a time: of the replicas that run. Raises what `read_leases` does."""
+    return [lease for lease in read_leases(root, model) if lease.at_ms >= since_ms]
+
+
 def _lease_name(model: str, replica: str) -> str:
     return f"{model_folder(model)}/replicas/{quote(replica, safe='')}.json"
 

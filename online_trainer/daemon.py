@@ -421,7 +421,7 @@ class TrainerDaemon:
 
     def status(self) -> dict[str, object]:
         """Counts, metrics, snapshot and freshness, JSON-ready."""
-        ledger, newest = self._learner.ledger, self._publisher.newest
+        ledger, newest, now_ms = self._learner.ledger, self._publisher.newest, self._parts.clock.now_ms()
         return {
             "interactions": ledger.num_interactions,
             "supervised": ledger.num_supervised,
@@ -452,5 +452,5 @@ class TrainerDaemon:
                 "interactions": newest.manifest.lineage.num_interactions,
             },
             "held": None if self._publisher.held is None else asdict(self._publisher.held),
-            "freshness": {"F2": self.freshness.summary(), "F3": self._publisher.freshness.summary()},
+            "freshness": {hop.hop: hop.summary(now_ms) for hop in (self.freshness, self._publisher.freshness)},
         }

@@ -27,7 +27,7 @@ from online_trainer.learner import OnlineLearner
 from online_trainer.steps import LearnedSteps, bounded
 from stream.clock import Clock
 from stream.failpoints import fail_point
-from stream.freshness import F3_PUBLISHED, AgeHistogram, FreshnessRecorder
+from stream.freshness import F3_PUBLISHED, AgeHistogram, AgePair, FreshnessRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -315,10 +315,8 @@ class Publisher:
 
     def _record_freshness(self, manifest: Manifest, published_at_ms: int) -> None:
         delay_ms = published_at_ms - manifest.created_at_ms
-        self.freshness.record_histograms(
-            AgeHistogram.from_dict(manifest.event_age).shifted(delay_ms),
-            AgeHistogram.from_dict(manifest.append_age).shifted(delay_ms),
-        )
+        ages = AgePair(AgeHistogram.from_dict(manifest.event_age), AgeHistogram.from_dict(manifest.append_age))
+        self.freshness.record_ages(ages.shifted(delay_ms), published_at_ms)
 
 
 def _stored(manifest: Manifest, published_at_ms: int) -> PublishedSnapshot:

@@ -25,6 +25,7 @@ from online_trainer.errors import CheckpointMismatchError
 from ops.backtest_commands import backtest_app
 from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
+from ops.freshness_commands import freshness
 from ops.log_commands import log_app
 from ops.settings import Settings
 from ops.simulate_commands import simulate
@@ -68,6 +69,7 @@ app.add_typer(trainer_app, name="trainer")
 app.add_typer(snapshots_app, name="snapshots")
 app.add_typer(token_app, name="token")
 app.add_typer(backtest_app, name="backtest")
+app.command()(freshness)
 app.command()(simulate)
 app.command()(trace)
 

@@ -10,7 +10,7 @@ from feature_store.ids import event_key
 from feature_store.records import PublishedSnapshot, SourcePlace, StoredEvent
 from feature_store.store import FeatureStore
 from model.errors import SnapshotError
-from model.retention import ReplicaLease, read_leases
+from model.retention import ReplicaLease, valid_leases
 from model.storage import SnapshotStorage
 from ops.event_path import (
     EventPath,
@@ -131,13 +131,12 @@ class _Lookup:
 
     def _leases(self) -> list[ReplicaLease]:
         """Of the replicas that run. Blocking."""
+        since_ms = self.parts.clock.now_ms() - self.parts.replica_timeout_ms
         try:
-            leases = read_leases(self.parts.snapshots, self.parts.model)
+            return valid_leases(self.parts.snapshots, self.parts.model, since_ms=since_ms)
         except (SnapshotError, OSError) as error:
             self.notes.append(f"which replicas run is not known: {error}")
             return []
-        oldest_ms = self.parts.clock.now_ms() - self.parts.replica_timeout_ms
-        return [lease for lease in leases if lease.at_ms >= oldest_ms]
 
     async def _hops_without_place(self, event: StoredEvent) -> list[Hop]:
         """Of an event whose place in the log is not known (any more): nobody can say which snapshot has it."""

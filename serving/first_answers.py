@@ -15,7 +15,7 @@ from opentelemetry import trace
 from feature_store.errors import FeatureStoreError, StoreUnavailableError
 from feature_store.store import FeatureStore
 from model.manifest import Manifest
-from stream.freshness import F4_ANSWERED, AgeHistogram, FreshnessRecorder
+from stream.freshness import F4_ANSWERED, AgeHistogram, AgePair, FreshnessRecorder
 from stream.tracing import link_to
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,10 @@ class FirstAnswers:
         self._new = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="first-answers")
         self._freshness = FreshnessRecorder(F4_ANSWERED, mode=mode)
-        self.summary: dict[str, object] = self._freshness.summary()
+
+    def summary(self, now_ms: int) -> dict[str, object]:
+        """Ages of what this replica has answered with, for status pages."""
+        return self._freshness.summary(now_ms)
 
     def answered_up_to(self, version: int) -> int | None:
         """The newest version up to `version` that this replica has answered with, as the store knows. Blocking."""
@@ -122,10 +125,9 @@ class FirstAnswers:
             )
         # After the store has it: what is tried again must not be counted twice.
         for manifest in (one.manifest for one in answered.expected):
-            delay_ms = answered.at_ms - manifest.created_at_ms
-            self._freshness.record_histograms(_ages(manifest.event_age, delay_ms), _ages(manifest.append_age, delay_ms))
-        self.summary = self._freshness.summary()
+            ages = AgePair(_ages(manifest.event_age), _ages(manifest.append_age))
+            self._freshness.record_ages(ages.shifted(answered.at_ms - manifest.created_at_ms), answered.at_ms)
 
 
-def _ages(stored: dict[str, object], delay_ms: int) -> AgeHistogram:
-    return AgeHistogram.from_dict(stored).shifted(delay_ms) if stored else AgeHistogram()
+def _ages(stored: dict[str, object]) -> AgeHistogram:
+    return AgeHistogram.from_dict(stored) if stored else AgeHistogram()

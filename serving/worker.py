@@ -363,5 +363,5 @@ class ServingWorker:
             "impressions": None
             if self._impressions is None
             else {"sent": self._impressions.num_sent, "dropped": self._impressions.num_dropped},
-            "freshness": {"F4": self._first_answers.summary},
+            "freshness": {"F4": self._first_answers.summary(self.clock.now_ms())},
         }

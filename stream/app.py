@@ -174,7 +174,7 @@ class IngestService(Service):
             "pruned": self.sweeper.num_interactions,
             "positions": self.worker.positions(),
             "lag": sum(self.worker.lag().values()),
-            "freshness": {"F1": self.committer.freshness.summary()},
+            "freshness": {"F1": self.committer.freshness.summary(self._parts.clock.now_ms())},
             "labels": None if self.labels is None else self.labels.status(),
         }
 

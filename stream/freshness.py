@@ -9,8 +9,10 @@ lie, and replayed events are years old).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +61,7 @@ class AgeHistogram:
 
     def merge(self, other: AgeHistogram) -> None:
         """Add another histogram's counts to this one."""
-        for bucket, count in other._counts.items():
+        for bucket, count in list(other._counts.items()):  # another thread may be adding to it
             self._counts[bucket] = self._counts.get(bucket, 0) + count
         self.num_negative += other.num_negative
 
@@ -75,7 +77,7 @@ class AgeHistogram:
 
     def middles_ms(self) -> list[tuple[float, int]]:
         """Each bucket's geometric middle in ms and its count, ascending."""
-        return [(_middle_ms(bucket), self._counts[bucket]) for bucket in sorted(self._counts)]
+        return [(_middle_ms(bucket), count) for bucket, count in sorted(self._counts.copy().items())]
 
     def counts_up_to(self, octaves: range) -> list[tuple[int, int]]:
         """(limit in ms, ages below it) for the limits 2^octave; exact, because bucket edges fall on them."""
@@ -109,7 +111,7 @@ class AgeHistogram:
     def to_dict(self) -> dict[str, object]:
         """JSON-ready form, read back by `from_dict`."""
         return {
-            "buckets": {str(bucket): count for bucket, count in sorted(self._counts.items())},
+            "buckets": {str(bucket): count for bucket, count in sorted(self._counts.copy().items())},
             "num_negative": self.num_negative,
         }
 
@@ -135,42 +137,116 @@ _LIMITS: Final = range(30)
 """Limits of the exported histogram: 1 ms, 2 ms, … 2^29 ms (six days), and everything."""
 
 
+RECENT_MS: Final = 300_000
+"""What status pages call recent: a quiet stream then shows no ages rather than those of yesterday."""
+_SLOTS: Final = 30
+
+
+@dataclass(slots=True)
+class AgePair:
+    """Ages of the same events from both starts."""
+
+    event: AgeHistogram = field(default_factory=AgeHistogram)
+    append: AgeHistogram = field(default_factory=AgeHistogram)
+
+    def merge(self, other: AgePair) -> None:
+        """Add another pair's counts to these."""
+        self.event.merge(other.event)
+        self.append.merge(other.append)
+
+    def shifted(self, delta_ms: float) -> AgePair:
+        """The same events, `delta_ms` later."""
+        return AgePair(self.event.shifted(delta_ms), self.append.shifted(delta_ms))
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready form, read back by `of_dict`."""
+        return {"event": self.event.to_dict(), "append": self.append.to_dict()}
+
+    @classmethod
+    def of_dict(cls, stored: Mapping[str, Any]) -> AgePair:
+        """Read `to_dict`'s form; raises ValueError when it is something else."""
+        return cls(AgeHistogram.from_dict(stored.get("event", {})), AgeHistogram.from_dict(stored.get("append", {})))
+
+
+class RecentAges:
+    """Ages of the newest milliseconds, in 30 slots: bounded, and forgotten as time goes on."""
+
+    def __init__(self, recent_ms: int = RECENT_MS) -> None:
+        self._recent_ms, self._slot_ms = recent_ms, max(1, recent_ms // _SLOTS)
+        self._slots: deque[tuple[int, AgePair]] = deque(maxlen=_SLOTS + 2)
+
+    def add(self, ages: AgePair, now_ms: int) -> None:
+        """Note ages that were taken at `now_ms`; a clock that was set back goes on in the newest slot."""
+        slot = now_ms // self._slot_ms
+        if not self._slots or slot > self._slots[-1][0]:
+            self._slots.append((slot, AgePair()))
+        self._slots[-1][1].merge(ages)
+
+    def as_of(self, now_ms: int) -> AgePair:
+        """Everything recent, give or take a slot."""
+        recent = AgePair()
+        for slot, ages in list(self._slots):
+            if (slot + 1) * self._slot_ms > now_ms - self._recent_ms:
+                recent.merge(ages)
+        return recent
+
+
 class FreshnessRecorder:
     """One hop's ages: kept here for status pages, and exported as `headrace.freshness.age.bucket`.
 
     Exported as cumulative counts with an attribute `le`, as Prometheus keeps histograms, and read when metrics are
     collected: a synchronous histogram takes one measurement at a time, which costs more than ingesting the event.
+    Recorded by one thread, read by others.
     """
 
     def __init__(self, hop: str, *, mode: str) -> None:
         self.hop = hop
-        self.from_event = AgeHistogram()
-        self.from_append = AgeHistogram()
+        self.total = AgePair()
+        self._recent = RecentAges()
         self._mode = mode
-        metrics.get_meter("headrace.freshness").create_observable_counter(
+        meter = metrics.get_meter("headrace.freshness")
+        meter.create_observable_counter(
             "headrace.freshness.age.bucket",
             [self._observe],
             unit="{event}",
             description="Events whose age, when a hop has used them, was below `le` ms",
         )
+        meter.create_observable_counter(
+            "headrace.freshness.negative",
+            [self._observe_negative],
+            unit="{event}",
+            description="Events whose age was negative, since clocks differ; it counts as 0",
+        )
 
     def record(self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], now_ms: int) -> None:
         """Record that these events (arrays of equal length) reached the hop at `now_ms`, wall clock."""
-        self.from_event.add(now_ms - event_time_ms)
-        self.from_append.add(now_ms - append_ms)
+        ages = AgePair()
+        ages.event.add(now_ms - event_time_ms)
+        ages.append.add(now_ms - append_ms)
+        self.record_ages(ages, now_ms)
 
-    def record_histograms(self, from_event: AgeHistogram, from_append: AgeHistogram) -> None:
+    def record_ages(self, ages: AgePair, now_ms: int) -> None:
         """Record ages that come as histograms (hops F3 and F4: from manifests)."""
-        self.from_event.merge(from_event)
-        self.from_append.merge(from_append)
+        self.total.merge(ages)
+        self._recent.add(ages, now_ms)
 
-    def summary(self) -> dict[str, object]:
-        """Quantiles from both starts, for status pages."""
-        return {"event": self.from_event.summary(), "append": self.from_append.summary()}
+    def summary(self, now_ms: int) -> dict[str, object]:
+        """For status pages: quantiles from both starts since this process began, and the histograms of recent ages."""
+        return {
+            "event": self.total.event.summary(),
+            "append": self.total.append.summary(),
+            "recent": {"window_ms": RECENT_MS, **self._recent.as_of(now_ms).to_dict()},
+        }
+
+    def _starts(self) -> Iterable[tuple[dict[str, str], AgeHistogram]]:
+        for start, ages in (("event", self.total.event), ("append", self.total.append)):
+            yield {"headrace.hop": self.hop, "headrace.start": start, "headrace.mode": self._mode}, ages
 
     def _observe(self, _options: object) -> Iterable[metrics.Observation]:
-        for start, ages in (("event", self.from_event), ("append", self.from_append)):
-            attributes = {"headrace.hop": self.hop, "headrace.start": start, "headrace.mode": self._mode}
+        for attributes, ages in self._starts():
             for limit_ms, count in ages.counts_up_to(_LIMITS):
                 yield metrics.Observation(count, attributes | {"le": str(limit_ms)})
             yield metrics.Observation(ages.count, attributes | {"le": "+Inf"})
+
+    def _observe_negative(self, _options: object) -> Iterable[metrics.Observation]:
+        return [metrics.Observation(ages.num_negative, attributes) for attributes, ages in self._starts()]

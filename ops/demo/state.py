@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from feature_store.records import FirstServed, PublishedSnapshot
 from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, HOPS, AgeHistogram
 
 RECENT_MS: Final = 15_000
@@ -38,83 +37,6 @@ class Ages:
     def of(ages: AgeHistogram) -> Ages:
         """From a histogram."""
         return Ages.of_summary(ages.summary())
-
-
-class SnapshotFreshness:
-    """Hops F3 and F4 of all events, from what the store knows about each published version.
-
-    F4 of an event is the first answer at the slowest replica: for each version and replica, the earliest answer with
-    this version or a later one, which contains it. A version is counted once every replica has answered.
-    """
-
-    def __init__(self, replicas: Iterable[str]) -> None:
-        self._replicas = tuple(replicas)
-        self._waiting: dict[int, PublishedSnapshot] = {}
-        self._first: dict[str, list[FirstServed]] = {replica: [] for replica in self._replicas}
-        self._recent: deque[tuple[int, AgeHistogram]] = deque()
-        self.published, self.answered = AgeHistogram(), AgeHistogram()
-        self.newest: PublishedSnapshot | None = None
-        self.num_published = 0
-        self.num_anchors = 0
-
-    @property
-    def published_up_to(self) -> int:
-        """Versions above this one are still to be read from the store's published snapshots."""
-        return 0 if self.newest is None else self.newest.version
-
-    @property
-    def answered_up_to(self) -> int:
-        """Versions above this one are still to be read from the store's first answers, by the slowest replica."""
-        return min((served[-1].version if served else 0 for served in self._first.values()), default=0)
-
-    def add(self, published: Iterable[PublishedSnapshot], first_served: Iterable[FirstServed]) -> None:
-        """Take in rows of the store, each kind ascending by version; rows seen before are harmless."""
-        for snapshot in published:
-            if snapshot.version > self.published_up_to:
-                self._waiting[snapshot.version] = self.newest = snapshot
-                self.num_published += 1
-                self.num_anchors += snapshot.kind == "anchor"
-                self.published.merge(_appended_before(snapshot, snapshot.published_at_ms))
-        for one in first_served:
-            known = self._first.get(one.replica)
-            if known is not None and one.version > (known[-1].version if known else 0):
-                known.append(one)
-        self._settle()
-
-    def first_answers_ms(self, version: int) -> dict[str, int]:
-        """Replica → when it first answered with `version` or a later one; replicas that have not are absent."""
-        found = {}
-        for replica, served in self._first.items():
-            times = [one.at_ms for one in served if one.version >= version]
-            if times:
-                found[replica] = min(times)
-        return found
-
-    def recent(self) -> Ages:
-        """F4 of what was first answered with in the newest seconds."""
-        ages = AgeHistogram()
-        for _, one in self._recent:
-            ages.merge(one)
-        return Ages.of(ages)
-
-    def _settle(self) -> None:
-        for version in sorted(self._waiting):
-            answers = self.first_answers_ms(version)
-            if len(answers) < len(self._replicas):
-                return
-            slowest_ms = max(answers.values())
-            ages = _appended_before(self._waiting.pop(version), slowest_ms)
-            self.answered.merge(ages)
-            self._recent.append((slowest_ms, ages))
-            while self._recent[0][0] < slowest_ms - RECENT_MS:
-                self._recent.popleft()
-
-
-def _appended_before(snapshot: PublishedSnapshot, at_ms: int) -> AgeHistogram:
-    """Ages at `at_ms` of the events that the snapshot newly contains, since the broker appended them."""
-    if not snapshot.append_age:
-        return AgeHistogram()
-    return AgeHistogram.from_dict(snapshot.append_age).shifted(at_ms - snapshot.created_at_ms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -192,6 +192,6 @@ async def _until_figures_arrived(watcher: Watcher, truth: Truth) -> None:
     while time.monotonic() < deadline_s:
         known, sample = watcher.snapshots, watcher.newest
         counts = {sample.num_learned, *(worker.learned_interactions for worker in sample.workers)}
-        if known is not None and counts == {known.answered.count} == {truth.num_interactions}:
+        if known is not None and counts == {known.answered.append.count} == {truth.num_interactions}:
             return
         await asyncio.sleep(0.1)

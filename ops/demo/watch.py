@@ -18,8 +18,9 @@ import msgspec
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
 from ops.demo.plan import HOST, DemoError, Plan
-from ops.demo.state import Ages, Arm, GrowingCount, Rate, Sample, SnapshotFreshness, WorkerFigures
+from ops.demo.state import RECENT_MS, Ages, Arm, GrowingCount, Rate, Sample, WorkerFigures
 from ops.local_broker import LocalBroker
+from ops.snapshot_freshness import SnapshotFreshness
 from ops.supervisor import ChildStatus, Supervisor
 from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED
 
@@ -166,7 +167,7 @@ class Watcher:
         if self.snapshots is None:
             if len(replicas) < len(self._plan.ports.serving):
                 return
-            self.snapshots = SnapshotFreshness(replicas)
+            self.snapshots = SnapshotFreshness(replicas, recent_ms=RECENT_MS)
         known, model = self.snapshots, "default"
         try:
             published = self._store.published_snapshots(model, known.published_up_to)
@@ -204,10 +205,11 @@ class Watcher:
             freshness={
                 F1_STORED: _ages(ingest, F1_STORED),
                 F2_LEARNED: _ages(trainer, F2_LEARNED),
-                F3_PUBLISHED: Ages() if known is None else Ages.of(known.published),
-                F4_ANSWERED: Ages() if known is None else Ages.of(known.answered),
+                F3_PUBLISHED: Ages() if known is None else Ages.of(known.published.append),
+                F4_ANSWERED: Ages() if known is None else Ages.of(known.answered.append),
             },
-            recent_f4=Ages() if known is None else known.recent(),
+            # As of the newest answer: at the end of a stream, the last seconds of it stay.
+            recent_f4=Ages() if known is None else Ages.of(known.recent_answered(known.newest_answered_ms).append),
             num_answered=0 if load is None else load.num_answered,
             num_failed=0 if load is None else load.failures.total(),
             cpu_s=cpu_seconds(self._supervisor.status(), self._broker.pid),

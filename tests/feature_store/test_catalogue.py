@@ -100,6 +100,7 @@ def test_published_snapshots_are_listed_by_model_from_a_version_on(store: Featur
         store.record_published(published)
     assert store.published_snapshots("main") == [anchor, snapshot(2), snapshot(3)]
     assert store.published_snapshots("main", since_version=2) == [snapshot(3)]
+    assert (store.newest_snapshot("main"), store.newest_snapshot("nobody")) == (snapshot(3), None)
 
 
 def test_a_version_published_again_replaces_its_record(store: FeatureStore) -> None:

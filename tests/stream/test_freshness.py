@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.freshness import AgeHistogram, FreshnessRecorder
+from stream.freshness import AgeHistogram, AgePair, FreshnessRecorder, RecentAges
 
 ages_lists = st.lists(st.integers(min_value=1, max_value=10**10), min_size=1, max_size=200)
 
@@ -65,8 +65,32 @@ def test_a_foreign_dict_is_refused() -> None:
 def test_a_recorder_measures_from_event_and_from_append() -> None:
     recorder = FreshnessRecorder("F1", mode="live")
     recorder.record(np.array([1_000, 2_000]), np.array([2_900, 2_950]), now_ms=3_000)
-    assert recorder.from_event.quantile_ms(1.0) == pytest.approx(2_000, rel=0.1)
-    assert recorder.from_append.quantile_ms(1.0) == pytest.approx(100, rel=0.1)
+    assert recorder.total.event.quantile_ms(1.0) == pytest.approx(2_000, rel=0.1)
+    assert recorder.total.append.quantile_ms(1.0) == pytest.approx(100, rel=0.1)
+
+
+def test_what_is_recent_is_forgotten_and_the_total_stays() -> None:
+    recorder = FreshnessRecorder("F1", mode="live")
+    for now_ms, age_ms in ((1_000_000, 50), (1_200_000, -4), (1_400_000, 900)):
+        recorder.record(np.array([now_ms - age_ms]), np.array([now_ms - age_ms]), now_ms=now_ms)
+
+    def recent(now_ms: int) -> AgePair:
+        return AgePair.of_dict(json.loads(json.dumps(recorder.summary(now_ms)))["recent"])
+
+    assert (recent(1_400_000).append.count, recent(1_400_000).append.num_negative) == (2, 1)
+    assert recent(1_600_000).append.quantile_ms(1.0) == pytest.approx(900, rel=0.1)
+    assert recent(9_000_000).event.count == 0
+    assert recorder.summary(9_000_000)["append"] == recorder.total.append.summary()
+    assert recorder.total.append.count == 3
+
+
+def test_recent_ages_are_bounded_and_a_clock_set_back_loses_nothing() -> None:
+    recent, one = RecentAges(recent_ms=3_000), AgePair()
+    one.event.add(np.array([5]))
+    for now_ms in [*range(0, 60_000, 50), 10_000]:
+        recent.add(one, now_ms)
+    assert recent.as_of(60_000).event.count == pytest.approx(3_000 / 50, abs=4)
+    assert len(recent._slots) <= 32
 
 
 def test_counts_below_powers_of_two_are_exact() -> None:
