@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift bench-recommend docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift bench-recommend docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ check: $(STAMP) ## lint, format, types, import directions, spelling, schema
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	@BIN="$(BIN)" .ci/schema-check
+
+test-yardsticks: ## LensKit's and RecTools' metrics, each in an environment of its own, against the values that the suite uses
+	@PYTHON="$(PYTHON)" .ci/test-yardsticks
 
 fix: $(STAMP) ## mend what lint and format can mend by themselves
 	$(BIN)/ruff check --fix .
