@@ -222,12 +222,16 @@ def train(config: ConfigOption = None) -> None:
 def serve(
     config: ConfigOption = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; by default serving.port.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="So many processes, on ports from this one on.")] = 1,
 ) -> None:
-    """Run an inference worker: HTTP API on the newest snapshot."""
+    """Run an inference worker, or several: HTTP API on the newest snapshot."""
     from ops import daemons
     from serving.config import ServingConfig
 
     settings = settings_of(config)
+    if workers > 1:
+        _run_workers(settings, workers, port, config)
+        return
     chosen = settings.get(ServingConfig).port if port is None else port
     _run_daemon(settings, lambda known: daemons.serve(known, chosen))
 
@@ -354,6 +358,15 @@ def main() -> None:
 def _is_daemon() -> bool:
     """A supervised daemon that lost its broker or database is to be started again: not a refusal."""
     return bool({"ingest", "train", "serve"} & set(sys.argv[1:2]))
+
+
+def _run_workers(settings: Settings, num_workers: int, first_port: int | None, config: Path | None) -> None:
+    from ops.supervisor import Supervisor
+    from ops.up import UpOptions, workers
+
+    _log_to_stderr(settings)
+    options = UpOptions(num_replicas=num_workers, first_port=first_port, config_path=config)
+    Supervisor(workers(settings, options), write_line=lambda line: print(line, flush=True)).run()
 
 
 def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:

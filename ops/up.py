@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,29 +38,44 @@ class UpOptions:
 
 def children(settings: Settings, options: UpOptions) -> list[Child]:
     """The processes in start order. Raises SettingsError when the local broker cannot be where clients look for it."""
-    environment = {}
-    if options.config_path is not None:
-        environment[FILE_VARIABLE] = str(options.config_path.resolve())
+    environment = _environment(options)
     if options.has_local_broker:
         # Its log is in memory: what it brings after a start is another log, and stored positions mean nothing there.
         name = settings.get(KafkaConfig).log_id
         environment[variable_of("log", "log_id")] = f"{name}-{WallClock().now_ms()}"
 
-    def child(name: str, *arguments: str) -> Child:
-        # -u: a crash must not take the last log lines with it.
-        return Child(name=name, command=(sys.executable, "-u", "-m", "ops", *arguments), environment=environment)
-
     broker = []
     if options.has_local_broker:
         host, port = local_broker_address(settings.get(KafkaConfig).bootstrap_servers)
-        broker = [child("broker", "broker", "--host", host, "--port", str(port))]
-    workers = [child(f"serving-{port}", "serve", "--port", str(port)) for port in serving_ports(settings, options)]
-    return [*broker, child("ingest", "ingest"), child("trainer", "train"), *workers]
+        broker = [_child("broker", environment, "broker", "--host", host, "--port", str(port))]
+    daemons = [_child("ingest", environment, "ingest"), _child("trainer", environment, "train")]
+    return [*broker, *daemons, *_workers(settings, options, environment)]
+
+
+def workers(settings: Settings, options: UpOptions) -> list[Child]:
+    """Only the inference workers. Raises SettingsError."""
+    return _workers(settings, options, _environment(options))
+
+
+def _workers(settings: Settings, options: UpOptions, environment: Mapping[str, str]) -> list[Child]:
+    ports = serving_ports(settings, options)
+    return [_child(f"serving-{port}", environment, "serve", "--port", str(port)) for port in ports]
+
+
+def _environment(options: UpOptions) -> dict[str, str]:
+    return {} if options.config_path is None else {FILE_VARIABLE: str(options.config_path.resolve())}
+
+
+def _child(name: str, environment: Mapping[str, str], *arguments: str) -> Child:
+    # -u: a crash must not take the last log lines with it.
+    return Child(name=name, command=(sys.executable, "-u", "-m", "ops", *arguments), environment=environment)
 
 
 def serving_ports(settings: Settings, options: UpOptions) -> list[int]:
     """Ports of the inference workers. Raises SettingsError when they run into those of the probes."""
     first = settings.get(ServingConfig).port if options.first_port is None else options.first_port
+    if first == 0 and options.num_replicas > 1:
+        raise SettingsError("port 0 takes any free one, and several workers need consecutive ports: name the first")
     ports = list(range(first, first + options.num_replicas))
     config = settings.get(HeadraceConfig)
     for name in ("ingest_port", "trainer_port"):

@@ -7,11 +7,14 @@ always falls between two micro-batches, and no answer can mix two versions.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from serving.config import ServingConfig
 from serving.errors import DeadlineExceededError, DrainingError, QueueFullError
@@ -19,6 +22,24 @@ from serving.instruments import ServingInstruments
 
 Query = TypeVar("Query")
 Result = TypeVar("Result")
+
+_SMOOTHING: Final = 0.2
+"""Weight of the newest batch in the mean time of a batch: one that was held up is forgotten within ten others."""
+
+_SPARE_S: Final = 0.005
+"""How much earlier than needed for a deadline a batch is closed: timers are late by a millisecond or more."""
+
+_caller_waits_until_s: ContextVar[float] = ContextVar("caller_waits_until_s", default=math.inf)
+
+
+@contextmanager
+def caller_waiting_until(loop_s: float | None) -> Iterator[None]:
+    """Tells `MicroBatcher.submit` inside how long (time of the event loop) the caller waits; None: for ever."""
+    token = _caller_waits_until_s.set(math.inf if loop_s is None else loop_s)
+    try:
+        yield
+    finally:
+        _caller_waits_until_s.reset(token)
 
 
 class ModelThread:
@@ -40,13 +61,19 @@ class ModelThread:
 class _Waiting(Generic[Query, Result]):
     query: Query
     answer: asyncio.Future[Result]
+    arrived_s: float
+    deadline_s: float
 
 
 class MicroBatcher(Generic[Query, Result]):
     """Collects concurrent requests and answers them with one call of `answer` in the model thread.
 
-    While the model thread is busy, requests gather in the queue and form the next batch without waiting; a request
-    that finds it idle waits `batch_wait_ms` for company.
+    While the model thread is busy, requests gather in the queue and form the next batch without waiting. Otherwise a
+    batch is closed when it is full, when its oldest request has waited `batch_wait_ms` for company, or when a deadline
+    in it leaves just the time that a batch takes: whichever comes first.
+
+    A request that would not be answered before its deadline is refused when it comes, judged by the batches before it
+    and how long the last ones took. So under overload those that are admitted are answered in time.
     """
 
     def __init__(
@@ -63,6 +90,9 @@ class MicroBatcher(Generic[Query, Result]):
         self._waiting: deque[_Waiting[Query, Result]] = deque()
         self._arrived = asyncio.Event()
         self._closed = False
+        self._is_answering = False
+        self._batch_s = 0.0
+        """How long a batch takes, a moving mean."""
 
     @property
     def num_waiting(self) -> int:
@@ -78,12 +108,12 @@ class MicroBatcher(Generic[Query, Result]):
         """The answer to one request. Raises QueueFullError, DeadlineExceededError or DrainingError."""
         if self._closed:
             raise DrainingError("this worker is stopping: send the request again, to another one")
-        if len(self._waiting) >= self._config.queue_max:
-            raise QueueFullError(
-                f"{self._config.queue_max} requests are waiting (serving.queue_max): send fewer, or add workers"
-            )
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(query, answer))
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        deadline_s = min(now_s + self._config.request_timeout_ms / 1000, _caller_waits_until_s.get())
+        self._admit(deadline_s - now_s)
+        answer: asyncio.Future[Result] = loop.create_future()
+        self._waiting.append(_Waiting(query, answer, now_s, deadline_s))
         self._arrived.set()
         try:
             # A future that is cancelled here is not computed any more.
@@ -92,6 +122,24 @@ class MicroBatcher(Generic[Query, Result]):
             raise DeadlineExceededError(
                 f"no answer within {self._config.request_timeout_ms} ms (serving.request_timeout_ms)"
             ) from None
+
+    def _admit(self, left_s: float) -> None:
+        """Raises QueueFullError unless there is room, and an answer can be expected within `left_s`."""
+        # With nothing ahead there is nothing to refuse for: one request is always tried.
+        num_batches = len(self._waiting) // self._config.batch_max + self._is_answering
+        expected_s = num_batches * self._batch_s
+        if len(self._waiting) >= self._config.queue_max:
+            raise QueueFullError(
+                f"{self._config.queue_max} requests are waiting (serving.queue_max): send fewer, or add workers",
+                retry_after_s=max(1, math.ceil(expected_s)),
+            )
+        if num_batches and expected_s + self._batch_s > left_s:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting, and an answer is expected in"
+                f" {(expected_s + self._batch_s) * 1000:.0f} ms, later than {left_s * 1000:.0f} ms: send fewer, or add"
+                " workers",
+                retry_after_s=max(1, math.ceil(expected_s)),
+            )
 
     def close(self) -> None:
         """Refuse new requests; `run` returns once the queue is answered."""
@@ -113,19 +161,43 @@ class MicroBatcher(Generic[Query, Result]):
                 return []
             self._arrived.clear()
             await self._arrived.wait()
-        if len(self._waiting) == 1 and self._config.batch_wait_ms and not self._closed:
-            await asyncio.sleep(self._config.batch_wait_ms / 1000)
+        await self._wait_for_company()
+        now_s = asyncio.get_running_loop().time()
         batch: list[_Waiting[Query, Result]] = []
         while self._waiting and len(batch) < self._config.batch_max:
             waiting = self._waiting.popleft()
-            if not waiting.answer.done():
+            # Its own timer tells whoever is too late; that may run after us.
+            if not waiting.answer.done() and waiting.deadline_s > now_s:
                 batch.append(waiting)
         return batch
 
+    async def _wait_for_company(self) -> None:
+        """Return when the batch that is gathering is to be closed."""
+        loop, earliest_s = asyncio.get_running_loop(), math.inf
+        num_seen = 0
+        while not self._closed and len(self._waiting) < self._config.batch_max:
+            for place in range(num_seen, len(self._waiting)):
+                earliest_s = min(earliest_s, self._waiting[place].deadline_s)
+            num_seen = len(self._waiting)
+            in_time_s = earliest_s - self._batch_s - _SPARE_S
+            closes_s = min(self._waiting[0].arrived_s + self._config.batch_wait_ms / 1000, in_time_s)
+            if closes_s <= loop.time():
+                return
+            self._arrived.clear()
+            timer = loop.call_at(closes_s, self._arrived.set)
+            await self._arrived.wait()
+            timer.cancel()
+
     async def _answer_batch(self, batch: list[_Waiting[Query, Result]]) -> None:
         queries = [waiting.query for waiting in batch]
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        self._is_answering = True
         work = asyncio.ensure_future(self._model_thread.run(lambda: self._answer(queries)))
         await asyncio.wait([work])
+        self._is_answering = False
+        took_s = loop.time() - started_s
+        self._batch_s = took_s if self._batch_s == 0 else self._batch_s + _SMOOTHING * (took_s - self._batch_s)
         # A bug in the model's code fails the requests of this batch, not the worker.
         error = work.exception()
         if error is not None:

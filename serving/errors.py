@@ -92,11 +92,14 @@ class RateLimitedError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """The queue in front of the model is full."""
+    """More wait for the model than can be answered in time."""
 
     status = 429
     code = "queue_full"
-    retry_after_s = 1
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceededError(RequestError):

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serving.access_config import Scope
+from serving.batcher import caller_waiting_until
 from serving.config import ServingConfig
 from serving.errors import DeadlineExceededError, EventsRefusedError, InvalidRequestError, RequestError
 from serving.instruments import ERROR, FALLBACK, OK, REFUSED, REJECTED
@@ -83,7 +84,8 @@ async def _caller_s_deadline(request: Request) -> AsyncIterator[None]:
         )
     try:
         async with asyncio.timeout(None if given is None else int(given) / 1000) as deadline:
-            yield
+            with caller_waiting_until(deadline.when()):
+                yield
     except TimeoutError as error:
         if not deadline.expired():
             raise
