@@ -1,8 +1,8 @@
 """Which snapshots are kept: the newest anchors and what follows them, and whatever somebody still needs.
 
-A replica says in the storage which version it runs and which it is loading, in a lease it renews:
+A replica says in the storage which version it runs, is loading and would go back to, in a lease it renews:
 
-    <root>/<model>/replicas/<replica>.json       {"replica": …, "version": …, "loading": …, "at_ms": …}
+    <root>/<model>/replicas/<replica>.json       {"replica": …, "version": …, "loading": …, "back_to": …, "at_ms": …}
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ _MAX_LEASE_BYTES = 4_096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaLease:
-    """What a replica runs and is loading (None: nothing), and when it said so (epoch ms)."""
+    """What a replica runs, is loading and would go back to (None: nothing), and when it said so (epoch ms)."""
 
     replica: str
     version: int | None
     loading: int | None
     at_ms: int
+    back_to: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.at_ms, self.version or 0, self.loading or 0)
+        numbers = (self.at_ms, self.version or 0, self.loading or 0, self.back_to or 0)
         if not all(isinstance(number, int) for number in numbers):
             raise ValueError(f"{self} is no lease: version, loading and at_ms are numbers")
 
@@ -83,7 +84,7 @@ class SnapshotRetention:
     """Deletes what nobody needs, for the one process that publishes.
 
     Kept are the newest ``anchors_kept`` anchors and everything after them, and the chains of the pointer, of the pin,
-    of the candidate and of every version that a replica runs or loads whose lease is younger than
+    of the candidate and of every version that a replica runs, loads or would go back to whose lease is younger than
     ``replica_timeout_ms``.
     """
 
@@ -140,7 +141,8 @@ class SnapshotRetention:
             if lease.at_ms < now_ms - self._replica_timeout_ms:
                 end_lease(self._storage, self._model, lease.replica)
                 continue
-            needed |= {version for version in (lease.version, lease.loading) if version is not None}
+            named = (lease.version, lease.loading, lease.back_to)
+            needed |= {version for version in named if version is not None}
         return needed
 
     def _kept(self, finished: list[int], needed: set[int]) -> set[int]:

@@ -114,6 +114,7 @@ def serve(settings: Settings, port: int) -> int:
     from serving.access_config import AccessConfig
     from serving.config import ServingConfig
     from serving.daemon import run_worker
+    from serving.guard_config import GuardConfig
     from serving.worker import ServingParts
     from stream.events import EventRules
 
@@ -126,6 +127,7 @@ def serve(settings: Settings, port: int) -> int:
         model_config=settings.get(ModelConfig),
         model_name=config.model,
         snapshot_root=snapshots,
+        guards=settings.get(GuardConfig),
         access=settings.get(AccessConfig),
         snapshot_cache=None if isinstance(snapshots, LocalStorage) else config.data_dir / "snapshot-cache",
         log=KafkaLog(settings.get(KafkaConfig)),

@@ -71,6 +71,7 @@ SECTIONS: Final = (
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("drift", "online_trainer.drift_config", "DriftConfig"),
     Section("serving", "serving.config", "ServingConfig"),
+    Section("guards", "serving.guard_config", "GuardConfig"),
     Section("access", "serving.access_config", "AccessConfig"),
     Section("telemetry", "ops.telemetry_config", "TelemetryConfig"),
 )

@@ -72,6 +72,9 @@ class ServingInstruments:
         self._refused_snapshots = self._meter.create_counter(
             "headrace.serving.snapshots.refused", unit="{snapshot}", description="Snapshots that could not be used"
         )
+        self._guard_trips = self._meter.create_counter(
+            "headrace.serving.guard.trips", unit="{trip}", description="Times a guard made a worker go back, by guard"
+        )
         self._impressions = self._meter.create_counter(
             "headrace.serving.impressions", unit="{impression}", description="Impressions by outcome"
         )
@@ -105,6 +108,10 @@ class ServingInstruments:
     def snapshot_refused(self, error: str) -> None:
         """One more snapshot version could not be used; `error` is the error's class name."""
         self._refused_snapshots.add(1, {"error.type": error})
+
+    def guard_tripped(self, guard: str) -> None:
+        """A guard made this worker go back to the version before."""
+        self._guard_trips.add(1, {"headrace.guard": guard})
 
     def impression_done(self, outcome: str) -> None:
         """An impression was `sent`, `dropped` (queue full) or `failed` (log away)."""

@@ -19,10 +19,17 @@ class SnapshotLease:
     """The lease of one worker, renewed from a thread of its own. Without it serving goes on, and `problem` says why."""
 
     def __init__(
-        self, root: SnapshotRoot, model: str, replica: str, clock: Clock, held: Callable[[], int | None]
+        self,
+        root: SnapshotRoot,
+        model: str,
+        replica: str,
+        clock: Clock,
+        *,
+        held: Callable[[], int | None],
+        back_to: Callable[[], int | None],
     ) -> None:
         self._storage, self._model, self._replica = open_storage(root), model, replica
-        self._clock, self._held = clock, held
+        self._clock, self._held, self._back_to = clock, held, back_to
         self._loading: int | None = None
         self._writing = threading.Lock()
         self.problem: str | None = None
@@ -51,7 +58,13 @@ class SnapshotLease:
             held = self._held()
             if held is not None and held == self._loading:
                 self._loading = None
-            lease = ReplicaLease(replica=self._replica, version=held, loading=self._loading, at_ms=self._clock.now_ms())
+            lease = ReplicaLease(
+                replica=self._replica,
+                version=held,
+                loading=self._loading,
+                back_to=self._back_to(),
+                at_ms=self._clock.now_ms(),
+            )
             try:
                 write_lease(self._storage, self._model, lease)
                 problem = None

@@ -31,6 +31,7 @@ from serving.config import ServingConfig
 from serving.errors import SnapshotRefusedError
 from serving.instruments import ServingInstruments
 from serving.lease import SnapshotLease
+from serving.version_choice import VersionChoice
 from serving.weights import PreparedSwap, ServedWeights, prepare_swap
 from stream.clock import Clock
 from stream.failpoints import fail_point
@@ -126,7 +127,9 @@ class SnapshotReader:
         self.refused[version] = f"{type(error).__name__}: {error}"
 
     def _newest_between(self, have: int | None, below: int) -> int | None:
-        return max((version for version in self._versions() if (have or 0) < version < below), default=None)
+        """Going forward, what lies between; going back, whatever is older."""
+        above = have if have is not None and have < below else 0
+        return max((version for version in self._versions() if above < version < below), default=None)
 
     def _versions(self) -> list[int]:
         try:
@@ -172,6 +175,7 @@ class HotSwapper:
         clock: Clock,
         instruments: ServingInstruments,
         hooks: SwapHooks,
+        choice: VersionChoice,
     ) -> None:
         self._config = config
         self._reader = reader
@@ -180,6 +184,7 @@ class HotSwapper:
         self._clock = clock
         self._instruments = instruments
         self._hooks = hooks
+        self._choice = choice
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._announced = asyncio.Event()
         self._pointer_problem: str | None = None
@@ -210,27 +215,27 @@ class HotSwapper:
     async def follow(self) -> bool:
         """One look at the pointer; swaps if it points elsewhere. True if the weights changed."""
         loop = asyncio.get_running_loop()
-        pointer = await loop.run_in_executor(self._aside, self._read_pointer)
         have = None if self.held is None else self.held.version
-        if pointer is None or pointer.version == have or self._is_backing_off(pointer.version):
+        want = await loop.run_in_executor(self._aside, lambda: self._wanted(have))
+        if want is None or want == have or self._is_backing_off(want):
             return False
-        prepared = await loop.run_in_executor(
-            self._aside, lambda: self._reader.prepare(have=have, want=pointer.version)
-        )
+        prepared = await loop.run_in_executor(self._aside, lambda: self._reader.prepare(have=have, want=want))
         swapped = prepared is not None and await self._swap(prepared, have)
-        self._note_outcome(pointer.version, reached=self.held is not None and self.held.version == pointer.version)
+        self._note_outcome(want, reached=self.held is not None and self.held.version == want)
         return swapped
 
-    def _read_pointer(self) -> SnapshotPointer | None:
+    def _wanted(self, have: int | None) -> int | None:
+        """The version to serve, None when there is none or nothing is known of it."""
         try:
             pointer = self._reader.pointer()
+            want = None if pointer is None else self._choice.choose(have=have, pointer=pointer.version)
         except (ModelError, OSError) as error:
             if str(error) != self._pointer_problem:
                 logger.error("the snapshot pointer cannot be read, what is loaded stays: %s", error)  # noqa: TRY400
             self._pointer_problem = str(error)
             return None
         self._pointer_problem = None
-        return pointer
+        return want
 
     async def _swap(self, prepared: PreparedSwap, have: int | None) -> bool:
         loop = asyncio.get_running_loop()

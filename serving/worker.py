@@ -26,6 +26,8 @@ from serving.config import ServingConfig
 from serving.event_intake import EventIntake
 from serving.first_answers import FirstAnswers
 from serving.forgetting import UserRemoval
+from serving.guard_config import GuardConfig
+from serving.guardian import SwapGuardian
 from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
 from serving.instruments import ServingInstruments
@@ -43,6 +45,7 @@ from serving.store_watch import StoreWatch
 from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
 from serving.updates import UncoveredUpdates, UpdateFollower, UpdateTargets
 from serving.user_states import UserEncoder
+from serving.version_choice import VersionChoice
 from serving.weights import PreparedSwap, ServedWeights
 from stream.clock import Clock, WatermarkClock
 from stream.events import EventRules
@@ -67,6 +70,8 @@ class ServingParts:
     hot_config: HotHistoriesConfig
     rules: EventRules
     clock: Clock
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """When to go back to the version before."""
     access: AccessConfig = field(default_factory=AccessConfig)
     """Who may use the API; by default everybody who can reach it."""
     snapshot_cache: Path | None = None
@@ -103,6 +108,15 @@ class ServingWorker:
             items_max=parts.model_config.max_items,
         )
         self._encoder = UserEncoder(config, self._weights)
+        self._choice = VersionChoice(parts.snapshot_root, parts.model_name, parts.guards, parts.clock)
+        self._guardian = SwapGuardian(
+            parts.guards,
+            self._choice,
+            self._model_thread,
+            replica=parts.replica,
+            clock=parts.clock,
+            instruments=self.instruments,
+        )
         self._categories = ItemCategories(parts.store, config.categories_refresh_ms)
         search, rows = ExactSearch(self._weights), CategoryRows(self._weights, self._categories)
         ranker = Ranker(
@@ -117,14 +131,22 @@ class ServingWorker:
             )
         )
         self._batcher: MicroBatcher[Query, Ranking] = MicroBatcher(
-            config, self._model_thread, lambda queries: ranker.answer(queries, self._query_now_ms()), self.instruments
+            config,
+            self._model_thread,
+            self._guardian.watched(lambda queries: ranker.answer(queries, self._query_now_ms()), self._weights),
+            self.instruments,
         )
         self._store_watch = StoreWatch(parts.store, self._names, withheld, self._weights, self._model_thread)
         self._broker_watch = BrokerWatch(parts.log)
         self._first_answers = FirstAnswers(parts.store, parts.model_name, parts.replica, parts.mode)
         self._uncovered = UncoveredUpdates()
         self._lease = SnapshotLease(
-            parts.snapshot_root, parts.model_name, parts.replica, parts.clock, lambda: self.snapshot_version
+            parts.snapshot_root,
+            parts.model_name,
+            parts.replica,
+            parts.clock,
+            held=lambda: self.snapshot_version,
+            back_to=lambda: self._guardian.good,
         )
         self._swapper = self._build_swapper()
         targets = UpdateTargets(
@@ -189,6 +211,7 @@ class ServingWorker:
             self._model_thread,
             clock=parts.clock,
             instruments=self.instruments,
+            choice=self._choice,
             hooks=SwapHooks(
                 before=self._before_swap,
                 after=self._after_swap,
@@ -248,6 +271,7 @@ class ServingWorker:
             self._answering_task = group.create_task(self._batcher.run())
             work: list[Coroutine[Any, Any, None]] = [
                 self._swapper.run(),
+                self._guardian.run(self._swapper.announce),
                 self._lease.run(self.config.lease_interval_ms),
                 self._broker_watch.run(self.config.broker_check_ms, self._stopping),
                 self._follow_updates(),
@@ -345,6 +369,7 @@ class ServingWorker:
             "reasons": self.reasons_not_ready(),
             "impairments": self.impairments(),
             "snapshot": snapshot | {"lease_problem": self._lease.problem},
+            "guards": self._guardian.status(),
             **self.instruments.status(),
             "waiting": self._batcher.num_waiting,
             "weights_age_ms": None if (age_s := self._weights_age_s()) is None else age_s * 1000,

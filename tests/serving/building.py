@@ -61,6 +61,7 @@ class Publisher:
         self.recommender = Recommender(config)
         self.version = 0
         self.positions = {0: 0}
+        self.manifests: list[Manifest] = []
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -97,7 +98,8 @@ class Publisher:
                 **fields,
             }
         )
-        return write_snapshot(self.root, manifest, self.recommender.dense_state(), rows)
+        self.manifests.append(write_snapshot(self.root, manifest, self.recommender.dense_state(), rows))
+        return self.manifests[-1]
 
     def folder(self, version: int) -> Path:
         return self.root / NAME / f"v{version:08d}"
