@@ -28,6 +28,7 @@ _FORMAT: Final = 1
 _TENSORS: Final = "tensors.safetensors"
 _STATE: Final = "state.json"
 _UNFINISHED: Final = "unfinished-"
+_DAMAGED: Final = "damaged-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file(checkpoint.tensors, unfinished / _TENSORS)
+        fail_point("trainer.checkpoint_tensors")
         state = {
             "format": _FORMAT,
             "step": checkpoint.step,
@@ -58,6 +60,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         (unfinished / _STATE).write_text(json.dumps(state))
         for path in (unfinished / _TENSORS, unfinished / _STATE, unfinished):
             _sync(path)
+        fail_point("trainer.checkpoint_synced")
         if final.exists():
             shutil.rmtree(final)
         unfinished.rename(final)
@@ -68,31 +71,45 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     fail_point("trainer.checkpoint_written")
     for old in _directories(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    fail_point("trainer.checkpoints_pruned")
     return final
 
 
 def read_newest_checkpoint(root: Path, *, config_hash: str) -> Checkpoint | None:
     """The newest checkpoint that is whole; older ones are tried, loudly, when the newest is corrupt.
 
-    None without any checkpoint. Raises CheckpointError when there are some and none can be read, and
-    CheckpointMismatchError when it was written for another model configuration.
+    Corrupt ones are then renamed, so that they take no whole one's place among those kept. None without any
+    checkpoint. Raises CheckpointError when there are some and none can be read, and CheckpointMismatchError when it was
+    written for another model configuration.
     """
-    directories = _directories(root)
+    directories, corrupt = _directories(root), []
     for directory in reversed(directories):
         try:
             checkpoint = _read(directory)
         except CheckpointCorruptError as error:
             logger.error("%s; trying the checkpoint before it", error)  # noqa: TRY400 - the sentence says it all
+            corrupt.append(directory)
             continue
         if checkpoint.config_hash != config_hash:
             raise CheckpointMismatchError(
                 f"checkpoint {directory} belongs to another [model] configuration; restore that configuration, "
                 f"or start a new model by changing headrace.model or removing {root}"
             )
+        for damaged in corrupt:
+            _set_aside(damaged)
         return checkpoint
     if directories:
         raise CheckpointError(f"none of the {len(directories)} checkpoints in {root} can be read")
     return None
+
+
+def _set_aside(directory: Path) -> None:
+    aside = directory.with_name(f"{_DAMAGED}{directory.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+    except OSError as error:
+        logger.warning("%s could not be renamed to %s: %s", directory, aside.name, error)
 
 
 def _read(directory: Path) -> Checkpoint:

@@ -22,6 +22,7 @@ from typing import Final
 import polars as pl
 
 from model.disk import Disk
+from stream.failpoints import fail_point
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +129,10 @@ class MetricsFile:
         rows.write_parquet(content, compression="zstd")
         unfinished = part.with_suffix(".unfinished")
         self._disk.write(unfinished, content.getvalue())
+        fail_point("trainer.metrics_part")
         self._disk.rename(unfinished, part)
         self._disk.sync_dir(part.parent)
+        fail_point("trainer.metrics_written")
 
 
 def parts(run: Path) -> list[Path]:

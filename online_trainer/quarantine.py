@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 
 from feature_store.interactions import Interactions
+from stream.failpoints import fail_point
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +100,18 @@ def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, ke
     root.mkdir(parents=True, exist_ok=True)
     name = f"s{why.step:010d}"
     rows = pl.DataFrame({"user_id": interactions.user_id, **interactions.columns})
-    for path, write in (
-        (root / f"{name}.parquet", rows.write_parquet),
-        (root / f"{name}.json", lambda at: at.write_text(json.dumps(asdict(why)), encoding="utf-8")),
+    for path, write, stage in (
+        (root / f"{name}.parquet", rows.write_parquet, "trainer.set_aside_rows"),
+        (
+            root / f"{name}.json",
+            lambda at: at.write_text(json.dumps(asdict(why)), encoding="utf-8"),
+            "trainer.set_aside_written",
+        ),
     ):
         unfinished = path.with_name(f"{path.name}.tmp")
         write(unfinished)
         unfinished.replace(path)
+        fail_point(stage)
     for old in list_set_aside(root)[:-keep]:
         for suffix in (".json", ".parquet"):
             (root / f"s{old.step:010d}{suffix}").unlink(missing_ok=True)

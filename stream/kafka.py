@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -162,6 +163,9 @@ class KafkaReader:
         self._config = config
         self._consumer: Any = None
         self._next: dict[TopicPartition, int] = {}
+        self._answered_ms = -1
+        self._silent_s = 0.0
+        """Time spent in polls since the broker last answered a fetch: the client alone tries again for ever."""
 
     async def start(self) -> None:
         """Connect; raises LogUnavailableError."""
@@ -248,16 +252,32 @@ class KafkaReader:
 
     async def poll(self, *, timeout_ms: int, max_records: int) -> list[Record]:
         """See LogReader; raises LogResetError when a position no longer exists in the log."""
+        started_s = time.monotonic()
         try:
             fetched = await fetch_fairly(self._consumer, timeout_ms=timeout_ms, max_records=max_records)
         except OffsetOutOfRangeError as error:
             await self._refuse_loss(error)
         except KafkaError as error:
             raise LogUnavailableError(f"reading from {self._config.bootstrap_servers} failed: {error}") from error
+        if not fetched:
+            self._refuse_silence(time.monotonic() - started_s)
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
         refuse_reset(self._consumer, self._next)
         return [_record(partition, raw) for partition, records in fetched.items() for raw in records]
+
+    def _refuse_silence(self, polled_s: float) -> None:
+        """Raise LogUnavailableError once the broker has not answered for log.request_timeout_ms of polling."""
+        moments = [self._consumer.last_poll_timestamp(partition) or 0 for partition in self._consumer.assignment()]
+        if not moments or max(moments) != self._answered_ms:
+            self._answered_ms, self._silent_s = max(moments, default=-1), 0.0
+            return
+        self._silent_s += polled_s
+        if self._silent_s * 1000 >= self._config.request_timeout_ms:
+            raise LogUnavailableError(
+                f"the broker at {self._config.bootstrap_servers} does not answer: no fetch within "
+                f"{self._config.request_timeout_ms} ms"
+            )
 
     async def _refuse_loss(self, error: OffsetOutOfRangeError) -> Never:
         """Raise LogResetError with what was lost at the offsets that an OffsetOutOfRangeError names."""

@@ -63,13 +63,18 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
             state.write_text("{")
     assert read(tmp_path).step == 1
     assert "c0000000002" in caplog.text
+    # It takes no whole one's place among those that are kept, and can be looked at.
+    write(tmp_path, 2, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c0000000001", "c0000000002", "damaged-c0000000002"]
+    assert read(tmp_path).step == 2
 
 
 def test_when_all_are_damaged_it_refuses_to_start_over_silently(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (tmp_path / "c0000000001" / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        read_newest_checkpoint(tmp_path, config_hash="hash")
+    for _start in range(2):
+        with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+            read_newest_checkpoint(tmp_path, config_hash="hash")
 
 
 def test_an_unfinished_one_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from model.config import ModelConfig
 from model.pinning import verify_chain
 from model.snapshot import list_versions, read_manifest, read_pointer
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint
+from online_trainer.metrics_file import parts
+from online_trainer.quarantine import list_set_aside, read_interactions
 from ops.local_broker import LocalBroker
 from ops.snapshot_report import verify_snapshots
 from stream.events import Event, encode_event
@@ -59,8 +62,8 @@ class LearningInstallation(Installation):
         )
         self.sent: dict[str, Event] = {}
 
-    def send(self, num_events: int) -> None:
-        """Send fresh events of 40 users on 60 items, and every tenth of them twice."""
+    def send(self, num_events: int, *, num_items: int = 60) -> None:
+        """Send fresh events of 40 users on so many items, and every tenth of them twice."""
         rng = np.random.default_rng(len(self.sent))
         events = []
         for _ in range(num_events):
@@ -68,7 +71,7 @@ class LearningInstallation(Installation):
             event = Event(
                 event_id=f"e{number}",
                 user_id=int(rng.integers(40)),
-                item_id=int(rng.integers(60)),
+                item_id=int(rng.integers(num_items)),
                 action="rating",
                 event_time=BASE_MS + 1_000 * number + int(rng.integers(-5_000, 5_000)),
             )
@@ -108,6 +111,18 @@ def ingest_everything(installation: LearningInstallation) -> None:
     process.stop()
 
 
+def assert_same_bits(killed: Checkpoint, unbroken: Checkpoint) -> None:
+    # What waits for the next snapshot depends on when snapshots were taken, not on what was learned.
+    for checkpoint in (killed, unbroken):
+        del checkpoint.state["unpublished"]
+    assert killed.state == unbroken.state
+    assert killed.tensors.keys() == unbroken.tensors.keys()
+    for name, tensor in killed.tensors.items():
+        # Rows that wait for the next snapshot: the same.
+        if name != "items.dirty":
+            assert torch.equal(tensor, unbroken.tensors[name]), name
+
+
 def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(
     installation: LearningInstallation,
 ) -> None:
@@ -127,15 +142,7 @@ def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(
     ledger = killed.state["ledger"]
     assert (ledger["num_interactions"], ledger["fingerprint"]) == (1_500, str(totals.fingerprint))
     assert ledger["num_supervised"] + ledger["num_first"] + ledger["num_out_of_reach"] == 1_500
-    # What waits for the next snapshot depends on when snapshots were taken, not on what was learned.
-    for checkpoint in (killed, unbroken):
-        del checkpoint.state["unpublished"]
-    assert killed.state == unbroken.state
-    assert killed.tensors.keys() == unbroken.tensors.keys()
-    for name, tensor in killed.tensors.items():
-        # Rows that wait for the next snapshot: the same.
-        if name != "items.dirty":
-            assert torch.equal(tensor, unbroken.tensors[name]), name
+    assert_same_bits(killed, unbroken)
     learned = [
         read_manifest(installation.root / "snapshots", "default", version).lineage.num_interactions
         for version in list_versions(installation.root / "snapshots", "default")
@@ -145,6 +152,80 @@ def test_a_trainer_killed_anywhere_ends_with_the_same_bits_as_one_that_was_not(
     verified = headrace(installation, "verify")
     assert verified.returncode == 0, verified.stderr
     assert "each of the 1,500 stored interactions exactly once" in verified.stdout
+
+
+KEEPING_STAGES = (
+    "trainer.set_aside_rows:2",
+    "trainer.set_aside_written:3",
+    "trainer.metrics_part:1",
+    "trainer.metrics_written:2",
+    "trainer.checkpoint_tensors:1",
+    "trainer.checkpoint_tensors:2",
+    "trainer.checkpoint_synced:2",
+    "trainer.checkpoint_written:2",
+    "trainer.checkpoints_pruned:2",
+)
+"""What is written besides snapshots, as many times as it takes to have something to lose."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trainer_killed_at_each_stage_of_what_it_keeps_ends_with_the_same_bits_and_files(
+    installation: LearningInstallation,
+) -> None:
+    # Small steps, of which some are set aside: in the end hardly any item has been seen before.
+    installation.environment |= {
+        "HEADRACE_TRAINER__BATCH_INTERACTIONS": "10",
+        "HEADRACE_TRAINER__SPIKE_DEVIATIONS": "1",
+        "HEADRACE_TRAINER__MAX_SPIKES_IN_A_ROW": "1000",
+        "HEADRACE_TRAINER__METRICS_EVERY_STEPS": "3",
+    }
+    installation.send(900)
+    installation.send(600, num_items=1_000_000)
+    ingest_everything(installation)
+    for fail_point in KEEPING_STAGES:
+        installation.start("train", fail_point=fail_point).expect_kill(fail_point)
+    killed = train_everything(installation, installation.root)
+    unbroken = train_everything(installation, installation.root / "unbroken")
+    assert_same_bits(killed, unbroken)
+    assert killed.state["ledger"]["num_quarantined"] > 0
+    assert headrace(installation, "verify").returncode == 0
+    of_killed, of_unbroken = (
+        [(one, read_interactions(root, one.step)) for one in list_set_aside(root)]
+        for root in (base / "quarantine" / "default" for base in (installation.root, installation.root / "unbroken"))
+    )
+    assert [one for one, _ in of_killed] == [one for one, _ in of_unbroken]
+    assert all(rows.equals(others) for (_, rows), (_, others) in zip(of_killed, of_unbroken, strict=True))
+    rows, others = (
+        pl.concat([pl.read_parquet(part) for part in parts(base / "metrics" / "default" / "r0001")])
+        for base in (installation.root, installation.root / "unbroken")
+    )
+    assert rows.equals(others)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_trainer_whose_newest_checkpoint_is_damaged_repeats_more_and_loses_nothing(
+    installation: LearningInstallation, damage: str
+) -> None:
+    installation.send(1_500)
+    ingest_everything(installation)
+    installation.start("train", fail_point="trainer.checkpoint_written:2").expect_kill("trainer.checkpoint_written")
+    newest = max((installation.root / "checkpoints" / "default").glob("c*"))
+    tensors = newest / "tensors.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    match damage:
+        case "truncated":
+            tensors.write_bytes(content[: len(content) // 2])
+        case "flipped":
+            tensors.write_bytes(content)
+        case "missing":
+            tensors.unlink()
+    killed = train_everything(installation, installation.root)
+    assert f"{newest.name}" in installation.daemons[-1].said()
+    assert "trying the checkpoint before it" in installation.daemons[-1].said()
+    assert killed.state["ledger"]["num_interactions"] == 1_500
+    assert headrace(installation, "verify").returncode == 0
 
 
 PUBLISH_STAGES = (
