@@ -1,6 +1,6 @@
 """How soon drift is noticed, how often it is noticed where there is none, and how soon a model is back with a reaction.
 
-    python benchmarks/bench_drift.py [--quick]
+    python benchmarks/bench_drift.py [--quick] [--only recurring] [--replay-share 0.1]
 
 The real learner with a real store (SQLite in a temporary folder) in this process, without a broker, over streams of
 `backtest.simulator` whose changes are known. Arms: *alert* has the same detectors without reactions, *react* is what
@@ -78,14 +78,14 @@ class Run:
     cpu_s: float
 
 
-def learn(stream: SimulatedStream, drift: DriftConfig) -> Run:
+def learn(stream: SimulatedStream, drift: DriftConfig, trainer: TrainerConfig) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/store.db"
         migrate(url)
         store = FeatureStore(FeatureStoreConfig(url=url))
         updates = stored(store, stream)
         config = LearnerConfig(
-            trainer=TrainerConfig(num_threads=1),
+            trainer=trainer,
             model=MODEL,
             loss=LossConfig(),
             optimizer=OptimizerConfig(),
@@ -199,14 +199,14 @@ def alarms(run: Run, first: int, until: int) -> dict[str, int]:
     return found
 
 
-def measure(scenario: Scenario, seed: int, num_events: int) -> list[dict[str, Any]]:
+def measure(scenario: Scenario, seed: int, num_events: int, trainer: TrainerConfig) -> list[dict[str, Any]]:
     """One row per change: alarms, and recovery and quality of each arm."""
     changes = LONGER_FOR.get(scenario, 1)
     config = replace(
         STREAM, scenario=scenario, seed=seed, num_changes=changes, num_events=num_events * (1 + changes) // 2
     )
     stream = simulate(config)
-    runs = {arm: learn(stream, drift) for arm, drift in ARMS.items()}
+    runs = {arm: learn(stream, drift, trainer) for arm, drift in ARMS.items()}
     bounds = [change.first for change in stream.changes] + [config.num_events]
     rows = []
     for change, until in zip(stream.changes, bounds[1:], strict=True):
@@ -227,11 +227,11 @@ def measure(scenario: Scenario, seed: int, num_events: int) -> list[dict[str, An
     return rows
 
 
-def stationary(num_events: int) -> dict[str, Any]:
+def stationary(num_events: int, trainer: TrainerConfig) -> dict[str, Any]:
     """False alarms per 100,000 events; without any, reacting to them changes nothing."""
     stream = simulate(replace(STREAM, scenario="stationary", num_events=num_events, seed=10))
-    alert = learn(stream, ALERT)
-    runs = {"alert": alert, "react": learn(stream, REACT) if alert.decisions else alert}
+    alert = learn(stream, ALERT, trainer)
+    runs = {"alert": alert, "react": learn(stream, REACT, trainer) if alert.decisions else alert}
     per = 100_000 / num_events
     names = [f"{one.detector}_{one.signal}" for one in alert.decisions]
     return {
@@ -286,22 +286,29 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed a scenario, a shorter stationary stream")
     parser.add_argument("--only", nargs="+", help="these scenarios")
     parser.add_argument("--results", type=Path, help="JSON file to write")
+    parser.add_argument("--replay-share", type=float, help="trainer.replay_share of both arms instead of the default")
     options = parser.parse_args()
+    trainer = TrainerConfig(num_threads=1)
+    if options.replay_share is not None:
+        trainer = replace(trainer, replay_share=options.replay_share)
     keep_freed_memory()
     result: dict[str, Any] = {"benchmark": "drift", **environment(), "drift": asdict(REACT), "stream": asdict(STREAM)}
+    result["replay_share"] = trainer.replay_share
     result |= {"scenarios": {}, "rows": []}
     print("alert -> react")
     for scenario, seeds in CASES:
         if options.only and scenario not in options.only:
             continue
         rows = [
-            row for seed in seeds[: 1 if options.quick else None] for row in measure(scenario, seed, STREAM.num_events)
+            row
+            for seed in seeds[: 1 if options.quick else None]
+            for row in measure(scenario, seed, STREAM.num_events, trainer)
         ]
         result["rows"] += rows
         result["scenarios"][scenario] = summary(rows)
         show(scenario, result["scenarios"][scenario])
     if not options.only or "stationary" in options.only:
-        calm = stationary(STATIONARY_EVENTS // (4 if options.quick else 1))
+        calm = stationary(STATIONARY_EVENTS // (4 if options.quick else 1), trainer)
         result["stationary"] = calm
         rates = " ".join(f"{key}={rate:g}" for key, rate in calm["false_alarms_per_100k"].items())
         print(f"stationary quality {_pair(calm['quality'], '.3f')}   false alarms per 100k: {rates}")

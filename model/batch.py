@@ -77,6 +77,26 @@ class Targets:
         if self.weights_P is not None and self.weights_P.shape != self.positions_P.shape:
             raise ValueError("weights_P must be as long as positions_P")
 
+    def take(self, index: Tensor) -> Targets:
+        """Those of an index or a mask."""
+        weights_P = None if self.weights_P is None else self.weights_P[index]
+        return Targets(positions_P=self.positions_P[index], rows_P=self.rows_P[index], weights_P=weights_P)
+
+    def without(self, others: Targets) -> Targets:
+        """Those whose positions are none of the others'."""
+        return self.take(~torch.isin(self.positions_P, others.positions_P))
+
+    def followed_by(self, others: Targets) -> Targets:
+        """These and then the others, both with weights or both without."""
+        assert (self.weights_P is None) == (others.weights_P is None)
+        return Targets(
+            positions_P=torch.cat([self.positions_P, others.positions_P]),
+            rows_P=torch.cat([self.rows_P, others.rows_P]),
+            weights_P=None
+            if self.weights_P is None or others.weights_P is None
+            else torch.cat([self.weights_P, others.weights_P]),
+        )
+
     def shares(self) -> Tensor | None:
         """float[P] that sum to 1: the weights as factors of each position's loss. None: all the same."""
         return None if self.weights_P is None else self.weights_P / self.weights_P.sum()

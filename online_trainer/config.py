@@ -30,6 +30,9 @@ class TrainerConfig:
     """Interactions read but not yet learned from, from which on the trainer counts as behind."""
     lag_batch_interactions: int = 512
     """New interactions of one step at most while behind, under larger_batches; history tokens in proportion."""
+    replay_share: float = 0.1
+    """Share of what a step learns from that are older interactions in its users' histories, those of items that have
+    not been learned for long above all; none while a change is rehearsed. 0: each interaction is learned from once."""
     poll_records: int = 16
     """Update messages taken per poll."""
     seed: int = 42
@@ -110,6 +113,8 @@ class TrainerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         self._check_lag()
+        if not 0 <= self.replay_share <= 0.95:
+            raise ValueError(f"trainer.replay_share = {self.replay_share}: must lie between 0 (off) and 0.95")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:
             raise ValueError("trainer.baseline_half_life_h and trainer.checkpoint_interval_s must be positive")
         if self.replica_timeout_s <= 0 or self.gate_memory_s <= 0:

@@ -431,6 +431,7 @@ class TrainerDaemon:
             "weightless": ledger.num_weightless,
             "quarantined": ledger.num_quarantined,
             "forgotten": ledger.num_forgotten,
+            "replayed": ledger.num_replayed,
             "items_retired": ledger.num_items_retired,
             "steps": ledger.num_steps,
             "pending": self._batcher.num_pending,

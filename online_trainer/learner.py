@@ -31,6 +31,7 @@ from online_trainer.ledger import Ledger
 from online_trainer.quarantine import LossGuard, SetAside
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
+from online_trainer.stale_replay import StaleReplay
 from stream.events import EventRules
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class OnlineLearner:
         self._last_good = LastGoodWeights(config.drift.rollback_interval) if config.drift.rolls_back() else None
         self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
+        self._replay = StaleReplay()
         self._admission = Admission(config.items)
         self._action_weights = ActionWeights(config.loss.action_weights, config.actions)
         self._guard = LossGuard(
@@ -130,6 +132,7 @@ class OnlineLearner:
         moves = self.model.items.remove(ids)
         self._optimizer.follow(moves)
         self.evaluation.follow(moves)
+        self._replay.follow(moves)
         self.ledger.num_items_retired += len(ids)
 
     def _admit_items(self, new: Interactions) -> None:
@@ -176,14 +179,21 @@ class OnlineLearner:
         test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
         signal_parts: dict[str, list[Tensor]] = {signal: [] for signal in SIGNALS}
 
+        supervised = self._with_replay(history, targets, examples, weight_L)
+        num_tested = targets.rows_P.shape[0]
+
         def on_logits(part: slice, logits_pV: Tensor) -> None:
+            part = slice(part.start, min(part.stop, num_tested))  # what is replayed comes behind, and is not tested
+            if part.start >= part.stop:
+                return
+            logits_pV = logits_pV[: part.stop - part.start]
             test.on_logits(part, logits_pV)
             if self.drift.is_on:
                 for signal, values_p in signals_of(logits_pV, targets.rows_P[part]).items():
                     signal_parts[signal].append(values_p)
 
         learned = supervised_pass(
-            self.model, history, targets, self._config.loss, generator=self._generator, on_logits=on_logits
+            self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=on_logits
         )
         self.evaluation.finish(test)
         if not is_listed.any():
@@ -201,8 +211,26 @@ class OnlineLearner:
             in_order_L = torch.from_numpy(examples.is_in_order)
             again = rehearsal_targets(history, targets, in_order_L, since_ms=since_ms, weight_L=weight_L)
             self._rehearse(history, again)
-        self.ledger.num_supervised += targets.rows_P.shape[0]
+        self._replay.learned(supervised.rows_P, self.ledger.watermark_ms)
+        self.ledger.num_supervised += num_tested
+        self.ledger.num_replayed += supervised.rows_P.shape[0] - num_tested
         self._keep_or_roll_back(decisions)
+
+    def _with_replay(
+        self, history: HistoryBatch, targets: Targets, examples: Examples, weight_L: Tensor | None
+    ) -> Targets:
+        """The targets and, behind them, what is replayed."""
+        in_force = self.drift.replay_share
+        share = self._config.trainer.replay_share if in_force is None else in_force
+        # A rehearsal teaches what holds since a change; what is older may be wrong now.
+        if not share or self.drift.rehearse_since_ms is not None:
+            return targets
+        older = rehearsal_targets(
+            history, targets, torch.from_numpy(examples.is_in_order), since_ms=-1, weight_L=weight_L
+        ).without(targets)
+        count = round(share / (1 - share) * targets.rows_P.shape[0])
+        chosen = self._replay.choose(older, count, now_ms=self.ledger.watermark_ms, generator=self._generator)
+        return targets.followed_by(chosen)
 
     def _train(self, learned: SupervisedPass) -> bool:
         """Step the weights; False, and nothing changed, where a gradient is no finite number."""
@@ -289,6 +317,7 @@ class OnlineLearner:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
         tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
+        tensors |= {f"replay.{name}": tensor for name, tensor in self._replay.state().items()}
         tensors["generator"] = self._generator.get_state()
         if self._last_good is not None:
             tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
@@ -312,6 +341,7 @@ class OnlineLearner:
         self._optimizer.load_state_dict(part("optimizer."))
         self.evaluation.load_state(part("metrics."))
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
+        self._replay.load_state(part("replay."))
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])
         self.drift.load_state(checkpoint.state["drift"])

@@ -42,6 +42,8 @@ class Ledger:
     """... passed over because the stream outran the trainer: trainer.lag_policy."""
     num_large_steps: int = 0
     """Steps of more than trainer.batch_interactions, for the same reason."""
+    num_replayed: int = 0
+    """Older interactions learned from once more (trainer.replay_share); none of the counts above has them."""
     num_items_retired: int = 0
     """Items that lost their rows."""
     num_steps: int = 0

@@ -7,6 +7,7 @@ import pytest
 
 from backtest.simulator import Change, SimulatorConfig, simulate
 from benchmarks.bench_drift import ALERT, Run, alarms, learn, recovery
+from online_trainer.config import TrainerConfig
 from online_trainer.drift import DriftDecision
 
 
@@ -71,7 +72,7 @@ def test_the_learner_is_driven_over_every_event_of_the_stream() -> None:
     stream = simulate(
         SimulatorConfig(num_events=600, num_items=60, num_groups=2, interactions_per_user=10, num_users=20)
     )
-    run = learn(stream, ALERT)
+    run = learn(stream, ALERT, TrainerConfig(num_threads=1))
     assert run.end[-1] == 600
     first = len(np.unique(stream.user_id))
     assert run.tested.sum() == 600 - first

@@ -67,9 +67,11 @@ class ArrivalBlindHistories(HotHistories):
         return self._store.read(user_ids, max_len=max_len, before_ms=before_ms)
 
 
-def hit_rates(stream: RecordedStream, histories: type[HotHistories] = HotHistories) -> dict[str, float]:
+def hit_rates(
+    stream: RecordedStream, histories: type[HotHistories] = HotHistories, **settings: Any
+) -> dict[str, float]:
     """HR@10 of both arms over the newer half of the stream, tested before each step."""
-    config = stream.config()
+    config = stream.config(**settings)
     config = replace(config, trainer=replace(config.trainer, metrics_window=NUM_TARGETS))
     trained = OnlineLearner(config, histories(stream.store, HOT), log_id="main")
     batcher = stream.batcher(trained)
@@ -85,6 +87,11 @@ def test_what_happened_before_but_arrived_after_scores_at_chance(store: FeatureS
     rates = hit_rates(record_stream(store, hinted(delay=delay)))
     assert rates["model"] < AT_CHANCE
     assert rates["popularity"] < AT_CHANCE
+
+
+@pytest.mark.parametrize("delay", [2, 40], ids=["in the same step", "steps later"])
+def test_it_does_so_as_well_when_older_interactions_are_replayed(store: FeatureStore, delay: int) -> None:
+    assert hit_rates(record_stream(store, hinted(delay=delay)), replay_share=0.5)["model"] < AT_CHANCE
 
 
 @pytest.mark.parametrize("delay", [2, 40], ids=["in the same step", "steps later"])
