@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 
 from model.pinning import (
     offer_candidate,
@@ -15,12 +15,14 @@ from model.pinning import (
     unpin_snapshot,
     withdraw_candidate,
 )
-from serving.messages import AdminAnswer, SnapshotsAnswer
+from serving.messages import AdminAnswer, ShadowAnswer, SnapshotsAnswer
 from serving.responding import respond
 from serving.snapshot_admin import Asked, Operation
 from serving.worker import ServingWorker
 
 Version = Annotated[int, Path(ge=1, le=99_999_999, description="As GET /admin/snapshots lists it.")]
+
+Share = Annotated[float, Query(gt=0, le=1, allow_inf_nan=False, description="Of this worker's requests.")]
 
 
 def add_admin(app: FastAPI, worker: ServingWorker) -> None:
@@ -65,6 +67,39 @@ def add_admin(app: FastAPI, worker: ServingWorker) -> None:
         operation = partial(offer_candidate, version=version)
         what = f"version {version} as the candidate"
         return await answer(request, "/admin/snapshots/{version}/candidate", what, operation)
+
+    @app.post("/admin/snapshots/{version}/shadow")
+    async def post_shadow(request: Request, version: Version, share: Share = 0.01) -> Response:
+        """Have a version answer a share of this worker's requests again, aside, and compare."""
+
+        async def work(_body: bytes, request_id: str) -> AdminAnswer:
+            what = f"version {version} beside the one in service, share {share:g}"
+            asked = Asked(what=what, caller=request.state.caller, request_id=request_id)
+            await worker.admin.audited(worker.shadowing.start(version, share), asked)
+            return AdminAnswer(request_id=request_id, version=version)
+
+        return await respond(worker, request, "/admin/snapshots/{version}/shadow", work, scope="admin")
+
+    @app.get("/admin/shadow")
+    async def get_shadow(request: Request) -> Response:
+        """How far the answers of the version beside the one in service are from those."""
+
+        async def work(_body: bytes, request_id: str) -> ShadowAnswer:
+            return ShadowAnswer(request_id=request_id, shadow=worker.shadowing.report())
+
+        return await respond(worker, request, "/admin/shadow", work, scope="admin")
+
+    @app.delete("/admin/shadow")
+    async def delete_shadow(request: Request) -> Response:
+        """Compare no more, and let go of the memory."""
+
+        async def work(_body: bytes, request_id: str) -> AdminAnswer:
+            asked = Asked(what="compare no more", caller=request.state.caller, request_id=request_id)
+            return AdminAnswer(
+                request_id=request_id, version=await worker.admin.audited(worker.shadowing.stop(), asked)
+            )
+
+        return await respond(worker, request, "/admin/shadow", work, scope="admin")
 
     @app.post("/admin/candidate/promote")
     async def post_promote(request: Request) -> Response:

@@ -127,6 +127,14 @@ class SnapshotsAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """As `headrace snapshots ls --json` prints it."""
 
 
+class ShadowAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /admin/shadow`."""
+
+    request_id: str
+    shadow: dict[str, Any] | None
+    """How far the candidate's answers are from those in service; null when nothing is compared."""
+
+
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     """What went wrong, for programs (`code`) and for people (`message`)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -59,17 +59,22 @@ class SnapshotAdmin:
 
     async def carry_out(self, operation: Operation[Manifest | int | None], asked: Asked) -> int | None:
         """Do what an operator asked for, and have all workers look; the version it was about, if there was one."""
-        try:
-            done = await self._do(operation)
-        except AdminRefusedError as error:
-            _audit.warning("%s: refused, %s", asked, error)
-            raise
-        _audit.warning("%s: done", asked)
+        done = await self.audited(self._do(operation), asked)
         self._look_at_once()
         if not isinstance(done, Manifest):
             return done
         await self._announce(done)
         return done.version
+
+    async def audited(self, work: Awaitable[Done], asked: Asked) -> Done:
+        """Await what an operator asked for, and leave a line in the log about it."""
+        try:
+            done = await work
+        except AdminRefusedError as error:
+            _audit.warning("%s: refused, %s", asked, error)
+            raise
+        _audit.warning("%s: done", asked)
+        return done
 
     async def _do(self, operation: Operation[Done]) -> Done:
         try:

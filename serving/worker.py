@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from serving.popularity import LivePopularity
 from serving.queries import Query, Ranking
 from serving.ranker import Ranker, RankerParts
 from serving.recommending import ItemChooser, blocking_mask
+from serving.shadow import Shadowing, ShadowParts
 from serving.snapshot_admin import SnapshotAdmin
 from serving.store_watch import StoreWatch
 from serving.swap import HotSwapper, SnapshotReader, SwapDone, SwapHooks
@@ -119,21 +121,34 @@ class ServingWorker:
         )
         self._categories = ItemCategories(parts.store, config.categories_refresh_ms)
         search, rows = ExactSearch(self._weights), CategoryRows(self._weights, self._categories)
-        ranker = Ranker(
-            RankerParts(
-                weights=self._weights,
-                histories=self._histories,
-                live_popularity=live_popularity,
-                encoder=self._encoder,
-                chooser=ItemChooser(config, self._weights, search, rows),
-                categories=self._categories,
-                blocking_actions=blocking_mask(config, parts.rules),
+        ranker_parts = RankerParts(
+            weights=self._weights,
+            histories=self._histories,
+            live_popularity=live_popularity,
+            encoder=self._encoder,
+            chooser=ItemChooser(config, self._weights, search, rows),
+            categories=self._categories,
+            blocking_actions=blocking_mask(config, parts.rules),
+        )
+        ranker = Ranker(ranker_parts)
+        self.shadowing = Shadowing(
+            ShadowParts(
+                config=config,
+                model_config=parts.model_config,
+                live=ranker_parts,
+                reader=self._snapshot_reader(None),
+                names=self._names,
+                model_thread=self._model_thread,
+                query_now_ms=self._query_now_ms,
+                clock=parts.clock,
+                random=random.Random(),
             )
         )
+        watched = self.shadowing.watched(lambda queries: ranker.answer(queries, self._query_now_ms()))
         self._batcher: MicroBatcher[Query, Ranking] = MicroBatcher(
             config,
             self._model_thread,
-            self._guardian.watched(lambda queries: ranker.answer(queries, self._query_now_ms()), self._weights),
+            self._guardian.watched(watched, self._weights),
             self.instruments,
         )
         self._store_watch = StoreWatch(parts.store, self._names, withheld, self._weights, self._model_thread)
@@ -192,21 +207,24 @@ class ServingWorker:
         """Why only a restart can help; None while all is well."""
         self._observe()
 
-    def _build_swapper(self) -> HotSwapper:
+    def _snapshot_reader(self, lease: SnapshotLease | None) -> SnapshotReader:
         parts = self._parts
         folder, bytes_max = parts.snapshot_cache, parts.config.snapshot_cache_bytes
-        reader = SnapshotReader(
+        return SnapshotReader(
             parts.snapshot_root,
             parts.model_name,
             parts.model_config,
             self.instruments,
-            lease=self._lease,
+            lease=lease,
             cache=None if folder is None else FileCache(folder, bytes_max=bytes_max),
             channel=parts.config.channel,
         )
+
+    def _build_swapper(self) -> HotSwapper:
+        parts = self._parts
         return HotSwapper(
             parts.config,
-            reader,
+            self._snapshot_reader(self._lease),
             self._weights,
             self._model_thread,
             clock=parts.clock,
@@ -272,6 +290,7 @@ class ServingWorker:
             work: list[Coroutine[Any, Any, None]] = [
                 self._swapper.run(),
                 self._guardian.run(self._swapper.announce),
+                self.shadowing.run(),
                 self._lease.run(self.config.lease_interval_ms),
                 self._broker_watch.run(self.config.broker_check_ms, self._stopping),
                 self._follow_updates(),
@@ -370,6 +389,7 @@ class ServingWorker:
             "impairments": self.impairments(),
             "snapshot": snapshot | {"lease_problem": self._lease.problem},
             "guards": self._guardian.status(),
+            "shadow": self.shadowing.report(),
             **self.instruments.status(),
             "waiting": self._batcher.num_waiting,
             "weights_age_ms": None if (age_s := self._weights_age_s()) is None else age_s * 1000,

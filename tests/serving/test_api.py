@@ -661,6 +661,8 @@ async def test_the_api_documents_its_bodies(town: Town) -> None:
         "/admin/pin",
         "/admin/snapshots/{version}/candidate",
         "/admin/candidate",
+        "/admin/snapshots/{version}/shadow",
+        "/admin/shadow",
         "/admin/candidate/promote",
         "/livez",
         "/readyz",
