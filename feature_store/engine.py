@@ -7,10 +7,12 @@ read as its last writer left it), readers REPEATABLE READ and READ ONLY.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from opentelemetry import metrics
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -34,6 +36,10 @@ _POSTGRES_RETRY: Final = ("40001", "40P01")
 _POSTGRES_AWAY: Final = ("08", "28", "3D", "53", "57")
 """SQLSTATE classes: connection, authorisation, no such database, resources exhausted, operator intervention."""
 _POSTGRES_BUSY: Final = ("55P03",)
+
+_durations = metrics.get_meter("headrace.feature_store").create_histogram(
+    "db.client.operation.duration", unit="s", description="One transaction"
+)
 
 
 def build_engine(config: FeatureStoreConfig) -> Engine:
@@ -59,7 +65,12 @@ def build_engine(config: FeatureStoreConfig) -> Engine:
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that may write: committed on leaving, rolled back on any error."""
     # Only SQLite looks at the option; READ COMMITTED is PostgreSQL's default.
-    with errors_in_our_words(engine), engine.execution_options(**{_WRITER_OPTION: True}).begin() as connection:
+    options = {_WRITER_OPTION: True}
+    with (
+        _timed(engine, "write"),
+        errors_in_our_words(engine),
+        engine.execution_options(**options).begin() as connection,
+    ):
         yield connection
 
 
@@ -69,8 +80,27 @@ def reading(engine: Engine) -> Iterator[Connection]:
     options: dict[str, Any] = {}
     if engine.dialect.name == "postgresql":
         options = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-    with errors_in_our_words(engine), engine.execution_options(**options).connect() as connection, connection.begin():
+    with (
+        _timed(engine, "read"),
+        errors_in_our_words(engine),
+        engine.execution_options(**options).connect() as connection,
+        connection.begin(),
+    ):
         yield connection
+
+
+@contextmanager
+def _timed(engine: Engine, operation: str) -> Iterator[None]:
+    """Measure a transaction, with what its caller does inside, by OpenTelemetry's database conventions."""
+    started_s = time.perf_counter()
+    attributes = {"db.system.name": engine.dialect.name, "db.operation.name": operation}
+    try:
+        yield
+    except FeatureStoreError as error:
+        attributes["error.type"] = type(error).__name__
+        raise
+    finally:
+        _durations.record(time.perf_counter() - started_s, attributes)
 
 
 def erase_deleted(engine: Engine) -> None:

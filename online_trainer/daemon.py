@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
+from model.manifest import Manifest
 from model.storage import SnapshotRoot
 from online_trainer.batching import LagRule, MicroBatch, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
@@ -51,7 +53,7 @@ from stream.log import (
     start_when_available,
 )
 from stream.messages import HistoryUpdate, SnapshotPointer, encode_message
-from stream.tracing import MAX_LINKS, current_traceparent, links_to
+from stream.tracing import MAX_LINKS, current_headers, current_traceparent, links_to, processing_attributes
 
 logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("headrace.online_trainer")
@@ -250,7 +252,13 @@ class TrainerDaemon:
         self._waiting_since_s = now_s if self._batcher.num_pending else None
         if batch is None:
             return
-        with _tracer.start_as_current_span("headrace.trainer.step", links=links_to(batch.headers)) as span:
+        with _tracer.start_as_current_span(
+            "headrace.trainer.step",
+            kind=trace.SpanKind.CONSUMER,
+            links=links_to(batch.headers),
+            attributes=processing_attributes(self._parts.log.topics.history_updates)
+            | {"messaging.batch.message_count": len(batch.headers)},
+        ) as span:
             if not await self._until_store_answers(batch, stopping):
                 return
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
@@ -260,11 +268,11 @@ class TrainerDaemon:
         is_set_aside = bool(self._learner.set_aside)
         await self._write_set_aside()
         fail_point("trainer.trained")
-        self._step_durations.record(self._parts.clock.monotonic_s() - now_s)
+        self._step_durations.record(self._parts.clock.monotonic_s() - now_s, None, trace.set_span_in_context(span))
         self._learned.add(len(batch.interactions))
         self._lag.took(batch)
         event_time_ms, done_ms = batch.interactions.event_time_ms, self._parts.clock.now_ms()
-        self.freshness.record(event_time_ms, batch.append_ms, done_ms)
+        self.freshness.record(event_time_ms, batch.append_ms, done_ms, span)
         if self._learner.ledger.num_steps % self._config.metrics_every_steps == 0:
             await self._in_compute_thread(self._note_metrics)
         ledger, num_dropped = self._learner.ledger, len(batch.dropped) + len(batch.thinned)
@@ -327,39 +335,42 @@ class TrainerDaemon:
     async def _publish(self, writer: LogWriter) -> None:
         links = list(self._unpublished_steps)
         self._unpublished_steps.clear()
-        with _tracer.start_as_current_span("headrace.snapshot.publish", links=links):
-            traceparent = current_traceparent()  # here: the active span does not follow into another thread
-            captured = await self._in_compute_thread(
-                lambda: self._publisher.capture(self._learner, traceparent=traceparent)
-            )
-        self._writing_snapshot = True
+        span = _tracer.start_span("headrace.snapshot.publish", links=links)
 
         async def write() -> None:
-            loop = asyncio.get_running_loop()
             try:
                 if captured is None:
-                    await loop.run_in_executor(self._files, self._publisher.record_held)
+                    await self._in_files_thread(self._publisher.record_held)
                     return
-                published = await loop.run_in_executor(self._files, self._publisher.write, captured)
-                manifest = published.manifest
-                pointer = SnapshotPointer(
-                    model=manifest.model,
-                    version=manifest.version,
-                    kind=manifest.kind,
-                    parent=manifest.parent,
-                    created_at_ms=manifest.created_at_ms,
-                )
-                topic = self._parts.log.topics.snapshots
-                sent = await writer.send(topic, encode_message(pointer), key=manifest.model.encode())
-                await acknowledged([sent])
-                fail_point("trainer.snapshot_announced")
+                published = await self._in_files_thread(partial(self._publisher.write, captured))
+                await self._announce(published.manifest, writer)
             except (SnapshotError, OSError, StoreUnavailableError, LogUnavailableError) as error:
                 # Workers also poll the pointer; what was not announced is found there.
                 logger.warning("publishing: %s", error)
             finally:
+                span.end()
                 self._writing_snapshot = False
 
-        self._in_background(write)
+        with trace.use_span(span):
+            traceparent = current_traceparent()  # here: the active span does not follow into another thread
+            captured = await self._in_compute_thread(
+                lambda: self._publisher.capture(self._learner, traceparent=traceparent)
+            )
+            self._writing_snapshot = True
+            self._in_background(write)
+
+    async def _announce(self, manifest: Manifest, writer: LogWriter) -> None:
+        pointer = SnapshotPointer(
+            model=manifest.model,
+            version=manifest.version,
+            kind=manifest.kind,
+            parent=manifest.parent,
+            created_at_ms=manifest.created_at_ms,
+        )
+        topic = self._parts.log.topics.snapshots
+        sent = await writer.send(topic, encode_message(pointer), key=manifest.model.encode(), headers=current_headers())
+        await acknowledged([sent])
+        fail_point("trainer.snapshot_announced")
 
     def _checkpoint_is_due(self) -> bool:
         waited_s = self._parts.clock.monotonic_s() - self._last_checkpoint_s
@@ -411,6 +422,10 @@ class TrainerDaemon:
     async def _background_done(self) -> None:
         if self._background:
             await asyncio.gather(*self._background)
+
+    async def _in_files_thread(self, call: Callable[[], _Result]) -> _Result:
+        """In the context of the caller, so that what is measured there belongs to its span."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, copy_context().run, call)
 
     async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, call)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from opentelemetry import metrics
+from opentelemetry import metrics, trace
 from torch import Tensor
 
 from feature_store.records import PublishedSnapshot
@@ -316,7 +316,7 @@ class Publisher:
     def _record_freshness(self, manifest: Manifest, published_at_ms: int) -> None:
         delay_ms = published_at_ms - manifest.created_at_ms
         ages = AgePair(AgeHistogram.from_dict(manifest.event_age), AgeHistogram.from_dict(manifest.append_age))
-        self.freshness.record_ages(ages.shifted(delay_ms), published_at_ms)
+        self.freshness.record_ages(ages.shifted(delay_ms), published_at_ms, trace.get_current_span())
 
 
 def _stored(manifest: Manifest, published_at_ms: int) -> PublishedSnapshot:

@@ -39,6 +39,8 @@ class _Expected:
 class _Answered:
     expected: tuple[_Expected, ...]
     at_ms: int
+    span: trace.Span
+    """Of the answer."""
 
 
 class FirstAnswers:
@@ -81,11 +83,12 @@ class FirstAnswers:
         while self._waiting and self._waiting[0].manifest.version <= version:
             expected.append(self._waiting.popleft())
         # The end of each event's path: the answer links to what published the weights it was computed with.
+        span = trace.get_current_span()
         for one in expected:
             for link in link_to(one.manifest.traceparent):
-                trace.get_current_span().add_link(link.context)
+                span.add_link(link.context)
         self._answered_up_to = version
-        self._answered.append(_Answered(tuple(expected), at_ms))
+        self._answered.append(_Answered(tuple(expected), at_ms, span))
         self._new.set()
 
     async def run(self) -> None:
@@ -126,7 +129,8 @@ class FirstAnswers:
         # After the store has it: what is tried again must not be counted twice.
         for manifest in (one.manifest for one in answered.expected):
             ages = AgePair(_ages(manifest.event_age), _ages(manifest.append_age))
-            self._freshness.record_ages(ages.shifted(answered.at_ms - manifest.created_at_ms), answered.at_ms)
+            later = ages.shifted(answered.at_ms - manifest.created_at_ms)
+            self._freshness.record_ages(later, answered.at_ms, answered.span)
 
 
 def _ages(stored: dict[str, object]) -> AgeHistogram:

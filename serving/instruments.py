@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import numpy as np
-from opentelemetry import metrics
+from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, Observation
 
 _WINDOW: Final = 4_096
@@ -61,7 +61,7 @@ class ServingInstruments:
             "headrace.serving.requests", unit="{request}", description="Requests by route and outcome"
         )
         self._durations = self._meter.create_histogram(
-            "headrace.serving.request.duration", unit="s", description="Time from reading a request to its answer"
+            "http.server.request.duration", unit="s", description="Time from reading a request to its answer"
         )
         self._pauses = self._meter.create_histogram(
             "headrace.serving.swap.pause", unit="s", description="Time the model answers nothing while weights change"
@@ -88,18 +88,18 @@ class ServingInstruments:
 
         self._meter.create_observable_gauge(name, [callback], unit=unit, description=description)
 
-    def request_done(self, route: str, outcome: str, duration_s: float) -> None:
-        """One request was answered, whatever the answer."""
+    def request_done(self, route: str, outcome: str, duration_s: float, attributes: Mapping[str, str | int]) -> None:
+        """One request was answered, whatever the answer; `attributes` are those of OpenTelemetry's HTTP conventions."""
         self.outcomes[route, outcome] += 1
         self._requests.add(1, {"http.route": route, "headrace.outcome": outcome})
-        self._durations.record(duration_s, {"http.route": route, "headrace.outcome": outcome})
+        self._durations.record(duration_s, attributes)
         if outcome in {OK, FALLBACK}:
             self.latency.add(duration_s)
 
-    def swapped(self, pause_s: float, kind: str) -> None:
-        """Weights were swapped, and answers paused for `pause_s`."""
+    def swapped(self, pause_s: float, kind: str, span: trace.Span) -> None:
+        """Weights were swapped within `span`, and answers paused for `pause_s`."""
         self.pauses.add(pause_s)
-        self._pauses.record(pause_s, {"headrace.snapshot.kind": kind})
+        self._pauses.record(pause_s, {"headrace.snapshot.kind": kind}, trace.set_span_in_context(span))
 
     def batch_answered(self, size: int) -> None:
         """One forward pass answered `size` requests."""

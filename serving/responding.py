@@ -47,8 +47,14 @@ async def respond(
         "headrace.serving.request",
         context=_parent(request),
         kind=SpanKind.SERVER,
-        attributes={"http.request.method": request.method, "http.route": route, "headrace.request.id": request_id},
+        attributes={
+            "http.request.method": request.method,
+            "http.route": route,
+            "url.scheme": request.url.scheme,
+            "headrace.request.id": request_id,
+        },
     ) as span:
+        status_code = 500
         try:
             request.state.caller = worker.access.admit(request.headers.get("authorization"), host_of(request), scope)
             async with _caller_s_deadline(request):
@@ -57,14 +63,18 @@ async def respond(
             if isinstance(done, Answer):
                 outcome = FALLBACK if done.fallback else OK
                 span.set_attribute("headrace.snapshot.version", done.snapshot_version or 0)
-            response = json_response(done, status)
+            response, status_code = json_response(done, status), status
         except RequestError as error:
             outcome = REJECTED if error.status in {429, 503, 504} else REFUSED
-            response = error_response(error, request_id)
+            response, status_code = error_response(error, request_id), error.status
         finally:
-            worker.instruments.request_done(route, outcome, worker.clock.monotonic_s() - started_s)
-        span.set_attribute("http.response.status_code", response.status_code)
-        span.set_attribute("headrace.outcome", outcome)
+            ended: dict[str, str | int] = {"http.response.status_code": status_code, "headrace.outcome": outcome}
+            if status_code >= 500:
+                ended["error.type"] = str(status_code)
+            span.set_attributes(ended)
+            # Within the span: its trace is the example of how long requests take.
+            asked = {"http.request.method": request.method, "http.route": route, "url.scheme": request.url.scheme}
+            worker.instruments.request_done(route, outcome, worker.clock.monotonic_s() - started_s, asked | ended)
     response.headers["x-request-id"] = request_id
     return response
 

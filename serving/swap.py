@@ -257,7 +257,7 @@ class HotSwapper:
         first = self.held is None
         self.held = newest
         self.num_swaps += 1
-        self._instruments.swapped(pause_s, newest.kind)
+        self._instruments.swapped(pause_s, newest.kind, span)
         logger.log(
             logging.INFO if first or newest.kind == "anchor" else logging.DEBUG,
             "serving version %d (%s, %d items), pause %.2f ms",

@@ -31,7 +31,7 @@ from stream.failpoints import fail_point
 from stream.freshness import F1_STORED, FreshnessRecorder
 from stream.log import LogWriter, Record, RecordBatch, acknowledged
 from stream.messages import HistoryUpdate, Topics
-from stream.tracing import current_headers, links_to
+from stream.tracing import current_headers, links_to, processing_attributes
 
 _tracer = trace.get_tracer("headrace.stream")
 
@@ -93,13 +93,16 @@ class Committer:
         self._store, self._writer, self._topics, self._log_id = store, writer, topics, log_id
         self._decoder, self._clock = decoder, clock
         self._dead_letters = DeadLetterWriter(writer, topics.dead_letters, clock)
+        self._processing = processing_attributes(topics.interactions)
         self._colliding: set[tuple[str, str]] = set()
         self._sql_since_s: list[float] = []
         # One thread: SQL never blocks the event loop, and a transaction never changes threads.
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="ingest-sql")
         meter = metrics.get_meter("headrace.stream")
         self._events = meter.create_counter("headrace.ingest.events", unit="{event}", description="Events by outcome")
-        self._durations = meter.create_histogram("headrace.ingest.commit.duration", unit="s")
+        self._durations = meter.create_histogram(
+            "messaging.process.duration", unit="s", description="Decoded batch to durable histories: steps 3 to 8"
+        )
 
     def close(self) -> None:
         """Release the SQL thread."""
@@ -138,13 +141,8 @@ class Committer:
             "headrace.ingest.commit",
             kind=trace.SpanKind.CONSUMER,
             links=links_to(chain.from_iterable(batch.source.headers for batch in batches)),
-            attributes={
-                "messaging.system": "kafka",
-                "messaging.destination.name": self._topics.interactions,
-                "messaging.destination.partition.id": ",".join(str(batch.partition) for batch in batches),
-                "messaging.batch.message_count": sum(len(batch.source) for batch in batches),
-            },
-        ):
+            attributes=self._processing | _batch_attributes(batches),
+        ) as span:
             while True:
                 try:
                     applied = await self._apply(batches)
@@ -161,8 +159,8 @@ class Committer:
         fail_point("ingest.advised")
         # Step 8: record freshness, now that the events can be read.
         for each in applied:
-            self._count(each)
-        self._durations.record(self._clock.monotonic_s() - started_s)
+            self._count(each, span)
+        self._durations.record(self._clock.monotonic_s() - started_s, self._processing, trace.set_span_in_context(span))
         return positions
 
     async def _apply(self, batches: Sequence[DecodedBatch]) -> list[_Applied]:
@@ -242,7 +240,7 @@ class Committer:
         await acknowledged(sends)
         self._dead_letters.count(refused)
 
-    def _count(self, applied: _Applied) -> None:
+    def _count(self, applied: _Applied, span: trace.Span) -> None:
         counts, update, batch = self.counts, applied.update, applied.batch
         num_accepted, num_expired = len(update.offsets), int(applied.result.expired.sum())
         num_duplicate = len(batch.offsets) - num_accepted - num_expired
@@ -261,7 +259,8 @@ class Committer:
         for reason, count in refused.items():
             self._events.add(count, {"outcome": "refused", "reason": reason})
         if num_accepted:
-            self.freshness.record(update.interactions.event_time_ms, update.append_ms, self._clock.now_ms())
+            now_ms = self._clock.now_ms()
+            self.freshness.record(update.interactions.event_time_ms, update.append_ms, now_ms, span)
 
     def waits_for_sql_s(self) -> float:
         """How long the oldest call to the database has been under way (seconds); 0 without one."""
@@ -274,6 +273,13 @@ class Committer:
             return await asyncio.get_running_loop().run_in_executor(self._sql, call)
         finally:
             self._sql_since_s.remove(since_s)
+
+
+def _batch_attributes(batches: Sequence[DecodedBatch]) -> dict[str, str | int]:
+    found: dict[str, str | int] = {"messaging.batch.message_count": sum(len(batch.source) for batch in batches)}
+    if len(batches) == 1:
+        found["messaging.destination.partition.id"] = str(batches[0].partition)
+    return found
 
 
 class _Transaction:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from opentelemetry import metrics
+from opentelemetry import metrics, trace
 
 F1_STORED: Final = "F1"
 F2_LEARNED: Final = "F2"
@@ -196,7 +196,8 @@ class FreshnessRecorder:
 
     Exported as cumulative counts with an attribute `le`, as Prometheus keeps histograms, and read when metrics are
     collected: a synchronous histogram takes one measurement at a time, which costs more than ingesting the event.
-    Recorded by one thread, read by others.
+    Those have no exemplars, so the oldest event of each batch is measured by a histogram that has. Recorded by one
+    thread, read by others.
     """
 
     def __init__(self, hop: str, *, mode: str) -> None:
@@ -211,6 +212,11 @@ class FreshnessRecorder:
             unit="{event}",
             description="Events whose age, when a hop has used them, was below `le` ms",
         )
+        self._oldest = meter.create_histogram(
+            "headrace.freshness.oldest",
+            unit="s",
+            description="Age from append of the oldest event of a batch; its exemplars lead to the traces",
+        )
         meter.create_observable_counter(
             "headrace.freshness.negative",
             [self._observe_negative],
@@ -218,17 +224,22 @@ class FreshnessRecorder:
             description="Events whose age was negative, since clocks differ; it counts as 0",
         )
 
-    def record(self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], now_ms: int) -> None:
-        """Record that these events (arrays of equal length) reached the hop at `now_ms`, wall clock."""
+    def record(
+        self, event_time_ms: NDArray[np.int64], append_ms: NDArray[np.int64], now_ms: int, span: trace.Span
+    ) -> None:
+        """Record that these events (arrays of equal length) reached the hop at `now_ms`, wall clock, within `span`."""
         ages = AgePair()
         ages.event.add(now_ms - event_time_ms)
         ages.append.add(now_ms - append_ms)
-        self.record_ages(ages, now_ms)
+        self.record_ages(ages, now_ms, span)
 
-    def record_ages(self, ages: AgePair, now_ms: int) -> None:
+    def record_ages(self, ages: AgePair, now_ms: int, span: trace.Span) -> None:
         """Record ages that come as histograms (hops F3 and F4: from manifests)."""
         self.total.merge(ages)
         self._recent.add(ages, now_ms)
+        if (oldest_ms := ages.append.quantile_ms(1.0)) is not None:
+            attributes = {"headrace.hop": self.hop, "headrace.mode": self._mode}
+            self._oldest.record(oldest_ms / 1000, attributes, trace.set_span_in_context(span))
 
     def summary(self, now_ms: int) -> dict[str, object]:
         """For status pages: quantiles from both starts since this process began, and the histograms of recent ages."""

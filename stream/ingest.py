@@ -20,7 +20,7 @@ from feature_store.errors import ConcurrentAppendError, StoreUnavailableError
 from stream.batch import DecodedBatch
 from stream.commit import Committer
 from stream.errors import LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaReader, PositionGuard, batch_of, fetch_fairly
+from stream.kafka import KafkaConfig, KafkaReader, PositionGuard, batch_of, count_consumed, fetch_fairly
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S
 from stream.log_ends import LogEnds
 from stream.messages import Topics
@@ -180,6 +180,7 @@ class IngestWorker(ConsumerRebalanceListener):
             if partition not in self._fetched:
                 continue  # being assigned: the seek to its stored position will bring these again
             self._fetched[partition] = records[-1].offset + 1
+            count_consumed(self._topics.interactions, len(records))
             # Step 2: decode and validate.
             batches.append(self._committer.decode(batch_of(topic_partition, records)))
         share = self._config.max_batch_records // max(1, len(self._fetched))

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
 from aiokafka.helpers import create_ssl_context
+from opentelemetry import metrics
 
 from stream.errors import LogUnavailableError
 from stream.log import PartitionId, Record, RecordBatch, Start
@@ -24,6 +25,28 @@ from stream.messages import COMPACTED_TOPICS, Topics
 from stream.tracing import Headers
 
 logger = logging.getLogger(__name__)
+
+_meter = metrics.get_meter("headrace.stream")
+_consumed = _meter.create_counter(
+    "messaging.client.consumed.messages", unit="{message}", description="Records polled, by topic"
+)
+_sent = _meter.create_counter(
+    "messaging.client.sent.messages", unit="{message}", description="Records handed to the producer, by topic"
+)
+
+
+def count_consumed(topic: str, count: int) -> None:
+    """Note records that were polled."""
+    _consumed.add(count, _attributes(topic, "poll"))
+
+
+def _attributes(topic: str, operation: str) -> dict[str, str]:
+    """By OpenTelemetry's messaging conventions."""
+    return {
+        "messaging.system": "kafka",
+        "messaging.operation.name": operation,
+        "messaging.destination.name": topic,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,6 +286,7 @@ class KafkaReader:
             self._refuse_silence(time.monotonic() - started_s)
         for partition, records in fetched.items():
             self._next[partition] = records[-1].offset + 1
+            count_consumed(partition.topic, len(records))
         refuse_reset(self._consumer, self._next)
         return [_record(partition, raw) for partition, records in fetched.items() for raw in records]
 
@@ -356,6 +380,7 @@ class KafkaWriter:
             )
         except KafkaError as error:
             raise LogUnavailableError(f"sending to {topic!r} failed: {error}") from error
+        _sent.add(1, _attributes(topic, "send"))
         return sent
 
 

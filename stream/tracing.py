@@ -15,6 +15,16 @@ MAX_LINKS: Final = 128
 _CONTEXT_HEADERS: Final = ("traceparent", "tracestate")
 
 
+def processing_attributes(topic: str) -> dict[str, str | int]:
+    """Of spans and measurements of the processing of a topic's records, by OpenTelemetry's messaging conventions."""
+    return {
+        "messaging.system": "kafka",
+        "messaging.operation.name": "process",
+        "messaging.operation.type": "process",
+        "messaging.destination.name": topic,
+    }
+
+
 def current_headers() -> Headers:
     """The active span's context as Kafka headers; empty without an active, sampled span."""
     carrier: dict[str, str] = {}

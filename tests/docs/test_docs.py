@@ -74,9 +74,15 @@ def test_every_instrument_is_documented() -> None:
     assert not sorted(name for name in instruments if name not in TEXT)
 
 
-def test_every_instrument_carries_our_name() -> None:
+def test_every_instrument_carries_our_name_or_the_one_that_opentelemetry_gives_it() -> None:
     instruments = _texts_given_to(re.compile(r"create_\w*(counter|gauge|histogram)"))
-    assert not sorted(name for name in instruments if not name.startswith("headrace."))
+    assert {name for name in instruments if not name.startswith("headrace.")} == {
+        "db.client.operation.duration",
+        "http.server.request.duration",
+        "messaging.client.consumed.messages",
+        "messaging.client.sent.messages",
+        "messaging.process.duration",
+    }
 
 
 def test_every_route_is_documented() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from opentelemetry import trace
 from rich.console import Console
 
 from feature_store.config import FeatureStoreConfig
@@ -79,7 +80,7 @@ class World:
         """What a daemon tells of events that were sent 200 ms before they were appended."""
         recorder, now_ms = FreshnessRecorder(hop, mode="live"), self.clock.now_ms()
         appended = now_ms - np.array(ages_ms, np.int64)
-        recorder.record(appended - 200, appended, now_ms)
+        recorder.record(appended - 200, appended, now_ms, trace.INVALID_SPAN)
         return recorder.summary(now_ms)
 
     def store_up_to(self, position: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry import trace
 
 from stream.freshness import AgeHistogram, AgePair, FreshnessRecorder, RecentAges
 
@@ -64,7 +65,7 @@ def test_a_foreign_dict_is_refused() -> None:
 
 def test_a_recorder_measures_from_event_and_from_append() -> None:
     recorder = FreshnessRecorder("F1", mode="live")
-    recorder.record(np.array([1_000, 2_000]), np.array([2_900, 2_950]), now_ms=3_000)
+    recorder.record(np.array([1_000, 2_000]), np.array([2_900, 2_950]), now_ms=3_000, span=trace.INVALID_SPAN)
     assert recorder.total.event.quantile_ms(1.0) == pytest.approx(2_000, rel=0.1)
     assert recorder.total.append.quantile_ms(1.0) == pytest.approx(100, rel=0.1)
 
@@ -72,7 +73,9 @@ def test_a_recorder_measures_from_event_and_from_append() -> None:
 def test_what_is_recent_is_forgotten_and_the_total_stays() -> None:
     recorder = FreshnessRecorder("F1", mode="live")
     for now_ms, age_ms in ((1_000_000, 50), (1_200_000, -4), (1_400_000, 900)):
-        recorder.record(np.array([now_ms - age_ms]), np.array([now_ms - age_ms]), now_ms=now_ms)
+        recorder.record(
+            np.array([now_ms - age_ms]), np.array([now_ms - age_ms]), now_ms=now_ms, span=trace.INVALID_SPAN
+        )
 
     def recent(now_ms: int) -> AgePair:
         return AgePair.of_dict(json.loads(json.dumps(recorder.summary(now_ms)))["recent"])
