@@ -75,8 +75,12 @@ class Resampled:
 
     def difference(self, statistic: int, other: int) -> Estimate:
         """Of one statistic minus another, paired."""
+        return self.minus(statistic, self, other)
+
+    def minus(self, statistic: int, others: Resampled, other: int) -> Estimate:
+        """Of one statistic minus one of `others`: paired if the same seed drew the same blocks for both."""
         return self._estimate(
-            self.mean_S[statistic] - self.mean_S[other], self.mean_RS[:, statistic] - self.mean_RS[:, other]
+            self.mean_S[statistic] - others.mean_S[other], self.mean_RS[:, statistic] - others.mean_RS[:, other]
         )
 
     def _estimate(self, mean: float, mean_R: Float64s) -> Estimate:

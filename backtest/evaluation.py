@@ -36,7 +36,7 @@ class EvaluationConfig:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     reference: str | None = None
     """Arm that the others are compared with; None: the freshest online arm, or the first."""
-    num_points: int = 120
+    num_points: int = 60
     """Points of a curve: spans of equal time."""
 
     def __post_init__(self) -> None:
@@ -200,15 +200,8 @@ def _points(time_ms_N: Int64s, num_points: int) -> tuple[Int64s, Int64s]:
 def _arm_sums(
     run: RunFolder, name: str, queries: _Queries, blocks: tuple[Int64s, int], points: tuple[Int64s, int]
 ) -> _ArmSums:
-    frame = run.ranks(name).select("event", "rank", "num_candidates", "version", "weights_age_ms").collect()
-    if frame.height != len(queries.event_N) or not (frame["event"].to_numpy() == queries.event_N).all():
-        raise RunFolderError(
-            f"{run.root}: the ranks of arm {name} are not those of the queries; run the backtest again"
-        )
-    rank_N = frame["rank"].to_numpy()
-    value_MN = np.stack([of(rank_N) for of in RANK_METRICS.values()])
-    auc_N = np.where(rank_N < MISS_RANK, catalogue_aucs(rank_N, frame["num_candidates"].to_numpy()), 0.0)
-    value_MN = np.concatenate([value_MN, auc_N[None]])
+    value_MN = arm_values(run, name, queries.event_N)
+    frame = run.ranks(name).select("version", "weights_age_ms").collect()
     index_N, num_blocks = blocks
     sum_GMB = np.empty((len(GROUPS), len(METRICS), num_blocks))
     count_GB = np.empty((len(GROUPS), num_blocks))
@@ -226,6 +219,18 @@ def _arm_sums(
         share_unanswered=float((frame["version"] < 0).mean() or 0.0),  # type: ignore[arg-type]  # of booleans
         age_ms=(ages.quantile(0.5), ages.quantile(0.95)),
     )
+
+
+def arm_values(run: RunFolder, name: str, event_N: Int64s) -> Float64s:
+    """float64[M, N]: each of METRICS for each query. Raises RunFolderError if the arm's ranks are of other queries."""
+    frame = run.ranks(name).select("event", "rank", "num_candidates").collect()
+    if frame.height != len(event_N) or not (frame["event"].to_numpy() == event_N).all():
+        raise RunFolderError(
+            f"{run.root}: the ranks of arm {name} are not those of the queries; run the backtest again"
+        )
+    rank_N = frame["rank"].to_numpy()
+    auc_N = np.where(rank_N < MISS_RANK, catalogue_aucs(rank_N, frame["num_candidates"].to_numpy()), 0.0)
+    return np.stack([*(of(rank_N) for of in RANK_METRICS.values()), auc_N])
 
 
 def _stacked(sums: Sequence[_ArmSums]) -> tuple[Float64s, Float64s]:

@@ -23,6 +23,7 @@ from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLa
 from model.errors import SnapshotError
 from online_trainer.errors import CheckpointMismatchError
 from ops.backtest_commands import backtest_app
+from ops.backtest_report_commands import backtest_compare, backtest_report
 from ops.command_line import ConfigOption, say, settings_of
 from ops.errors import OpsError
 from ops.freshness_commands import freshness
@@ -69,6 +70,8 @@ app.add_typer(trainer_app, name="trainer")
 app.add_typer(snapshots_app, name="snapshots")
 app.add_typer(token_app, name="token")
 app.add_typer(backtest_app, name="backtest")
+backtest_app.command("report")(backtest_report)
+backtest_app.command("compare")(backtest_compare)
 app.command()(freshness)
 app.command()(simulate)
 app.command()(trace)

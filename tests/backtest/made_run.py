@@ -28,7 +28,9 @@ def arms() -> list[ArmInfo]:
         ArmInfo(
             name=f"online-{name}",
             kind="online",
-            title=f"Online, published every {name}" if name != "never" else "Online, never published again",
+            title=f"Online, published every {name.replace('0', 'batch')}"
+            if name != "never"
+            else "Online, never published again",
             publish_every_ms=age,
             ablation="publish_every",
         )
