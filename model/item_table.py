@@ -29,19 +29,16 @@ _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_C
 class ActiveRows:
     """Rows taking part in one training step, as leaves that collect gradients.
 
-    rows_R: int64[R], ascending. weight_RD, bias_R: float32 leaves; they alias the table when covers_all.
-    stepped: int64, places in rows_R that the optimiser may change; None: all of them.
+    rows_R: int64[R], ascending. weight_RD, bias_R: float32 leaves, copies of the table's rows.
     """
 
     rows_R: Tensor
     weight_RD: Tensor
     bias_R: Tensor
-    covers_all: bool
-    stepped: Tensor | None = None
 
     def index_of(self, rows: Tensor) -> Tensor:
         """int64, shape of rows: where each row stands in rows_R; rows must be active."""
-        return rows if self.covers_all else torch.searchsorted(self.rows_R, rows)
+        return torch.searchsorted(self.rows_R, rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,21 +160,14 @@ class ItemTable:
         self.dirty[first:end] = True
         self.num_items = end
 
-    def activate(self, rows: Tensor | None = None) -> ActiveRows:
-        """Leaves for one training step: the distinct rows of ``rows`` (-1 is ignored), or all when None."""
-        if rows is None:
-            n = self.num_items
-            weight_RD, bias_R = self.weight[:n].detach(), self.bias[:n].detach()
-            rows_R = torch.arange(n)
-        else:
-            rows_R = torch.unique(rows)
-            rows_R = rows_R[rows_R >= 0]
-            weight_RD, bias_R = self.weight[rows_R], self.bias[rows_R]
+    def activate(self, rows: Tensor) -> ActiveRows:
+        """Leaves for one training step: the distinct rows of ``rows``; -1 is ignored."""
+        rows_R = torch.unique(rows)
+        rows_R = rows_R[rows_R >= 0]
         return ActiveRows(
             rows_R=rows_R,
-            weight_RD=weight_RD.requires_grad_(),
-            bias_R=bias_R.requires_grad_(),
-            covers_all=rows is None,
+            weight_RD=self.weight[rows_R].requires_grad_(),
+            bias_R=self.bias[rows_R].requires_grad_(),
         )
 
     def observe(self, rows: Int64s, times_ms: Int64s) -> None:

@@ -5,13 +5,13 @@ Shapes: L packed positions, P supervised positions, V rows of the live catalogue
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.softmax_loss import FormedSoftmax, OnLogits, form_full_softmax, sampled_softmax_loss
+from kernels.softmax_loss import LogitSummary, OnLogits, form_catalogue_softmax, sampled_softmax_loss
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig
 from model.initial import NORM_EPS
@@ -23,14 +23,25 @@ from model.stochastic_length import StochasticLength, shortened
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SupervisedPass:
-    """A loss that has not been learned from yet: check that it is finite, ``backward`` it, step the optimiser.
+    """A loss that has not been learned from yet: check that it is finite, call ``backward``, step the optimiser.
 
     loss: float32 scalar, mean over the targets, weighted where they have weights. active: the rows to hand to the
-    optimiser.
+    optimiser. summary: of the logits that ``on_logits`` saw; None where nobody asked for them and the loss did not need
+    them. read: rows that the encoder read as leaves of their own, all of them in active.
     """
 
     loss: Tensor
     active: ActiveRows
+    summary: LogitSummary | None
+    read: ActiveRows | None = None
+
+    def backward(self) -> None:
+        """Form the gradients of the dense parameters and of ``active``; once."""
+        self.loss.backward()  # type: ignore[no-untyped-call]
+        if self.read is None or self.read.weight_RD.grad is None:
+            return
+        assert self.active.weight_RD.grad is not None
+        self.active.weight_RD.grad.index_add_(0, self.active.index_of(self.read.rows_R), self.read.weight_RD.grad)
 
 
 def supervised_pass(
@@ -68,40 +79,37 @@ def _full_pass(
     on_logits: OnLogits | None,
 ) -> SupervisedPass:
     items = recommender.items
-    active = items.activate()
-    u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    read = items.activate(batch.rows_L)
+    u_PD = recommender.encode(batch, read, dropout=generator)[targets.positions_P]
     catalogue = recommender.catalogue()
-    formed = form_full_softmax(
-        u_PD,
+    formed = form_catalogue_softmax(
+        u_PD.detach(),
         catalogue.unit_VD,
         targets.rows_P,
-        scale=recommender.scale,
+        scale=recommender.scale.detach(),
         offset_V=catalogue.offset_V,
         weights_P=targets.shares(),
         positions_per_chunk=loss_config.positions_per_chunk,
         on_logits=on_logits,
     )
-    stepped_S = _stepped_rows(batch, targets, formed, loss_config.num_hard_negatives)
     # Only the rows that will be stepped take part in the backward pass; all the rest is exact over the catalogue.
-    unit_SD = functional.normalize(active.weight_RD[stepped_S], dim=1, eps=NORM_EPS)
+    active = items.activate(
+        torch.cat([batch.rows_L, targets.rows_P, _hardest(formed.offset_V, loss_config.num_hard_negatives)])
+    )
     loss = attach_gradients(
         formed.loss,
         (u_PD, formed.u_PD),
         (recommender.scale, formed.scale),
         (recommender.trend_coefficient, formed.offset_V @ items.log_popularity()),
-        (unit_SD, formed.item_VD[stepped_S]),
-        (active.bias_R[stepped_S], formed.offset_V[stepped_S]),
+        (functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS), formed.item_gradient(active.rows_R)),
+        (active.bias_R, formed.offset_V[active.rows_R]),
     )
-    return SupervisedPass(loss=loss, active=replace(active, stepped=stepped_S))
+    return SupervisedPass(loss=loss, active=active, summary=formed.summary, read=read)
 
 
-def _stepped_rows(batch: HistoryBatch, targets: Targets, formed: FormedSoftmax, num_hard_negatives: int) -> Tensor:
-    """int64[S], ascending: rows of the batch and the others with the largest total probability."""
-    # Away from the targets, the gradient of an item's offset is its mean probability.
-    num_hard = min(num_hard_negatives, formed.offset_V.shape[0])
-    hard = formed.offset_V.abs().topk(num_hard).indices
-    rows_S: Tensor = torch.unique(torch.cat([batch.rows_L, targets.rows_P, hard]))
-    return rows_S[rows_S >= 0]
+def _hardest(offset_grad_V: Tensor, num_hard_negatives: int) -> Tensor:
+    """int64: the rows with the largest total probability, which is the gradient of an item's offset off the targets."""
+    return offset_grad_V.abs().topk(min(num_hard_negatives, offset_grad_V.shape[0])).indices
 
 
 def _sampled_pass(
@@ -118,8 +126,9 @@ def _sampled_pass(
     candidates_C = torch.unique(targets.rows_P if negatives is None else torch.cat([targets.rows_P, negatives]))
     active = items.activate(torch.cat([batch.rows_L, candidates_C]))
     u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    summary = None
     if on_logits is not None:
-        show_logits(recommender, u_PD.detach(), loss_config.positions_per_chunk, on_logits)
+        summary = _show_logits(recommender, u_PD.detach(), targets.rows_P, loss_config.positions_per_chunk, on_logits)
     catalogue = recommender.active_catalogue(active)
     # Rows that are active only as inputs are no candidates: they were not drawn for this loss.
     index_C = active.index_of(candidates_C)
@@ -142,13 +151,18 @@ def _sampled_pass(
         log_q_C=log_q_C,
         log_q_target_P=log_q_C[target_index_P],
     )
-    return SupervisedPass(loss=found.loss, active=active)
+    return SupervisedPass(loss=found.loss, active=active, summary=summary)
 
 
 @torch.no_grad()
-def show_logits(recommender: Recommender, u_PD: Tensor, positions_per_chunk: int, on_logits: OnLogits) -> None:
+def _show_logits(
+    recommender: Recommender, u_PD: Tensor, target_rows_P: Tensor, positions_per_chunk: int, on_logits: OnLogits
+) -> LogitSummary | None:
     """Call on_logits with the logits of u_PD over the live catalogue, a chunk of positions at a time."""
-    catalogue = recommender.catalogue()
+    catalogue, summaries = recommender.catalogue(), []
     for start in range(0, u_PD.shape[0], positions_per_chunk):
         part = slice(start, min(start + positions_per_chunk, u_PD.shape[0]))
-        on_logits(part, recommender.scores(u_PD[part], catalogue=catalogue))
+        logits_pV = recommender.scores(u_PD[part], catalogue=catalogue)
+        on_logits(part, logits_pV)
+        summaries.append(LogitSummary.of(logits_pV, target_rows_P[part]))
+    return LogitSummary.joined(summaries) if summaries else None

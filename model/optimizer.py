@@ -64,23 +64,17 @@ class RecommenderOptimizer:
         if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
             return
         grad_RD, grad_R, rows_R = active.weight_RD.grad, active.bias_R.grad, active.rows_R
-        if active.stepped is not None:
-            grad_RD, grad_R, rows_R = grad_RD[active.stepped], grad_R[active.stepped], rows_R[active.stepped]
-        # A slice updates in place without gathering; an index gathers and scatters only the rows of the step.
-        in_place = active.covers_all and active.stepped is None
-        part = slice(0, rows_R.shape[0]) if in_place else rows_R
-        state = {name: column[part] for name, column in self._rows.items()}
+        state = {name: column[rows_R] for name, column in self._rows.items()}
         state["steps"] += 1
-        weight_RD, bias_R = items.weight[part], items.bias[part]
+        weight_RD, bias_R = items.weight[rows_R], items.bias[rows_R]
         weight_RD.mul_(1 - learning_rate * self.config.row_weight_decay)
         move = partial(self._move, steps_R=state["steps"], learning_rate=learning_rate)
         move(weight_RD, grad_RD, state["first"], state["second"])
         move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"])
-        if not in_place:
-            for name, column in self._rows.items():
-                column[part] = state[name]
-            items.weight[part], items.bias[part] = weight_RD, bias_R
-        items.dirty[part] = True
+        for name, column in self._rows.items():
+            column[rows_R] = state[name]
+        items.weight[rows_R], items.bias[rows_R] = weight_RD, bias_R
+        items.dirty[rows_R] = True
 
     def _move(
         self,

@@ -102,10 +102,9 @@ class Recommender(nn.Module):
 
     def active_catalogue(self, active: ActiveRows) -> Catalogue:
         """The active rows ready for scoring, differentiable in them and in the trend coefficient."""
-        popularity_R = self.items.log_popularity(None if active.covers_all else active.rows_R)
         return Catalogue(
             unit_VD=functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS),
-            offset_V=active.bias_R + self.trend_coefficient * popularity_R,
+            offset_V=active.bias_R + self.trend_coefficient * self.items.log_popularity(active.rows_R),
         )
 
     def dense_state(self) -> dict[str, Tensor]:

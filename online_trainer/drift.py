@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from opentelemetry.util.types import AttributeValue
-from torch import Tensor
 
+from kernels.softmax_loss import LogitSummary
 from online_trainer.detectors import Rise, build_detector
 from online_trainer.drift_config import DETECTORS, SIGNALS, DriftConfig, Reaction
 
@@ -29,14 +28,12 @@ Signals = Mapping[str, NDArray[np.float64]]
 """float64[P] by name of the signal, in the order of the test."""
 
 
-@torch.no_grad()
-def signals_of(logits_pV: Tensor, target_rows_p: Tensor) -> dict[str, Tensor]:
-    """float64[p] by name of the signal. logits_pV: float[p, V], not changed; target_rows_p: int64[p] below V."""
-    log_sum_p = logits_pV.logsumexp(1)
-    target_p, top_p = logits_pV.gather(1, target_rows_p[:, None])[:, 0], logits_pV.amax(1)
-    loss_p = (log_sum_p - target_p) / math.log(max(logits_pV.shape[1], 2))
-    calibration_p = (top_p - log_sum_p).exp() - (target_p == top_p).to(top_p.dtype)
-    return {"loss": loss_p.double(), "calibration": calibration_p.double()}
+def signals_of(summary: LogitSummary, *, num_items: int) -> Signals:
+    """The signals of a step's test. num_items: size of the live catalogue that the logits are over."""
+    loss_P = summary.loss_P / math.log(max(num_items, 2))
+    is_top_P = (summary.target_P == summary.top_P).to(loss_P.dtype)
+    calibration_P = (summary.top_P - summary.log_sum_P).exp() - is_top_P
+    return {"loss": loss_P.double().numpy(), "calibration": calibration_P.double().numpy()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

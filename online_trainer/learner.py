@@ -23,7 +23,7 @@ from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
-from online_trainer.drift_config import SIGNALS, DriftConfig
+from online_trainer.drift_config import DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
@@ -177,20 +177,13 @@ class OnlineLearner:
         )
         self.ledger.num_unlisted += int((~is_listed).sum())
         test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
-        signal_parts: dict[str, list[Tensor]] = {signal: [] for signal in SIGNALS}
-
         supervised = self._with_replay(history, targets, examples, weight_L)
         num_tested = targets.rows_P.shape[0]
 
         def on_logits(part: slice, logits_pV: Tensor) -> None:
             part = slice(part.start, min(part.stop, num_tested))  # what is replayed comes behind, and is not tested
-            if part.start >= part.stop:
-                return
-            logits_pV = logits_pV[: part.stop - part.start]
-            test.on_logits(part, logits_pV)
-            if self.drift.is_on:
-                for signal, values_p in signals_of(logits_pV, targets.rows_P[part]).items():
-                    signal_parts[signal].append(values_p)
+            if part.start < part.stop:
+                test.on_logits(part, logits_pV[: part.stop - part.start])
 
         learned = supervised_pass(
             self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=on_logits
@@ -200,7 +193,7 @@ class OnlineLearner:
             return
         typical_loss = self._guard.typical_loss
         reason = self._guard.objection(float(learned.loss.detach()))
-        decisions = self._watch_drift(signal_parts, examples) if reason is None else []
+        decisions = self._watch_drift(learned, num_tested, examples) if reason is None else []
         if reason is None and not self._train(learned):
             reason = "gradient"
         if reason is not None:
@@ -234,7 +227,7 @@ class OnlineLearner:
 
     def _train(self, learned: SupervisedPass) -> bool:
         """Step the weights; False, and nothing changed, where a gradient is no finite number."""
-        learned.loss.backward()  # type: ignore[no-untyped-call]
+        learned.backward()
         tensors = [*self.model.parameters(), learned.active.weight_RD, learned.active.bias_R]
         sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
         if not torch.isfinite(torch.stack(sums)).all():
@@ -265,10 +258,10 @@ class OnlineLearner:
                 logger.error("a rehearsal's loss in step %d is %s: it ends there", self.ledger.num_steps + 1, loss)
                 return
 
-    def _watch_drift(self, signal_parts: dict[str, list[Tensor]], examples: Examples) -> list[DriftDecision]:
-        if not self.drift.is_on:
+    def _watch_drift(self, learned: SupervisedPass, num_tested: int, examples: Examples) -> list[DriftDecision]:
+        if not self.drift.is_on or learned.summary is None:
             return []
-        signals = {signal: torch.cat(parts).numpy() for signal, parts in signal_parts.items()}
+        signals = signals_of(learned.summary.first(num_tested), num_items=self.num_items)
         newest_ms = int(examples.query_time_ms[examples.positions].max())
         decisions = self.drift.observe(
             signals, step=self.ledger.num_steps + 1, event_time_ms=max(self.ledger.watermark_ms, newest_ms)

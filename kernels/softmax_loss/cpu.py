@@ -7,24 +7,21 @@ column 0, D width, E = D + 1: item rows widened by their offset, query rows by a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.softmax_loss.formed import FormedSoftmax, without_gradients
+from kernels.softmax_loss.formed import FormedSoftmax, LogitSummary, without_gradients
 from kernels.softmax_loss.reference import accumulation_dtype
 
 ENTRIES_PER_CHUNK = 1 << 19
 """Sampled logits (p * C1) at once: 4,000 positions of 128 negatives, about 16 MiB of temporaries."""
 POSITIONS_PER_CHUNK = 256
-"""Positions of the full softmax whose V logits exist at once."""
+"""Positions of ``form_full_softmax`` whose V logits exist at once."""
 LOG_PROBABILITY_MIN = -60.0
 """Candidates less likely than e^-60 get a gradient of exactly 0: denormal ones make the sums 3 times as slow."""
-
-OnLogits = Callable[[slice, Tensor], None]
-"""Called with a slice of the P positions and their logits, float[p, V]; must not keep or change them."""
 
 
 @torch.no_grad()
@@ -47,7 +44,7 @@ def form_sampled_softmax(
     """
     total = _Totals(u_PD, item_VD, offset_V, scale, weights_P, with_gradients=with_gradients)
     query_PE, item_VE = total.widened()
-    for part in _parts(u_PD.shape[0], _sampled_chunk(negative_rows_PC.shape[1] + 1, item_VD.shape[0])):
+    for part in parts(u_PD.shape[0], _sampled_chunk(negative_rows_PC.shape[1] + 1, item_VD.shape[0])):
         rows_pC1 = _chunk_rows(target_rows_P[part], negative_rows_PC[part], item_VD.shape[0])
         logits_pC1 = _sampled_logits(query_PE[part], item_VE, rows_pC1)
         logits_pC1[:, 1:].masked_fill_(rows_pC1[:, 1:] == rows_pC1[:, :1], -torch.inf)
@@ -79,7 +76,7 @@ def form_shared_softmax(  # noqa: PLR0913 - one argument per tensor of the formu
     query_PE, item_VE = total.widened()
     negative_CE = item_VE[negative_rows_C]
     grad_CE = torch.zeros_like(negative_CE)
-    for part in _parts(u_PD.shape[0], max(1, ENTRIES_PER_CHUNK // (negative_rows_C.shape[0] + 1))):
+    for part in parts(u_PD.shape[0], max(1, ENTRIES_PER_CHUNK // (negative_rows_C.shape[0] + 1))):
         target_pE = item_VE[target_rows_P[part]]
         target_p = (query_PE[part] * target_pE).sum(1)
         logits_pC = query_PE[part] @ negative_CE.T
@@ -101,7 +98,7 @@ def form_shared_softmax(  # noqa: PLR0913 - one argument per tensor of the formu
 
 
 @torch.no_grad()
-def form_full_softmax(  # noqa: PLR0913 - one argument per tensor of the formula
+def form_full_softmax(
     u_PD: Tensor,
     item_VD: Tensor,
     target_rows_P: Tensor,
@@ -110,33 +107,31 @@ def form_full_softmax(  # noqa: PLR0913 - one argument per tensor of the formula
     offset_V: Tensor | None = None,
     weights_P: Tensor | None = None,
     with_gradients: bool = True,
-    positions_per_chunk: int = POSITIONS_PER_CHUNK,
-    on_logits: OnLogits | None = None,
 ) -> FormedSoftmax:
-    """``full_softmax_loss`` and its gradients, never more than ``positions_per_chunk`` x V logits at once; any device.
-
-    on_logits: sees every chunk of logits before it is overwritten, for metrics over the whole catalogue.
-    """
+    """``full_softmax_loss`` and its gradients, never more than POSITIONS_PER_CHUNK x V logits at once; any device."""
     total = _Totals(u_PD, item_VD, offset_V, scale, weights_P, with_gradients=with_gradients, widen=False)
     query_PD, item_VD = total.scaled()
-    for part in _parts(u_PD.shape[0], positions_per_chunk):
-        targets_p1 = target_rows_P[part, None]
-        logits_pV = total.logits(query_PD[part], item_VD)
-        if on_logits is not None:
-            on_logits(part, logits_pV)
-        target_p1 = logits_pV.gather(1, targets_p1)
-        top_p1 = logits_pV.amax(1, keepdim=True)
-        exp_pV = logits_pV.sub_(top_p1).exp_()
-        sum_p1 = exp_pV.sum(1, keepdim=True)
-        total.loss_P[part] = (sum_p1.log() + top_p1 - target_p1)[:, 0]
+    for part in parts(u_PD.shape[0], POSITIONS_PER_CHUNK):
+        probability_pV, summary = softmax_(total.logits(query_PD[part], item_VD), target_rows_P[part])
+        total.loss_P[part] = summary.loss_P
         if with_gradients:
             weight_p1 = total.weights_P[part, None]
-            grad_pV = exp_pV.mul_(weight_p1 / sum_p1)
-            grad_pV.scatter_add_(1, targets_p1, -weight_p1)
+            grad_pV = probability_pV.mul_(weight_p1)
+            grad_pV.scatter_add_(1, target_rows_P[part, None], -weight_p1)
             total.query_PE[part] = grad_pV @ item_VD
             total.item_VE.addmm_(grad_pV.T, query_PD[part])
             total.add_offset_gradient(grad_pV)
     return total.formed()
+
+
+def softmax_(logits_pV: Tensor, target_rows_p: Tensor) -> tuple[Tensor, LogitSummary]:
+    """The probabilities, which take the place of the logits, and what is kept of those."""
+    target_p = logits_pV.gather(1, target_rows_p[:, None])[:, 0]
+    top_p = logits_pV.amax(1)
+    # In place: torch writes a row only after it has read it. One fused pass, a third of sub, exp, sum and mul.
+    probability_pV = torch.softmax(logits_pV, 1, out=logits_pV)
+    log_sum_p = top_p - probability_pV.amax(1).log()  # the largest is e^top / sum, at least 1 / V
+    return probability_pV, LogitSummary(log_sum_P=log_sum_p, target_P=target_p, top_P=top_p)
 
 
 class _Totals:
@@ -213,7 +208,8 @@ class _Totals:
         )
 
 
-def _parts(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
+def parts(num_positions: int, positions_per_chunk: int) -> Iterator[slice]:
+    """Slices of so many positions at most, in order."""
     for start in range(0, num_positions, positions_per_chunk):
         yield slice(start, min(start + positions_per_chunk, num_positions))
 

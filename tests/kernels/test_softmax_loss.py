@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.implementations import KernelName
-from kernels.softmax_loss import SoftmaxLoss, form_full_softmax, full_softmax_loss, sampled_softmax_loss
+from kernels.softmax_loss import (
+    LogitSummary,
+    SoftmaxLoss,
+    form_catalogue_softmax,
+    full_softmax_loss,
+    sampled_softmax_loss,
+)
 
 IMPLEMENTATIONS = ["cpu", "triton"]
 DTYPES = {"cpu": [torch.float64, torch.float32, torch.bfloat16], "triton": [torch.float32, torch.float16]}
@@ -189,28 +195,54 @@ def test_chunks_of_positions_change_nothing(mode: str, dtype: torch.dtype, monke
         assert_same(given.run("cpu"), given.leaves, inputs, ATOL[dtype])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
-def test_the_chunked_full_softmax_shows_every_logit_once(chunk: int) -> None:
+def test_the_softmax_over_a_catalogue_has_the_loss_logits_and_gradients_of_the_whole(
+    chunk: int, *, weighted: bool
+) -> None:
     inputs = make_inputs((13, 11, 0), "full")
+    weights = torch.arange(1, 14, dtype=torch.float64) if weighted else torch.full((13,), 1 / 13, dtype=torch.float64)
     leaves = inputs.leaves
     seen: list[tuple[slice, Tensor]] = []
-    formed = form_full_softmax(
+    formed = form_catalogue_softmax(
         leaves["u"],
         leaves["item"],
         inputs.targets,
         scale=leaves["scale"],
         offset_V=leaves["offset"],
+        weights_P=weights if weighted else None,
         positions_per_chunk=chunk,
         on_logits=lambda part, logits: seen.append((part, logits.clone())),
     )
     logits = leaves["scale"] * leaves["u"] @ leaves["item"].T + leaves["offset"]
-    want = functional.cross_entropy(logits, inputs.targets)
+    want = (weights * functional.cross_entropy(logits, inputs.targets, reduction="none")).sum()
     torch.testing.assert_close(formed.loss, want.detach())
     torch.testing.assert_close(torch.cat([shown for _, shown in seen]), logits.detach())
     assert [i for part, _ in seen for i in range(13)[part]] == list(range(13))
-    got = {"u": formed.u_PD, "item": formed.item_VD, "scale": formed.scale, "offset": formed.offset_V}
+    some = torch.unique(torch.cat([inputs.targets, torch.tensor([2, 9])]))
+    got = {"u": formed.u_PD, "item": formed.item_gradient(some), "scale": formed.scale, "offset": formed.offset_V}
     for name, want_grad in zip(leaves, torch.autograd.grad(want, list(leaves.values())), strict=True):
-        assert torch.allclose(got[name], want_grad, atol=1e-12), f"gradient of {name}"
+        want_part = want_grad[some] if name == "item" else want_grad
+        assert torch.allclose(got[name], want_part, atol=1e-12), f"gradient of {name}"
+
+
+def test_what_is_kept_of_logits_is_what_they_were() -> None:
+    inputs = make_inputs((13, 11, 0), "full")
+    leaves = {name: leaf.detach() for name, leaf in inputs.leaves.items()}
+    logits = leaves["scale"] * leaves["u"] @ leaves["item"].T + leaves["offset"]
+    want = LogitSummary.of(logits, inputs.targets)
+    got = form_catalogue_softmax(
+        leaves["u"],
+        leaves["item"],
+        inputs.targets,
+        scale=leaves["scale"],
+        offset_V=leaves["offset"],
+        positions_per_chunk=5,
+    ).summary
+    torch.testing.assert_close(got.log_sum_P, want.log_sum_P)
+    torch.testing.assert_close(got.target_P, want.target_P)
+    torch.testing.assert_close(got.top_P, logits.amax(1))
+    torch.testing.assert_close(got.loss_P, functional.cross_entropy(logits, inputs.targets, reduction="none"))
 
 
 @pytest.mark.parametrize("mode", ["own", "shared", "full"])

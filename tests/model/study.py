@@ -52,7 +52,7 @@ class Study:
         for _ in range(num_steps):
             batch, targets = self.histories(self.num_steps)
             found = supervised_pass(self.recommender, batch, targets, self.loss_config, generator=self.generator)
-            torch.autograd.backward(found.loss)
+            found.backward()
             self.optimizer.step(found.active)
             losses.append(float(found.loss.detach()))
             self.num_steps += 1

@@ -92,7 +92,7 @@ def test_asking_for_rows_or_keeping_the_catalogue_changes_no_score(recommender: 
 
 def test_training_and_inference_read_the_same_table(recommender: Recommender) -> None:
     batch = history([3, -1, 9, 4])
-    everything = recommender.items.activate()
+    everything = recommender.items.activate(torch.arange(recommender.items.num_items))
     some = recommender.items.activate(torch.tensor([9, 3, 4, 3, -1]))
     assert some.rows_R.tolist() == [3, 4, 9]
     assert torch.equal(recommender.encode(batch, everything), recommender.encode(batch))
