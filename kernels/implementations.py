@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs: decided by the device of the tensors, or by name for debugging.
 
 Every kernel folder holds `reference.py` (plain PyTorch, the truth), `triton_kernels.py` (CUDA devices; on the CPU only
-under Triton's interpreter) and, where it pays, `cpu.py`.
+under Triton's interpreter) and, where it pays, `cpu.py` and `native.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 
 from kernels.errors import KernelUnavailableError
 
-KernelName = Literal["auto", "reference", "cpu", "triton"]
-"""auto: Triton on a CUDA device; elsewhere the CPU path, or the reference of a kernel that has none."""
+KernelName = Literal["auto", "reference", "cpu", "native", "triton"]
+"""auto: Triton on a CUDA device; elsewhere compiled C where a kernel has it and the machine a compiler (native), else
+the CPU path, or the reference of a kernel that has none."""
 
-Implementation = Literal["reference", "cpu", "triton"]
+Implementation = Literal["reference", "cpu", "native", "triton"]
 
 
 def choose(kernel: KernelName, device: torch.device, *, has_cpu_path: bool) -> Implementation:
@@ -30,6 +31,11 @@ def choose(kernel: KernelName, device: torch.device, *, has_cpu_path: bool) -> I
     host: Implementation = "cpu" if has_cpu_path else "reference"
     if kernel == "reference":
         return "reference"
+    if kernel == "native":
+        raise KernelUnavailableError(
+            "kernel='native' was asked for, but this kernel has no compiled form here, or none for these arguments:"
+            " use kernel='auto'"
+        )
     if kernel == "cpu" or (kernel == "auto" and device.type != "cuda"):
         return _host(kernel, device, host)
     _require_triton(device)

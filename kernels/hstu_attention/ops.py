@@ -5,12 +5,14 @@ Shapes: L packed keys, M packed queries, B rows, H heads, A query/key width, V v
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.hstu_attention import cpu
+from kernels.errors import KernelUnavailableError
+from kernels.hstu_attention import cpu, native
 from kernels.hstu_attention.bias import RelativeBias
 from kernels.hstu_attention.mask import CAUSAL, AttentionMask
 from kernels.hstu_attention.problem import AttentionGradients, AttentionProblem
@@ -54,7 +56,11 @@ def hstu_attention(
         check_attention_rows(
             offsets, query_offsets, num_keys=k_LHA.shape[0], num_queries=q_MHA.shape[0], max_len=max_len, mask=mask
         )
-    implementation = choose(kernel, q_MHA.device, has_cpu_path=True)
+    implementation: str = kernel
+    if kernel != "native":
+        implementation = choose(kernel, q_MHA.device, has_cpu_path=True)
+    if implementation == "cpu" and kernel == "auto":
+        implementation = "host"
     if implementation == "reference":
         return hstu_attention_reference(
             q_MHA,
@@ -153,6 +159,25 @@ def _check_bias(
             raise ValueError(f"{name} is on {getattr(bias, name).device}, q is on {device}; move them together")
 
 
+_ON_HOST = ("host", "cpu", "native")
+"""host: the compiled form where it takes the problem, else torch's tiles; decided when the operator runs, not when it
+is traced."""
+
+
+def _host_form(implementation: str, q: Tensor, v: Tensor, problem: AttentionProblem) -> ModuleType:
+    """`cpu` or `native`, which have the same two functions. Double precision is left to torch unless asked for."""
+    if implementation == "cpu" or (implementation == "host" and q.dtype == torch.float64):
+        return cpu
+    if native.takes(q, v, problem):
+        return native
+    if implementation == "native":
+        raise KernelUnavailableError(
+            "kernel='native' is for plain causal rows on a CPU, each position a query, on a machine with a C compiler:"
+            " use kernel='auto'"
+        )
+    return cpu
+
+
 @operator("hstu_attention")
 def attention_forward(
     q: Tensor,
@@ -173,8 +198,9 @@ def attention_forward(
         offsets, query_offsets, num_targets, (position_weight, time_weight, timestamps, query_timestamps), limits,
         alpha,
     )  # fmt: skip
-    if implementation == "cpu":
-        return cpu.forward(q, k, v, problem)
+    if implementation in _ON_HOST:
+        of_host: Tensor = _host_form(implementation, q, v, problem).forward(q, k, v, problem)
+        return of_host
     from kernels.hstu_attention.triton_kernels import forward  # noqa: PLC0415 - triton is an optional package
 
     out: Tensor = forward(q, k, v, problem)
@@ -202,8 +228,8 @@ def attention_backward(
         offsets, query_offsets, num_targets, (position_weight, time_weight, timestamps, query_timestamps), limits,
         alpha,
     )  # fmt: skip
-    if implementation == "cpu":
-        return _as_tuple(cpu.backward(grad, q, k, v, problem))
+    if implementation in _ON_HOST:
+        return _as_tuple(_host_form(implementation, q, v, problem).backward(grad, q, k, v, problem))
     from kernels.hstu_attention.triton_kernels import backward  # noqa: PLC0415 - triton is an optional package
 
     return _as_tuple(backward(grad, q, k, v, problem))

@@ -68,7 +68,8 @@ def form_catalogue_softmax(
     """Never more than ``positions_per_chunk`` x V logits at once; any device.
 
     u_PD, item_VD: float[P, D] and float[V, D]. target_rows_P: int64[P]. scale: scalar. offset_V: float[V]. weights_P:
-    float[P], 1 / P (the mean) unless given. on_logits: sees every chunk of logits before it is overwritten, for metrics over the whole catalogue.
+    float[P], 1 / P (the mean) unless given. on_logits: sees every chunk of logits before it is overwritten, for
+    metrics over the whole catalogue.
     """
     num_positions = u_PD.shape[0]
     if weights_P is None:

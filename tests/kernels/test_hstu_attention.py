@@ -15,6 +15,8 @@ from tests.kernels.attention_case import MASKED_LENGTHS, MASKS, MAX_LEN, Case, b
 
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 HOST_KERNELS = ("reference", "cpu")
+CAUSAL_KERNELS = (*HOST_KERNELS, "native")
+"""The compiled form is for plain causal rows; a machine that runs this suite has a C compiler."""
 
 SHAPES = {
     "mixed rows": [5, 0, 1, 17, 37, 8, 9, 3],
@@ -44,7 +46,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(tiles, "KEYS_PER_TILE_MIN", 7)
 
 
-@pytest.mark.parametrize("kernel", HOST_KERNELS)
+@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("lengths", SHAPES.values(), ids=SHAPES.keys())
 def test_output_and_every_gradient_equal_the_formula(
@@ -110,7 +112,7 @@ def test_cached_histories_give_what_the_whole_would() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kernel", HOST_KERNELS)
+@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
 def test_lower_precision_stays_close_to_double(dtype: torch.dtype, kernel: str) -> None:
     case = make_case(SHAPES["mixed rows"], dtype=dtype)
     got, exact = case.run(kernel), double(case)
@@ -124,7 +126,7 @@ def test_lower_precision_stays_close_to_double(dtype: torch.dtype, kernel: str) 
         assert float((gradient.double() - want_gradients[name]).abs().max()) < 10 * ATOL[dtype] * scale, name
 
 
-@pytest.mark.parametrize("kernel", HOST_KERNELS)
+@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
 def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours(kernel: str) -> None:
     case = make_case([4, 9, 6, 0, 9])
     clean = case.run(kernel)
@@ -144,15 +146,16 @@ def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours(kernel: str) -> N
         assert bool(tensor.grad[others].isfinite().all()), f"gradient of {name} is poisoned"
 
 
-def test_later_positions_do_not_change_earlier_outputs() -> None:
+@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+def test_later_positions_do_not_change_earlier_outputs(kernel: str) -> None:
     case = make_case([11, 37])
-    clean = case.run()
+    clean = case.run(kernel)
     changed = {}
     for name in ("q", "k", "v"):
         tensor = case.tensors[name].detach().clone()
         tensor[11 + 20 :] *= -3
         changed[name] = tensor
-    got = case.run(**changed)
+    got = case.run(kernel, **changed)
     assert torch.equal(got[: 11 + 20], clean[: 11 + 20])
     assert not torch.equal(got[11 + 20 :], clean[11 + 20 :])
 
@@ -185,11 +188,12 @@ def test_targets_in_any_order_and_number_score_as_they_would_alone() -> None:
         torch.testing.assert_close(alone.run()[8], together[target], atol=1e-14, rtol=0)
 
 
-def test_slices_of_one_buffer_are_read_in_place() -> None:
+@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+def test_slices_of_one_buffer_are_read_in_place(kernel: str) -> None:
     case = make_case([5, 9], widths=(4, 4))
     buffer = torch.cat([case.tensors[n].detach().flatten(1) for n in ("v", "q", "k")], dim=1)
     v, q, k = (part.view(14, 3, 4) for part in torch.split(buffer, 12, dim=1))
-    assert torch.equal(case.run(q=q, k=k, v=v), case.run())
+    assert torch.equal(case.run(kernel, q=q, k=k, v=v), case.run(kernel))
 
 
 def test_time_buckets_follow_the_formula_at_every_border() -> None:
