@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 from backtest.normalising import REASONS
 from backtest.recording import ImportReport, Refusals
+from stream import events
 from stream.events import EventRules
+
+_MEANINGS: Final = events.REASONS | REASONS
+"""Of reasons why rows, or a topic's records, are refused."""
 
 
 def refusal_lines(refusals: Sequence[Refusals]) -> Iterator[str]:
     """A line a reason, and one an example."""
     for one in refusals:
-        yield f"  {one.count:,} × {one.reason}: {REASONS.get(one.reason, 'see docs/operations.md')}"
+        yield f"  {one.count:,} × {one.reason}: {_MEANINGS[one.reason]}"
         for example in one.examples:
             column = f", column {example.column}" if example.column else ""
             yield f"      {example.file}, row {example.row}{column}: {_printable(example.text)!r}"

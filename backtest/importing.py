@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 import polars as pl
 
@@ -19,6 +21,8 @@ from backtest.intake import ImportConfig, Intake
 from backtest.normalising import Kinds, normalise, settle
 from backtest.raw_rows import RowReader
 from backtest.recording import ImportReport, Manifest, Recording, SourceFile, write_manifest
+
+SCRATCH: Final = "scratch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,44 +41,73 @@ def import_files(files: Sequence[LogFiles], out: Path, config: ImportConfig, *, 
     Raises RecordedStreamError with nothing changed: for a file that cannot be read or says what is wrong with it, and
     for refused rows when they mean to stop.
     """
+    key = _key(files)
+    with made_aside(out) as folder, Intake(folder, folder / SCRATCH, config, key=key) as intake:
+        _read_into(intake, files)
+        manifest = finish(
+            intake,
+            folder,
+            name=name,
+            format_name=files[0].format,
+            mapping=asdict(files[0].mapping),
+            sources=[_source_file(path) for one in files for path in one.paths],
+            order=key,
+        )
+    return Recording(out, manifest)
+
+
+@contextmanager
+def made_aside(out: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `out`, which is a recording or not there, if the block succeeds."""
+    if out.exists():
+        Recording.open(out)  # replace nothing but a recording
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    scratch = unfinished / "scratch"
     try:
-        scratch.mkdir(parents=True)
-        key = _key(files)
-        with Intake(unfinished, scratch, config, key=key) as intake:
-            _read_into(intake, files)
-            report = intake.report()
-            if not report.num_events:
-                raise RecordedStreamError(
-                    f"{files[0].paths[0]}: none of {report.num_rows:,} rows is an event. "
-                    + (refused_text(report.refusals) if report.refusals else "All were left out: no interactions")
-                )
-            parts = intake.write_parts()
-        schema = pl.read_parquet_schema(unfinished / parts[0].file)
-        manifest = Manifest(
-            name=name,
-            format=files[0].format,
-            mapping=asdict(files[0].mapping),
-            sources=tuple(_source_file(path) for one in files for path in one.paths),
-            user_ids="text" if schema["user_id"] == pl.String else "integer",
-            item_ids="text" if schema["item_id"] == pl.String else "integer",
-            order=key,
-            parts=tuple(parts),
-            report=report,
-        )
-        shutil.rmtree(scratch)
-        write_manifest(unfinished, manifest)
+        (unfinished / SCRATCH).mkdir(parents=True)
+        yield unfinished
+        shutil.rmtree(unfinished / SCRATCH)
         if out.exists():
-            Recording.open(out)  # replace nothing but a recording
             shutil.rmtree(out)
         unfinished.replace(out)
     except OSError as error:
         raise RecordedStreamError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Recording(out, manifest)
+
+
+def finish(
+    intake: Intake,
+    folder: Path,
+    *,
+    name: str,
+    format_name: str,
+    mapping: dict[str, Any],
+    sources: Sequence[SourceFile],
+    order: OrderKey,
+) -> Manifest:
+    """Write parts and manifest of what was taken in. Raises RecordedStreamError if no event is left."""
+    report = intake.report()
+    if not report.num_events:
+        raise RecordedStreamError(
+            f"{name}: none of {report.num_rows:,} rows is an event. "
+            + (refused_text(report.refusals) if report.refusals else "All were left out: no interactions")
+        )
+    parts = intake.write_parts()
+    schema = pl.read_parquet_schema(folder / parts[0].file)
+    manifest = Manifest(
+        name=name,
+        format=format_name,
+        mapping=mapping,
+        sources=tuple(sources),
+        user_ids="text" if schema["user_id"] == pl.String else "integer",
+        item_ids="text" if schema["item_id"] == pl.String else "integer",
+        order=order,
+        parts=tuple(parts),
+        report=report,
+    )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def validate_files(files: Sequence[LogFiles], config: ImportConfig) -> ImportReport:

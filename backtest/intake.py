@@ -7,6 +7,7 @@ Steps: 1. judge pieces of the log (`normalising`); 2. sort what is good into run
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +54,15 @@ class ImportConfig:
             raise ValueError(f"examples_max = {self.examples_max}: must lie in 0..1,000")
 
 
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where rows come from. first: number of the first of them over all files; first_row: its number in the file."""
+
+    name: str
+    first: int
+    first_row: int
+
+
 class Intake(AbstractContextManager["Intake"]):
     """Events in the order of the log. `scratch`: an empty folder for what is in the works."""
 
@@ -61,13 +71,14 @@ class Intake(AbstractContextManager["Intake"]):
         self._letters = (folder / REFUSED).open("w", encoding="utf-8") if config.on_error == "dead-letter" else None
         self._runs = SortedRuns(scratch, key=key, rows_per_run=config.rows_per_run)
         self._repeats = RepeatFinder(scratch)
-        self._files: list[tuple[str, int]] = []
-        """(name, number of its first row)."""
+        self._files: list[_Origin] = []
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[RefusedRow]] = {}
         self._actions: Counter[str] = Counter()
         self._order, self._newest = RowOrder(), -(2**63)
         self._num_left_out = 0
+        self._next_row = 0
+        """Number of the next row over all files."""
         self.num_rows = 0
         """Rows read so far, of all files."""
 
@@ -78,13 +89,17 @@ class Intake(AbstractContextManager["Intake"]):
         if self._letters is not None:
             self._letters.close()
 
-    def start_file(self, name: str) -> None:
-        """What comes next is of another file; its rows count from 0 again."""
-        self._files.append((name, self.num_rows))
+    def start_file(self, name: str, *, first_row: int = 0) -> None:
+        """What comes next is of another file, or further on in one; its rows are counted from `first_row` there."""
+        self._files.append(_Origin(name, self._next_row, first_row))
 
-    def end_piece(self, num_rows: int, *, num_left_out: int = 0) -> None:
-        """A piece of so many rows is done with. Raises RefusedRowsError if one was refused and that means to stop."""
+    def end_piece(self, num_rows: int, *, num_left_out: int = 0, num_numbers: int | None = None) -> None:
+        """A piece of so many rows is done with; num_numbers: how many numbers they span, if some belong to no row.
+
+        Raises RefusedRowsError if one was refused and that means to stop.
+        """
         self.num_rows += num_rows
+        self._next_row += num_rows if num_numbers is None else num_numbers
         self._num_left_out += num_left_out
         self._stop_if_refused()
 
@@ -115,7 +130,7 @@ class Intake(AbstractContextManager["Intake"]):
         self, reason: str, row: int, column: str | None, text: str, record: object, *, file: str | None = None
     ) -> None:
         self._counts[reason] += 1
-        file = file or self._files[-1][0]
+        file = file or self._files[-1].name
         examples = self._examples.setdefault(reason, [])
         if len(examples) < self._config.examples_max:
             examples.append(RefusedRow(file=file, row=row, column=column, text=text[:_TEXT_MAX]))
@@ -126,7 +141,8 @@ class Intake(AbstractContextManager["Intake"]):
     def take(self, events: pl.DataFrame) -> None:
         """Events of consecutive rows of the current file (`Normalised.events`)."""
         if events.height:
-            events = events.with_columns(pl.col("row") + self._files[-1][1])
+            origin = self._files[-1]
+            events = events.with_columns(pl.col("row") + (origin.first - origin.first_row))
             self._observe_order(events)
             self._repeats.add(events)
             self._actions.update(dict(events["action"].value_counts().iter_rows()))
@@ -147,8 +163,8 @@ class Intake(AbstractContextManager["Intake"]):
 
     def _place(self, row: int) -> tuple[str, int]:
         """File, and row in it, of a row counted over all files."""
-        name, first = next((name, first) for name, first in reversed(self._files) if first <= row)
-        return name, row - first
+        origin = self._files[bisect_right(self._files, row, key=lambda origin: origin.first) - 1]
+        return origin.name, row - origin.first + origin.first_row
 
     @cached_property
     def _repeated_rows(self) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +123,44 @@ def backtest_validate(
     report = validate_files(_files(format_name, paths, locals()), ImportConfig())
     _print(report, config, as_json=as_json)
     raise typer.Exit(1 if report.num_refused else 0)
+
+
+@backtest_app.command("import-topic")
+def backtest_import_topic(
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="By default interactions.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the recording.")] = Path("recording"),
+    since: Annotated[str | None, typer.Option("--from", help="Records appended since then (RFC 3339).")] = None,
+    on_error: OnErrorOption = OnErrorName.STOP,
+    config: ConfigOption = None,
+) -> None:
+    """Make a recording of what a topic of the broker holds, in the order in which it arrived."""
+    import asyncio
+
+    from backtest.import_text import report_text
+    from backtest.intake import ImportConfig
+    from backtest.topic_import import import_topic
+    from stream.events import EventRules
+    from stream.kafka import KafkaConfig, KafkaLog
+
+    settings = settings_of(config)
+    log, rules = KafkaLog(settings.get(KafkaConfig)), settings.get(EventRules)
+    how = ImportConfig(on_error=on_error.value)
+    chosen = topic or log.topics.interactions
+    recording = asyncio.run(import_topic(log, chosen, out, how, rules, from_ms=_epoch_ms(since)))
+    print(report_text(recording.manifest.report, rules))
+    say(f"headrace: wrote {out}, {len(recording):,} events")
+
+
+def _epoch_ms(text: str | None) -> int:
+    if text is None:
+        return 0
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = datetime.min  # noqa: DTZ901 - refused below, having no offset
+    if moment.tzinfo is None:
+        raise OpsError(f"--from {text}: write RFC 3339 with an offset, such as 2026-01-01T00:00:00Z")
+    return round(moment.timestamp() * 1000)
 
 
 def _files(format_name: str, paths: list[Path] | None, options: dict[str, Any]) -> Any:

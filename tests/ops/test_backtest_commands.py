@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from backtest.recording import Recording
+from ops.local_broker import LocalBroker
 from tests.backtest.made_run import make_run
 from tests.ops.command_line import Headrace, assert_refused
 
@@ -69,6 +70,19 @@ def test_refused_rows_stop_an_import_or_are_set_aside(headrace: Headrace, tmp_pa
     aside = headrace(*options, "--on-error", "dead-letter")
     assert aside.returncode == 0
     assert len(Path("recording/refused.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_topic_is_recorded_from_a_time_on(headrace: Headrace, tmp_path: Path, fresh_broker: LocalBroker) -> None:
+    servers = {"HEADRACE_LOG__BOOTSTRAP_SERVERS": fresh_broker.bootstrap_servers}
+    log = _log(tmp_path, "1,10,1362062308", "2,20,1362062307")
+    sent = headrace("replay", log, *COLUMNS, "--time-unit", "s", "--action", "click", **servers)
+    assert sent.returncode == 0, sent.stderr
+    ran = headrace("backtest", "import-topic", "--out", "live", "--from", "2020-01-01T00:00:00Z", **servers)
+    assert ran.returncode == 0, ran.stderr
+    assert "2 rows: 2 events" in ran.stdout
+    assert len(Recording.open(Path("live"))) == 2
+    assert_refused(headrace("backtest", "import-topic", "--from", "yesterday", **servers), "write RFC 3339")
+    assert_refused(headrace("backtest", "import-topic", "--from", "2999-01-01T00:00:00Z", **servers), "holds no record")
 
 
 def test_a_run_is_reported_and_its_findings_printed(headrace: Headrace, tmp_path: Path) -> None:
