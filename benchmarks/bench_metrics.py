@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from backtest.datasets import movietweetings
 from backtest.replay import read_recorded
@@ -57,8 +58,8 @@ class Untested(Evaluation):
     def start(self, *_args: Any, **_kwargs: Any) -> Any:
         return SimpleNamespace(on_logits=None)
 
-    def finish(self, *_args: Any) -> None:
-        pass
+    def finish(self, *_args: Any) -> dict[str, NDArray[np.int64]]:
+        return {}
 
     def observe(self, *_args: Any) -> None:
         pass

@@ -29,8 +29,8 @@ class HistoryQuery:
     max_len: int
     before_ms: NDArray[np.int64] | None = None
     """i64[B]: only interactions that happened strictly before."""
-    known_at_ms: int | None = None
-    """Only interactions that had arrived at or before."""
+    known_at_ms: NDArray[np.int64] | None = None
+    """i64[B]: only interactions that had arrived at or before."""
     below_seq: NDArray[np.int64] | None = None
     """i64[B]: only interactions with a smaller arrival number."""
     watermark_ms: int | None = None
@@ -157,7 +157,7 @@ def _filtered(chunks: ChunkRows, query: HistoryQuery, kept: _Kept, chunk_len: in
     if query.before_ms is not None:
         is_kept &= columns["event_time_ms"] < query.before_ms[pos]
     if query.known_at_ms is not None:
-        is_kept &= columns["arrival_ms"] <= query.known_at_ms
+        is_kept &= columns["arrival_ms"] <= query.known_at_ms[pos]
     if query.below_seq is not None:
         is_kept &= columns["seq"] < query.below_seq[pos]
     if is_kept.all():

@@ -107,7 +107,7 @@ class FeatureStore:
         *,
         max_len: int,
         before_ms: NDArray[np.int64] | int | None = None,
-        known_at_ms: int | None = None,
+        known_at_ms: NDArray[np.int64] | int | None = None,
         below_seq: NDArray[np.integer] | int | None = None,
         watermark_ms: int | None = None,
     ) -> JaggedHistories:
@@ -119,7 +119,7 @@ class FeatureStore:
             user_ids: i64[B].
             max_len: the newest this many interactions that pass the limits below.
             before_ms: i64[B] or one for all: strictly before this event time.
-            known_at_ms: arrived at or before this processing time.
+            known_at_ms: i64[B] or one for all: arrived at or before this processing time.
             below_seq: integer[B] or one for all: with a smaller arrival number.
             watermark_ms: retention by age as of an earlier watermark, for a reader that is behind the store; for
                 store.removal_delay_ms nothing that it needs has been removed.
@@ -328,7 +328,7 @@ def _query(
     before_ms: NDArray[np.int64] | int | None,
     below_seq: NDArray[np.integer] | int | None,
     *,
-    known_at_ms: int | None = None,
+    known_at_ms: NDArray[np.int64] | int | None = None,
     watermark_ms: int | None = None,
 ) -> HistoryQuery:
     shape = np.shape(user_ids)
@@ -336,7 +336,7 @@ def _query(
         user_ids=user_ids,
         max_len=max_len,
         before_ms=None if before_ms is None else np.broadcast_to(np.asarray(before_ms, np.int64), shape),
-        known_at_ms=known_at_ms,
+        known_at_ms=None if known_at_ms is None else np.broadcast_to(np.asarray(known_at_ms, np.int64), shape),
         below_seq=None if below_seq is None else np.broadcast_to(np.asarray(below_seq, np.int64), shape),
         watermark_ms=watermark_ms,
     )

@@ -95,14 +95,15 @@ class Evaluation:
         kinds_P[in_catalogue_P] = 1 + (self._num_interactions[rows_P[in_catalogue_P]] >= self._new_below)
         return kinds_P
 
-    def finish(self, test: StepTest) -> None:
-        """Take the ranks into the metrics, then let the baselines count what came next after what."""
+    def finish(self, test: StepTest) -> dict[str, Int64s]:
+        """Take the ranks into the metrics, then let the baselines count what came next after what; int64[P] by arm."""
         tested = test.tested
         model_P = torch.full(test.is_listed_P.shape, MISS_RANK)
         model_P[test.is_listed_P] = torch.cat([part.cpu() for part in test.parts] or [model_P[:0]])
         found = {"model": model_P.numpy(), **self._baselines.ranks(tested)}
         self._meter.add(found, test.cells_P)
         self._baselines.observe_transitions(tested.last_rows_P, tested.target_rows_P, test.times_ms_P)
+        return found
 
     def observe(self, rows: Int64s, times_ms: Int64s) -> None:
         """Count a micro-batch's interactions, after it was tested; int64[N], rows of -1 are left out."""

@@ -33,7 +33,9 @@ class Examples:
     is_in_order: NDArray[np.bool_]
     """[L] whether all that comes before the next interaction in its history arrived before it."""
     target_item_id: NDArray[np.int64]
-    """[P] the new interaction that each supervised position predicts."""
+    """[P] item of the new interaction that each supervised position predicts."""
+    target_rows: NDArray[np.int64]
+    """[P] which row of the new interactions that is."""
     num_first: int
     """New interactions without an earlier one: they enter the history, nothing predicts them."""
     num_out_of_reach: int
@@ -46,7 +48,8 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
     lengths = histories.lengths()
     row_of = np.repeat(np.arange(histories.num_users), lengths)
     is_overtaken = _overtaken(histories, row_of)
-    is_target = _contains(histories, row_of, new) & ~is_overtaken
+    new_row = _rows_of_new(histories, row_of, new)
+    is_target = (new_row >= 0) & ~is_overtaken
     is_first_of_row = np.zeros(histories.num_interactions, bool)
     is_first_of_row[histories.offsets[:-1][lengths > 0]] = True
     # Inputs are all interactions but each row's last; the next interaction is the one after in the same row.
@@ -66,18 +69,23 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
         positions=positions,
         is_in_order=~is_overtaken[inputs + 1],
         target_item_id=histories.item_id[inputs[positions] + 1],
+        target_rows=new_row[inputs[positions] + 1],
         num_first=num_first,
         num_out_of_reach=len(new) - len(positions) - num_first,
     )
 
 
-def _contains(histories: JaggedHistories, row_of: NDArray[np.int64], new: Interactions) -> NDArray[np.bool_]:
-    """[T] whether each history interaction is one of `new`, by user and arrival number."""
+def _rows_of_new(histories: JaggedHistories, row_of: NDArray[np.int64], new: Interactions) -> NDArray[np.int64]:
+    """[T] which of `new` each history interaction is, by user and arrival number; -1: none."""
+    if len(new) == 0:
+        return np.full(histories.num_interactions, -1)
     order = np.argsort(histories.user_ids)
     row_of_new = order[np.searchsorted(histories.user_ids, new.user_id, sorter=order)]
     keys = row_of.astype(np.uint64) << np.uint64(32) | histories.seq.astype(np.uint64)
     new_keys = row_of_new.astype(np.uint64) << np.uint64(32) | new.seq.astype(np.uint64)
-    return np.isin(keys, new_keys)
+    by_key = np.argsort(new_keys)
+    place = by_key[np.minimum(np.searchsorted(new_keys, keys, sorter=by_key), len(new) - 1)]
+    return np.where(new_keys[place] == keys, place, -1)
 
 
 def _overtaken(histories: JaggedHistories, row_of: NDArray[np.int64]) -> NDArray[np.bool_]:

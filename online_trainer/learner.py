@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,6 +36,20 @@ from online_trainer.stale_replay import StaleReplay
 from stream.events import EventRules
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredStep:
+    """What the test of a step found, told before the step trains; P tested interactions."""
+
+    new: Interactions
+    examples: Examples
+    ranks: Mapping[str, NDArray[np.int64]]
+    """int64[P] by arm of ``online_trainer.evaluation.ARMS``."""
+    cells_P: NDArray[np.int64]
+    """Kinds of item and user, as ``online_trainer.prequential.cells``."""
+    num_known: int
+    """Items in the catalogue before this step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +100,8 @@ class OnlineLearner:
         self.set_aside: list[tuple[SetAside, Interactions]] = []
         """Batches that were not learned from, since somebody last emptied this list."""
         self.evaluation = Evaluation(config.trainer)
+        self.on_tested: Callable[[MeasuredStep], None] | None = None
+        """Hears of every test while the weights are those that were tested: for backtests."""
 
     @property
     def num_items(self) -> int:
@@ -152,7 +169,10 @@ class OnlineLearner:
         is_kept_P = weight_L[examples.positions] > 0
         self.ledger.num_weightless += int((~is_kept_P).sum())
         return replace(
-            examples, positions=examples.positions[is_kept_P], target_item_id=examples.target_item_id[is_kept_P]
+            examples,
+            positions=examples.positions[is_kept_P],
+            target_item_id=examples.target_item_id[is_kept_P],
+            target_rows=examples.target_rows[is_kept_P],
         )
 
     def _test_and_train(
@@ -188,7 +208,10 @@ class OnlineLearner:
         learned = supervised_pass(
             self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=on_logits
         )
-        self.evaluation.finish(test)
+        found = self.evaluation.finish(test)
+        if self.on_tested is not None:
+            step = MeasuredStep(new=new, examples=examples, ranks=found, cells_P=test.cells_P, num_known=num_known)
+            self.on_tested(step)
         if not is_listed.any():
             return
         typical_loss = self._guard.typical_loss

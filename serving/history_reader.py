@@ -69,7 +69,7 @@ class GuardedStore(FeatureStore):
         *,
         max_len: int,
         before_ms: Int64s | int | None = None,
-        known_at_ms: int | None = None,
+        known_at_ms: NDArray[np.int64] | int | None = None,
         below_seq: NDArray[np.integer[Any]] | int | None = None,
         watermark_ms: int | None = None,
     ) -> JaggedHistories:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from stream.clock import Clock
 from stream.errors import LogUnavailableError
@@ -53,7 +53,10 @@ class MemoryLog:
         return self._records[partition]
 
     def delete_before(self, partition: PartitionId, offset: int) -> None:
-        """Move a partition's start, as retention does: what lies below can no longer be read."""
+        """Move a partition's start, as retention does: what lies below can no longer be read, and is freed."""
+        records = self._records[partition]
+        for below in range(self._starts.get(partition, 0), min(offset, len(records))):
+            records[below] = replace(records[below], key=None, value=None, headers=())
         self._starts[partition] = offset
 
     def bounds(self, partition: PartitionId) -> LogBounds:

@@ -172,6 +172,12 @@ def test_histories_far_longer_than_asked_are_read_from_their_end(store: FeatureS
     assert times == [168, 175, 182, 189, 196]
 
 
+def test_each_history_is_read_as_of_its_own_arrival_time(store: FeatureStore) -> None:
+    append(store, [Row(user, time, 1, arrival_ms=time + 5) for user in (1, 2) for time in range(10)])
+    read = store.read(np.array([1, 2, 1]), max_len=9, known_at_ms=np.array([8, 20, 4]))
+    assert [row[-1].event_time_ms if row else None for row in rows_of(read)] == [3, 9, None]
+
+
 def test_asking_for_no_history_is_refused(store: FeatureStore) -> None:
     with pytest.raises(ValueError, match="max_len=0 must be at least 1"):
         store.read(np.array([1]), max_len=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -27,6 +29,7 @@ def examples(histories: list[list[int]]) -> tuple[Examples, torch.Tensor, torch.
             positions=offsets[1:] - 1,
             is_in_order=np.ones(len(inputs), bool),
             target_item_id=np.array([history[-1] for history in histories]),
+            target_rows=np.arange(len(histories)),
             num_first=0,
             num_out_of_reach=0,
         ),
@@ -84,8 +87,8 @@ def test_where_the_next_item_follows_from_the_last_cooccurrence_finds_it(store: 
 
 def test_testing_changes_nothing_of_what_is_learned(store: FeatureStore) -> None:
     class Untested(Evaluation):
-        def finish(self, *_args: object) -> None:
-            pass
+        def finish(self, *_args: object) -> dict[str, Any]:
+            return {}
 
     stream = record_stream(store, walks(200))
     tested, untested = stream.learner(), stream.learner()

@@ -11,7 +11,7 @@ import torch
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
-from online_trainer.learner import OnlineLearner
+from online_trainer.learner import OnlineLearner, MeasuredStep
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
 
 
@@ -131,3 +131,24 @@ def test_a_log_that_was_made_anew_keeps_the_weights_and_knows_what_was_learned_o
         assert learner.ledger.num_interactions == 100
         # Only of the log just before: of older ones nothing can be on its way any more.
         assert learner.ledger.positions == (before if log_id == "main~1" else {})
+
+
+def test_a_test_is_told_with_the_weights_that_were_tested(store: FeatureStore) -> None:
+    stream = record_stream(store, walks(200))
+    learner = stream.learner()
+    heard: list[int] = []
+    batcher = stream.batcher(learner)
+
+    def on_tested(step: MeasuredStep) -> None:
+        examples = step.examples
+        assert np.array_equal(step.new.item_id[examples.target_rows], examples.target_item_id)
+        assert np.array_equal(step.new.event_time_ms[examples.target_rows], examples.query_time_ms[examples.positions])
+        assert torch.equal(learner.model.encoder.state_dict()[name], before)
+        heard.append(len(step.ranks["model"]))
+
+    learner.on_tested = on_tested
+    name = next(iter(learner.model.encoder.state_dict()))
+    while batch := batcher.take():
+        before = learner.model.encoder.state_dict()[name].clone()
+        learner.step(batch)
+    assert sum(heard) == learner.metrics_summary()["model.lifetime.count"]
