@@ -107,7 +107,7 @@ class ArmInfo:
 
     name: str
     kind: str
-    """`online`, `retrained`, `fine_tuned`, `baseline`, ..."""
+    """`online`, `frozen`, `baseline`."""
     title: str
     """For people."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -292,13 +292,23 @@ class RunWriter:
 
     def write_manifest(self, manifest: RunManifest) -> None:
         """run.json, whole or not at all."""
-        text = json.dumps(asdict(manifest), indent=1) + "\n"
-        _replace(self._root / "run.json", lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_manifest(self._root, manifest)
 
     def add_speed(self, **values: float) -> None:
         """A line of speed.jsonl."""
         with (self._root / "speed.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(values) + "\n")
+
+
+def write_manifest(root: Path, manifest: RunManifest) -> None:
+    """run.json, whole or not at all."""
+    write_json(root / "run.json", asdict(manifest))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _part(number: int) -> str:

@@ -163,6 +163,19 @@ def _epoch_ms(text: str | None) -> int:
     return round(moment.timestamp() * 1000)
 
 
+@backtest_app.command("run")
+def backtest_run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings, with [source] and [backtest].")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME.")] = None,
+    *,
+    restart: Annotated[bool, typer.Option("--restart", help="Make it anew, whatever is there.")] = False,
+) -> None:
+    """Replay a log through the live code and compare arms; goes on where it was interrupted."""
+    from ops.backtest_run import run_backtest
+
+    raise typer.Exit(run_backtest(config, out, restart=restart, say=say, show=print))
+
+
 def _files(format_name: str, paths: list[Path] | None, options: dict[str, Any]) -> Any:
     """The files to read, from the options of a command."""
     from backtest.columns import ColumnMapping

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backtest.errors import RunFolderError
-from backtest.run_files import ArmCosts, ArmInfo, RunFolder, RunManifest, RunWriter
+from backtest.run_files import ArmCosts, ArmInfo, RunFolder, RunManifest, RunWriter, write_manifest
 from model.ranking import MISS_RANK
 
 
@@ -42,7 +42,7 @@ def test_what_was_written_is_read_in_the_order_of_the_events(tmp_path: Path) -> 
     _add(writer, [3, 1])
     assert writer.end_part() == 1
     _add(writer, [7])
-    writer.write_manifest(_manifest(writer.end_part()))
+    write_manifest(tmp_path, _manifest(writer.end_part()))
     run = RunFolder.open(tmp_path)
     assert run.manifest == _manifest(2)
     assert run.queries().collect()["event"].to_list() == [1, 3, 7]
@@ -61,7 +61,7 @@ def test_parts_after_the_last_checkpoint_are_written_again(tmp_path: Path) -> No
     writer.end_part()
     again = RunWriter(tmp_path, num_parts=1)
     _add(again, [3])
-    again.write_manifest(_manifest(again.end_part()))
+    write_manifest(tmp_path, _manifest(again.end_part()))
     assert RunFolder.open(tmp_path).queries().collect()["event"].to_list() == [1, 3]
 
 

@@ -11,7 +11,7 @@ import torch
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
-from online_trainer.learner import OnlineLearner, MeasuredStep
+from online_trainer.learner import MeasuredStep, OnlineLearner
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
 
 

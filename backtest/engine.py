@@ -1,0 +1,426 @@
+"""The engine: a recorded log through the live code of stream, store, trainer and swap, with every arm asked on the way.
+
+One process, one partition, one thread that computes, clocks that stand still until events move them: everything a run
+leaves is a function of source, configuration and seed.
+
+A run goes on where its newest checkpoint is. The store is not part of that: it is a function of the events, so it is
+built again from the start, at several hundred thousand events a second, and the batches that the checkpoint holds
+already are passed over by their positions, as a restarted trainer does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backtest.answers import Answerer, Answers
+from backtest.arrivals import ArrivalConfig, in_order_of_arrival
+from backtest.batch_feed import BatchFeed, ClosedBatch
+from backtest.durations import duration_ms
+from backtest.event_columns import EventColumns, EventSource
+from backtest.fingerprints import histories_fingerprint, learner_fingerprints
+from backtest.ingest_stage import IngestStage
+from backtest.kept_weights import KeptWeights
+from backtest.online_arms import OwnHistories
+from backtest.queries import Queries
+from backtest.run_config import BacktestConfig
+from backtest.run_files import ArmCosts, RunWriter
+from backtest.run_setup import build_trainings
+from backtest.timeline import Timeline
+from backtest.training import Training
+from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
+from feature_store.hot import HotHistories
+from feature_store.schema import migrate
+from feature_store.store import FeatureStore
+from online_trainer.batching import LagRule, MicroBatcher
+from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
+from online_trainer.learner import LearnerConfig, MeasuredStep
+from online_trainer.prequential import USER_KINDS
+from stream.events import EventRules
+
+Int64s = NDArray[np.int64]
+
+STORE_FILE: Final = "store.db"
+CHECKPOINTS: Final = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineParts:
+    """What one run is made of."""
+
+    source: EventSource
+    config: BacktestConfig
+    arrivals: ArrivalConfig
+    rules: EventRules
+    store: FeatureStoreConfig
+    """Its `url` is not used: a run has a store of its own."""
+    hot: HotHistoriesConfig
+    learner: LearnerConfig
+    root: Path
+    stopping: Callable[[], bool] = lambda: False
+    on_progress: Callable[[Progress], None] = lambda _: None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    num_done: int
+    """Events learned from."""
+    num_events: int
+    time_ms: int
+    """The run's clock."""
+    is_catching_up: bool
+    """The store is being built again up to the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOutcome:
+    """What the engine knows at the end, for the manifest."""
+
+    is_complete: bool
+    num_events: int
+    num_evaluated: int
+    first_event_time_ms: int | None
+    last_event_time_ms: int | None
+    evaluated_from_ms: int | None
+    counts: dict[str, int]
+    metrics: dict[str, float]
+    fingerprints: dict[str, str]
+    wall_s: float
+    cpu_s: float
+    costs: dict[str, ArmCosts]
+    num_parts: int
+
+
+@dataclass(slots=True)
+class _Sofar:
+    """What goes from one session to the next, JSON-ready."""
+
+    num_evaluated: int = 0
+    first_ms: int | None = None
+    last_ms: int | None = None
+    evaluated_from_ms: int | None = None
+    is_evaluating: bool = False
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    num_parts: int = 0
+
+
+@dataclass(slots=True)
+class _Polls:
+    """Events behind the offsets that wait for a batch: numbers, times and users, poll by poll."""
+
+    first_offsets: list[int] = field(default_factory=list)
+    events: list[EventColumns] = field(default_factory=list)
+
+    def of(self, offsets: Int64s) -> EventColumns:
+        """The events at ascending offsets; what lies below is dropped."""
+        while len(self.events) > 1 and offsets[0] >= self.first_offsets[1]:
+            self.first_offsets.pop(0)
+            self.events.pop(0)
+        last = int(np.searchsorted(self.first_offsets, offsets[-1], side="right"))
+        joined = EventColumns.concat(self.events[:last])
+        return joined.take(offsets - self.first_offsets[0])
+
+
+class Backtest:
+    """One run. `run` once."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts, self._config = parts, parts.config
+        config_hash = parts.learner.model.config_hash()
+        checkpoint = read_newest_checkpoint(parts.root / CHECKPOINTS, config_hash=config_hash)
+        self._sofar = _Sofar(**checkpoint.state["sofar"]) if checkpoint is not None else _Sofar()
+        self._writer = RunWriter(parts.root, num_parts=self._sofar.num_parts)
+        self._answers = Answers(self._writer)
+        self._store = _empty_store(parts)
+        self._ingest = IngestStage(self._store, parts.rules)
+        hot = HotHistories(
+            self._store, replace(parts.hot, max_len=max(parts.hot.max_len, parts.learner.model.max_len + 1))
+        )
+        self._trainings: list[Training] = build_trainings(
+            parts.config, parts.learner, hot, self._answers, log_id=self._ingest.log_id
+        )
+        self._first = self._trainings[0]
+        self._kept = KeptWeights(parts.root, parts.config, parts.learner.trainer, self._store)
+        self._timeline = Timeline(self._writer, duration_ms(parts.config.timeline_every, "timeline_every"))
+        self._polls = _Polls()
+        self._queries: tuple[Queries, OwnHistories] | None = None
+        num_events = len(parts.source)
+        self._num_events = min(num_events, parts.config.limit) if parts.config.limit else num_events
+        self._warm_up = int(self._num_events * parts.config.warm_up_share)
+        self._late_ms = duration_ms(parts.config.late, "late")
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._resumed_at = self._first.learner.ledger.num_interactions
+        self._num_checkpoints = self._resumed_at // parts.config.checkpoint_events
+        self._started = (time.perf_counter(), time.process_time())
+        self._users: list[Int64s] = []
+
+    async def run(self) -> RunOutcome:
+        """Replay to the end, or until told to stop; what was done since the last checkpoint is done again then."""
+        await self._ingest.start()
+        try:
+            feed = self._feed()
+            is_whole = True
+            for poll in self._polled():
+                self._polls.first_offsets.append(self._ingest.num_committed)
+                self._polls.events.append(poll)
+                self._users.append(np.unique(poll.user_id))
+                for offset, update in await self._ingest.commit(poll):
+                    for closed in feed.batches(update, offset):
+                        self._step(closed)
+                        if self._parts.stopping():
+                            return self._outcome(is_complete=False)
+                if self._parts.stopping():
+                    is_whole = False
+                    break
+                self._report(poll)
+            if is_whole:
+                for closed in feed.rest():
+                    self._step(closed)
+                self._kept.end(self._first)
+                self._end_part()
+            return self._outcome(is_complete=is_whole)
+        finally:
+            self._ingest.close()
+            self._store.close()
+
+    def _polled(self) -> Iterator[EventColumns]:
+        batches = self._parts.source.batches(self._config.poll_events, end=self._num_events)
+        return in_order_of_arrival(map(EventColumns.of, batches), self._parts.arrivals)
+
+    def _feed(self) -> BatchFeed:
+        trainer, ledger = self._parts.learner.trainer, self._first.learner.ledger
+        batcher = MicroBatcher(
+            max_interactions=trainer.batch_interactions,
+            max_tokens=trainer.batch_tokens,
+            max_len=self._parts.learner.model.max_len,
+            positions=ledger.positions,
+            lag=LagRule.of(trainer),
+        )
+        known = ledger.of_log(self._ingest.log_id)
+        next_offset = max((position.source_offset for position in known.values()), default=0)
+        wait = self._config.batch_wait
+        wait_ms = None if wait == "never" else duration_ms(wait, "batch_wait")
+        return BatchFeed(batcher, wait_ms=wait_ms, next_offset=next_offset)
+
+    def _step(self, closed: ClosedBatch) -> None:
+        events = self._polls.of(closed.offsets)
+        evaluates_next = int(closed.offsets[-1]) + 1 >= self._warm_up
+        for training in self._trainings:
+            asking = self._asking(events, is_first=training is self._first)
+            training.step(closed, asking, evaluates_next=evaluates_next)
+        is_set_aside = bool(self._first.learner.set_aside)
+        for training in self._trainings:
+            training.learner.set_aside.clear()
+        self._queries = None
+        self._note(closed, events, evaluates_next)
+        self._kept.after_step(self._first, closed, is_set_aside=is_set_aside)
+        decisions = self._first.learner.take_drift_decisions()
+        self._timeline.look(closed, self._first.learner, self._ingest.counts, decisions)
+        done = self._first.learner.ledger.num_interactions // self._config.checkpoint_events
+        if done > self._num_checkpoints:
+            self._num_checkpoints = done
+            self._checkpoint()
+
+    def _note(self, closed: ClosedBatch, events: EventColumns, evaluates_next: bool) -> None:
+        sofar = self._sofar
+        sofar.first_ms = int(events.query_time_ms[0]) if sofar.first_ms is None else sofar.first_ms
+        sofar.last_ms = int(max(sofar.last_ms or 0, events.query_time_ms.max()))
+        if evaluates_next and not sofar.is_evaluating:
+            sofar.is_evaluating, sofar.evaluated_from_ms = True, closed.closed_ms
+
+    def _asking(
+        self, events: EventColumns, *, is_first: bool
+    ) -> Callable[[MeasuredStep], tuple[Queries, OwnHistories] | None]:
+        def asking(measured: MeasuredStep) -> tuple[Queries, OwnHistories] | None:
+            if not self._sofar.is_evaluating:
+                return None
+            if is_first:
+                self._queries = self._asked(measured, events)
+            assert self._queries is not None, "all trainings test the same interactions"
+            assert len(self._queries[0]) == len(measured.examples.positions)
+            return self._queries
+
+        return asking
+
+    def _asked(self, measured: MeasuredStep, events: EventColumns) -> tuple[Queries, OwnHistories]:
+        """The queries of a step, and the answers of everything that the first learner's test has ranked."""
+        examples = measured.examples
+        of_target = events.take(examples.target_rows)
+        queries = Queries.of_examples(
+            examples,
+            of_target.event,
+            is_repeat_P=_repeats(measured),
+            sample_every=self._config.sample_every,
+        )
+        self._sofar.num_evaluated += len(queries)
+        self._writer.add_queries(
+            event=of_target.event,
+            event_time_ms=of_target.query_time_ms,
+            user_id=of_target.user_id,
+            item_id=of_target.item_id,
+            item_kind=(measured.cells_P // len(USER_KINDS)).astype(np.int8),
+            user_kind=(measured.cells_P % len(USER_KINDS)).astype(np.int8),
+        )
+        for name in self._config.baselines:
+            if name in measured.ranks:
+                self._answers.ranks(Answerer(arm=name), queries, measured.ranks[name], measured.num_known)
+        return queries, self._own_histories(queries, of_target)
+
+    def _own_histories(self, queries: Queries, of_target: EventColumns) -> OwnHistories:
+        known: dict[int, Queries] = {}
+
+        def own(lag_ms: int) -> Queries:
+            if lag_ms not in known:
+                histories = self._store.read(
+                    of_target.user_id,
+                    max_len=self._parts.learner.model.max_len,
+                    before_ms=of_target.event_time_ms,
+                    known_at_ms=of_target.query_time_ms - lag_ms,
+                )
+                known[lag_ms] = queries.on(histories, of_target.query_time_ms)
+            return known[lag_ms]
+
+        return own
+
+    def _report(self, poll: EventColumns) -> None:
+        done = self._first.learner.ledger.num_interactions
+        progress = Progress(
+            num_done=max(done, 0),
+            num_events=self._num_events,
+            time_ms=int(poll.arrival_ms[-1]),
+            is_catching_up=self._ingest.num_committed < self._resumed_at,
+        )
+        self._parts.on_progress(progress)
+
+    def _end_part(self) -> None:
+        for training in self._trainings:
+            training.settle_all()
+        self._sofar.num_parts = self._writer.end_part()
+
+    def _checkpoint(self) -> None:
+        # Step 1: everything that was asked is answered and written.
+        self._end_part()
+        # Step 2: publishing begins with an anchor, as after a restart: so a run that goes on from here and one that
+        # was not interrupted publish the same.
+        self._kept.begin_again(self._first)
+        # Step 3: the checkpoint appears whole, or the run goes on from the one before.
+        write_checkpoint(self._parts.root / CHECKPOINTS, self._captured(), keep=1)
+        wall_s, cpu_s = self._spent()
+        self._writer.add_speed(events=self._first.learner.ledger.num_interactions, wall_s=wall_s, cpu_s=cpu_s)
+
+    def _captured(self) -> Checkpoint:
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
+        for place, training in enumerate(self._trainings):
+            own, state[str(place)] = training.state()
+            tensors |= {f"{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        wall_s, cpu_s = self._spent()
+        sofar = replace(self._sofar, wall_s=wall_s, cpu_s=cpu_s)
+        whole: dict[str, Any] = {
+            "trainings": state,
+            "sofar": {name: getattr(sofar, name) for name in _Sofar.__dataclass_fields__},
+            "timeline": self._timeline.state(),
+            "kept": self._kept.state(),
+            "costs": {
+                name: [c.cpu_s, c.num_publications, c.num_bytes_published] for name, c in self._answers.costs().items()
+            },
+        }
+        step = self._first.learner.ledger.num_steps
+        return Checkpoint(step, self._parts.learner.model.config_hash(), tensors, whole)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        for place, training in enumerate(self._trainings):
+            prefix = f"{place}."
+            own = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+            training.load_state(checkpoint.step, checkpoint.config_hash, own, state["trainings"][str(place)])
+        self._timeline.load_state(state["timeline"])
+        self._kept.load_state(state["kept"], self._first)
+        self._answers.load_costs(
+            {
+                name: ArmCosts(cpu_s=c, num_publications=n, num_bytes_published=b)
+                for name, (c, n, b) in state["costs"].items()
+            }
+        )
+
+    def _spent(self) -> tuple[float, float]:
+        """Seconds by the wall clock and of CPU, all sessions together."""
+        wall_s, cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        return round(self._sofar.wall_s + wall_s, 3), round(self._sofar.cpu_s + cpu_s, 3)
+
+    def _outcome(self, *, is_complete: bool) -> RunOutcome:
+        learner, sofar, counts = self._first.learner, self._sofar, self._ingest.counts
+        wall_s, cpu_s = self._spent()
+        costs = self._answers.costs()
+        shared_s = cpu_s - sum(cost.cpu_s for cost in costs.values())
+        fingerprints = {}
+        if is_complete and self._users:
+            histories = histories_fingerprint(self._store, np.concatenate(self._users))
+            fingerprints = {"histories": histories, **learner_fingerprints(learner.capture_checkpoint().tensors)}
+        return RunOutcome(
+            is_complete=is_complete,
+            num_events=self._ingest.num_committed,
+            num_evaluated=sofar.num_evaluated,
+            first_event_time_ms=sofar.first_ms,
+            last_event_time_ms=sofar.last_ms,
+            evaluated_from_ms=sofar.evaluated_from_ms,
+            counts={
+                "accepted": counts.num_accepted,
+                "duplicate": counts.num_duplicate,
+                "expired": counts.num_expired,
+                "late": counts.num_late,
+                "refused": sum(counts.num_refused.values()),
+                "learned": learner.ledger.num_supervised,
+                "first_of_user": learner.ledger.num_first,
+                "out_of_reach": learner.ledger.num_out_of_reach,
+                "quarantined": learner.ledger.num_quarantined,
+                "steps": learner.ledger.num_steps,
+            },
+            metrics=learner.metrics_summary(),
+            fingerprints=fingerprints,
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            costs={"shared": ArmCosts(cpu_s=round(shared_s, 3)), **costs},
+            num_parts=sofar.num_parts,
+        )
+
+
+def _repeats(measured: MeasuredStep) -> NDArray[np.bool_]:
+    """bool[P]: whether the user had had the item within the history that the trainer reads."""
+    examples = measured.examples
+    starts_P = examples.offsets[np.searchsorted(examples.offsets, examples.positions, side="right") - 1]
+    lengths_P = examples.positions + 1 - starts_P
+    place_S = np.repeat(np.arange(len(starts_P)), lengths_P)
+    first_S = np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
+    items_S = examples.item_id[np.repeat(starts_P, lengths_P) + np.arange(len(place_S)) - first_S]
+    is_same_S = items_S == examples.target_item_id[place_S]
+    return np.bincount(place_S[is_same_S], minlength=len(starts_P)) > 0
+
+
+def _empty_store(parts: EngineParts) -> FeatureStore:
+    parts.root.mkdir(parents=True, exist_ok=True)
+    for path in parts.root.glob(f"{STORE_FILE}*"):
+        path.unlink()
+    url = f"sqlite:///{parts.root / STORE_FILE}"
+    migrate(url)
+    return FeatureStore(replace(parts.store, url=url))
+
+
+def remove_run(root: Path) -> None:
+    """Everything that a run wrote, so that it can begin anew."""
+    for name in ("queries", "ranks", "lists", "publications", "timeline", "drift", CHECKPOINTS, "snapshots"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    for name in ("run.json", "speed.jsonl"):
+        (root / name).unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""What a backtest runs: the `[backtest]` and `[arrivals]` tables of its configuration file. All other tables are those
+of `headrace.toml`, since what runs is what runs live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal
+
+from backtest.durations import as_text, duration_ms, publish_interval_ms
+from backtest.online_arms import OnlineArm
+from backtest.run_files import ArmInfo, check_arm_name
+
+ArmKind = Literal["online", "frozen"]
+Baseline = Literal["popularity", "cooccurrence"]
+
+OVERRIDABLE: Final = ("model", "loss", "optimizer", "drift")
+"""Tables that an arm may change for itself: how it learns, not what is asked of it."""
+_SHARED: Final = (("model", "max_len"), ("loss", "action_weights"))
+"""... but for these, which decide what is asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmConfig:
+    """One arm of a run: `[[backtest.arms]]`."""
+
+    name: str
+    """Names its folder: lower-case letters, digits, `.`, `_`, `-`."""
+    kind: ArmKind = "online"
+    """online: learns from every event, and answers with what it published last. frozen: as online until `at`, then
+    never published again."""
+    title: str = ""
+    """For people; empty: made from the other settings."""
+    publish_every: str = "batch"
+    """Δ of an online arm: `batch`, a duration such as `10m`, or `never`: once, when evaluation begins."""
+    weights_lag: str = "0s"
+    """How long after a publication replicas have it."""
+    histories_lag: str = "0s"
+    """How long after its arrival an interaction is in the history that is read."""
+    at: str = ""
+    """When a frozen arm is published (RFC 3339); empty: when evaluation begins."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of [model], [loss], [optimizer] and [drift] that differ, such as {model = {kind = "sasrec"}}. Arms with
+    the same differences share one training."""
+
+    def __post_init__(self) -> None:
+        check_arm_name(self.name)
+        publish_interval_ms(self.publish_every, f"arm {self.name}: publish_every")
+        for name in ("weights_lag", "histories_lag"):
+            duration_ms(getattr(self, name), f"arm {self.name}: {name}")
+        if self.at:
+            self.at_ms()
+        for table, values in self.settings.items():
+            for key in values:
+                if table not in OVERRIDABLE or (table, key) in _SHARED:
+                    raise ValueError(
+                        f"arm {self.name}: settings.{table}.{key} is the same for all arms of a run, which answer the "
+                        f"same queries: set it for the run, or make another run"
+                    )
+
+    def at_ms(self) -> int | None:
+        """`at` in epoch ms."""
+        if not self.at:
+            return None
+        moment: datetime | None
+        try:
+            moment = datetime.fromisoformat(self.at)
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            raise ValueError(f"arm {self.name}: at = {self.at!r}: write RFC 3339 with an offset: 2017-10-05T12:00:00Z")
+        return round(moment.timestamp() * 1000)
+
+    def interval_ms(self) -> int | None:
+        """Δ; None: once."""
+        return None if self.kind == "frozen" else publish_interval_ms(self.publish_every, "publish_every")
+
+    def online_arm(self) -> OnlineArm:
+        """Of an online or frozen arm."""
+        return OnlineArm(
+            name=self.name,
+            interval_ms=self.interval_ms(),
+            weights_lag_ms=duration_ms(self.weights_lag, "weights_lag"),
+            histories_lag_ms=duration_ms(self.histories_lag, "histories_lag"),
+            starts_ms=self.at_ms(),
+        )
+
+    def info(self, ablation: str | None = None) -> ArmInfo:
+        """For the run's manifest."""
+        return ArmInfo(
+            name=self.name,
+            kind=self.kind,
+            title=self.title or self._made_title(),
+            settings={"at": self.at, **self.settings},
+            publish_every_ms=self.interval_ms(),
+            weights_lag_ms=duration_ms(self.weights_lag, "weights_lag"),
+            histories_lag_ms=duration_ms(self.histories_lag, "histories_lag"),
+            ablation=ablation,
+        )
+
+    def _made_title(self) -> str:
+        if self.kind == "frozen":
+            what = f"Frozen at {self.at or 'the start of evaluation'}"
+        elif self.publish_every == "never":
+            what = "Online, never published again"
+        else:
+            what = f"Online, published every {self.publish_every}"
+        lags = [
+            f"{name} {value} late"
+            for name, value in (("weights", self.weights_lag), ("histories", self.histories_lag))
+            if duration_ms(value, name)
+        ]
+        changed = [f"{table}.{key} = {value}" for table, own in self.settings.items() for key, value in own.items()]
+        return ", ".join([what, *lags, *changed])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BacktestConfig:
+    """How a recorded log is replayed, and who is compared."""
+
+    name: str = "backtest"
+    """Of the run; names its folder unless --out does."""
+    seeds: tuple[int, ...] = (42,)
+    """One run for each, of weights and all that is drawn in training; of several, mean and spread are told."""
+    limit: int = 0
+    """Events replayed at most; 0: all."""
+    warm_up_share: float = 0.1
+    """Share of the events that is learned from before evaluation begins. Arms that publish once publish then."""
+    poll_events: int = 5_000
+    """Events of one commit to the store."""
+    batch_wait: str = "never"
+    """Event time after which a batch is closed that is not full, since its first event; `never`: only full batches,
+    as of a trainer that has something to do all the time."""
+    checkpoint_events: int = 50_000
+    """Accepted events between two checkpoints: what is repeated when a run was interrupted, and what is in one part of
+    its tables."""
+    keep_weights_every: str = "1d"
+    """How often the first training's weights are kept on disk, for `headrace backtest at`; `never`: not at all."""
+    timeline_every: str = "1h"
+    """Event time between two looks at the catalogue."""
+    sample_every: int = 16
+    """Of every n-th event the list that each arm would have shown is kept."""
+    late: str = "0s"
+    """With late events: how long answers wait for events that happened before. Longer costs memory; what comes later
+    still is answered by newer weights than it should be. 0s: the log is in event-time order, and nothing is late."""
+    publish_every: tuple[str, ...] = ()
+    """An online arm for each Δ: the freshness curve."""
+    weights_lag: tuple[str, ...] = ()
+    """An online arm published every batch for each delay of its weights."""
+    histories_lag: tuple[str, ...] = ()
+    """An online arm published every batch for each delay of the histories it reads."""
+    baselines: tuple[Baseline, ...] = ("popularity", "cooccurrence")
+    """Arms that need no training."""
+    arms: tuple[ArmConfig, ...] = ()
+    """Further arms."""
+
+    def __post_init__(self) -> None:
+        for name in ("poll_events", "checkpoint_events", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"backtest.{name} = {getattr(self, name)}: must be at least 1")
+        if self.limit < 0 or not 0 <= self.warm_up_share < 1:
+            raise ValueError(
+                f"backtest.limit = {self.limit}, backtest.warm_up_share = {self.warm_up_share}: the first must not be "
+                "negative, the second a share from 0 to below 1"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"backtest.seeds = {self.seeds}: name at least one, each once")
+        for name in ("batch_wait", "keep_weights_every"):
+            if getattr(self, name) != "never":
+                duration_ms(getattr(self, name), f"backtest.{name}")
+        for name in ("timeline_every", "late"):
+            duration_ms(getattr(self, name), f"backtest.{name}")
+        names = [arm.name for arm, _ in self.all_arms()] + list(self.baselines)
+        doubles = {name for name in names if names.count(name) > 1}
+        if doubles:
+            raise ValueError(f"backtest: arms named twice: {', '.join(sorted(doubles))}")
+        if not self.all_arms():
+            raise ValueError('backtest: no arm learns; name backtest.publish_every = ["batch"] or [[backtest.arms]]')
+
+    def all_arms(self) -> list[tuple[ArmConfig, str | None]]:
+        """Every arm that learns, with the curve that it is a point of."""
+        found: list[tuple[ArmConfig, str | None]] = [
+            (ArmConfig(name=f"online-{text}", publish_every=text), "publish_every") for text in self.publish_every
+        ]
+        for option, word in (("weights_lag", "weights"), ("histories_lag", "histories")):
+            for text in getattr(self, option):
+                lag = as_text(duration_ms(text, f"backtest.{option}"))
+                found.append((ArmConfig(name=f"{word}-late-{lag}", **{option: text}), option))
+        return [*found, *((arm, None) for arm in self.arms)]

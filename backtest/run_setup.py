@@ -1,0 +1,52 @@
+"""The trainings that a run's arms need, made from its settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+from backtest.answers import Answers
+from backtest.durations import duration_ms
+from backtest.online_arms import OnlineArm
+from backtest.run_config import BacktestConfig
+from backtest.training import Training
+from feature_store.hot import HotHistories
+from online_trainer.learner import LearnerConfig, OnlineLearner
+
+
+def build_trainings(
+    config: BacktestConfig, learner: LearnerConfig, hot: HotHistories, answers: Answers, *, log_id: str
+) -> list[Training]:
+    """One for each set of settings; the first has the run's own, and its test ranks for the baselines."""
+    arms_of: dict[str, list[OnlineArm]] = {"{}": []}
+    for arm, _ in config.all_arms():
+        arms_of.setdefault(json.dumps(arm.settings, sort_keys=True), []).append(arm.online_arm())
+    late_ms = duration_ms(config.late, "late")
+    return [
+        Training(
+            OnlineLearner(with_settings(learner, json.loads(settings)), hot, log_id=log_id),
+            arms,
+            answers,
+            late_ms=late_ms,
+        )
+        for settings, arms in arms_of.items()
+    ]
+
+
+def with_settings(learner: LearnerConfig, settings: dict[str, dict[str, Any]]) -> LearnerConfig:
+    """The learner's settings with some changed; raises ValueError for one that does not exist or is out of range."""
+    changed = {}
+    for table, values in settings.items():
+        own = getattr(learner, table)
+        known = [one.name for one in fields(own)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"an arm sets {table}.{name}, which does not exist: known are {', '.join(known)}")
+        changed[table] = replace(own, **values)
+    return replace(learner, **changed)
+
+
+def with_seed(learner: LearnerConfig, seed: int) -> LearnerConfig:
+    """The learner's settings for one run of a sweep."""
+    return replace(learner, trainer=replace(learner.trainer, seed=seed), model=replace(learner.model, seed=seed))
