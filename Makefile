@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift bench-recommend docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-store bench-swap bench-publish bench-drift bench-recommend bench-serving docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ bench-drift: $(STAMP) ## drift on simulated streams: delay, false alarms, recove
 
 bench-recommend: $(STAMP) ## what a recommendation costs: user states kept or not, search of the catalogue; ARGS="--only search"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_recommend.py $(ARGS)
+
+bench-serving: $(STAMP) ## latency, pauses and memory of a worker under load while weights are swapped; ARGS=--quick
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_serving.py $(ARGS)
 
 bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)

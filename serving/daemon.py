@@ -83,6 +83,7 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
     server = _Server(
         uvicorn.Config(
             _ClosingWhenLeaving(build_api(worker), worker),
+            http="httptools",
             lifespan="off",
             access_log=False,
             log_config=None,

@@ -17,7 +17,9 @@ from kernels.top_k.cpu import top_k_cpu
 from kernels.top_k.reference import top_k_reference
 
 ROWS_PER_CHUNK = 8192
-"""Rows scored at once: 64 KiB of keys per query."""
+"""Rows scored at once at least: 64 KiB of keys per query."""
+SCORES_PER_CHUNK = 1 << 18
+"""Few queries take more rows at once, up to so many scores together (1 MiB): a chunk costs some 0.2 ms besides."""
 ROWS_MAX = 1 << 32
 """Row numbers fill the lower half of a key."""
 
@@ -39,7 +41,7 @@ def top_k(
     scale: Tensor | float = 1.0,
     offset_V: Tensor | None = None,
     excluded: JaggedTensor | None = None,
-    rows_per_chunk: int = ROWS_PER_CHUNK,
+    rows_per_chunk: int | None = None,
     kernel: KernelName = "auto",
 ) -> TopK:
     """The k rows v with the largest ``scale * u . item[v] + offset[v]`` for each query, exactly; equals by lower row.
@@ -47,10 +49,13 @@ def top_k(
     u_BD, item_VD: float[B, D] and float[V, D] of one dtype and device. scale: float or scalar tensor. offset_V:
     float[V]. excluded: jagged int64, B rows of row numbers a query must not get (already seen); numbers outside the
     catalogue are ignored. Scores are float32; -inf ranks last among numbers, and NaN after it. No more than
-    rows_per_chunk scores per query exist at once (the reference, for debugging, holds all). No gradient.
+    rows_per_chunk scores per query exist at once (the reference, for debugging, holds all), by default 8,192, or more
+    for few queries. No gradient.
     ValueError for wrong shapes, dtypes or devices.
     """
     _check(u_BD, item_VD, k, offset_V, excluded)
+    if rows_per_chunk is None:
+        rows_per_chunk = max(ROWS_PER_CHUNK, SCORES_PER_CHUNK // max(1, u_BD.shape[0]))
     if rows_per_chunk < 1:
         raise ValueError(f"rows_per_chunk is {rows_per_chunk}; it must be 1 or more rows")
     if not isinstance(scale, Tensor):
