@@ -111,6 +111,7 @@ def _seen(record: Record, update: HistoryUpdate, rules: ImpressionRules, index: 
         time_ms=times_ms[rows],
         event_time_ms=interactions.event_time_ms,
         action=interactions.action.astype(np.int64),
+        value=interactions.value,
         announced_ms=np.full(len(rows), record.timestamp_ms),
     )
 
@@ -184,6 +185,7 @@ class LabelJoin:
             time_ms=self.rules.times_ms(histories),
             event_time_ms=histories.event_time_ms,
             action=histories.action.astype(np.int64),
+            value=histories.value,
             announced_ms=histories.arrival_ms,
         )
 

@@ -138,7 +138,7 @@ def _number(raw: int | str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """N interactions that may take items; i64 all."""
+    """N interactions that may take items; i64 all but the values."""
 
     user_id: NDArray[np.int64]
     item_id: NDArray[np.int64]
@@ -146,6 +146,8 @@ class Seen:
     """What windows are compared with."""
     event_time_ms: NDArray[np.int64]
     action: NDArray[np.int64]
+    value: NDArray[np.float32]
+    """NaN where there is none."""
     announced_ms: NDArray[np.int64]
     """When the log took the update that announced the interaction."""
 
@@ -191,6 +193,7 @@ class Outcome:
         *,
         actions: Sequence[int] = (),
         event_times_ms: Sequence[int] = (),
+        values: Sequence[float | None] = (),
     ) -> None:
         """Label the items at these places."""
         shown = decode_message(Impression, impression.payload)
@@ -208,6 +211,8 @@ class Outcome:
                 scores=[shown.scores[place] for place in places],
                 actions=list(actions),
                 event_times_ms=list(event_times_ms),
+                values=list(values),
+                from_ms=impression.from_ms,
             )
         )
         self.counts["late" if late else outcome] += len(places)
@@ -245,7 +250,7 @@ def _label_taken(
     outcome: Outcome,
 ) -> None:
     """Label items at the places `new`, given the rows of `seen` that lie in the window."""
-    places, actions, event_times_ms = [], [], []
+    places, actions, event_times_ms, values = [], [], [], []
     too_late_ms = config.too_late_ms(impression.until_ms)
     for place in new.tolist():
         mine = inside[seen.item_id[inside] == impression.item_ids[place]]
@@ -255,9 +260,16 @@ def _label_taken(
         places.append(place)
         actions.append(int(np.bitwise_or.reduce(seen.action[mine])))
         event_times_ms.append(int(seen.event_time_ms[mine].min()))
+        values.append(_last_value(seen, mine))
     if places:
         at = np.array(places, np.int64)
-        outcome.add(impression, at, "taken", actions=actions, event_times_ms=event_times_ms)
+        outcome.add(impression, at, "taken", actions=actions, event_times_ms=event_times_ms, values=values)
+
+
+def _last_value(seen: Seen, rows: NDArray[np.int64]) -> float | None:
+    """Of the latest of some interactions that has one."""
+    valued = rows[np.isfinite(seen.value[rows])]
+    return float(seen.value[valued[np.argmax(seen.event_time_ms[valued])]]) if len(valued) else None
 
 
 def close(impression: OpenImpression, config: LabelConfig, outcome: Outcome) -> None:

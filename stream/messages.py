@@ -220,6 +220,11 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
     """Taken: I bitmasks of the user's actions on the item that were known when the label was made. Else empty."""
     event_times_ms: list[int]
     """Taken: I event times, of the first of these actions. Else empty."""
+    values: list[float | None] = []
+    """Taken: I values, of the last of these actions that has one. Else empty, as in labels of earlier versions."""
+    from_ms: int | None = None
+    """When the window began: interactions that arrived before it are what the answer could know. `shown_at_ms`, or in
+    a replay, whose event times say nothing about arrival, the impression's append time. None: of an earlier version."""
 
 
 class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
