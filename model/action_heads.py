@@ -24,14 +24,18 @@ class ActionTask:
     """bce: the probability of an action. mse: the interaction's value (such as the logarithm of seconds watched)."""
     action_bit: int | None = None
     """The kind of action whose probability a bce task predicts: its bit among an interaction's actions."""
+    value_at_least: float | None = None
+    """Or, of a bce task, the value whose reaching it predicts (a rating of 8 or more)."""
     weight: float = 1.0
     """Factor of the task's loss in the sum."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("bce", "mse"):
             raise ValueError(f"kind of task {self.name!r} is {self.kind!r}; it must be bce or mse")
-        if (self.action_bit is not None) != (self.kind == "bce"):
-            raise ValueError(f"task {self.name!r}: a bce task names an action_bit, an mse task none")
+        if (self.action_bit is not None) + (self.value_at_least is not None) != (self.kind == "bce"):
+            raise ValueError(
+                f"task {self.name!r}: a bce task names an action_bit or a value_at_least, an mse task neither"
+            )
         if self.action_bit is not None and not 0 <= self.action_bit < 62:
             raise ValueError(f"action_bit of task {self.name!r} is {self.action_bit}; it must be 0 to 61")
         if not self.weight >= 0:
@@ -101,21 +105,31 @@ class ActionHeads(nn.Module):
     ) -> ActionLabels:
         """The labels of every task, from interactions as they are stored.
 
-        actions_P: int64[P], a bit for each kind of action. values_P: float[P], needed by mse tasks. labelled_P:
-        bool[P], where they are known; None: everywhere.
+        actions_P: int64[P], a bit for each kind of action, 0 where nothing was done. values_P: float[P], needed by
+        tasks about values, NaN where unknown: no such task is labelled there, but where nothing was done no value was
+        reached. labelled_P: bool[P], where actions are known; None: everywhere.
         """
-        if values_P is None and any(task.kind == "mse" for task in self.tasks):
-            raise ValueError("values_P is None, but a task of kind mse predicts them")
+        if values_P is None and any(task.action_bit is None for task in self.tasks):
+            raise ValueError("values_P is None, but a task is about values")
         values_PK = torch.stack([self._label(task, actions_P, values_P) for task in self.tasks], dim=1)
         if labelled_P is None:
             labelled_P = torch.ones_like(actions_P, dtype=torch.bool)
-        return ActionLabels(values_PK=values_PK, labelled_PK=labelled_P[:, None].expand_as(values_PK))
+        known_PK = torch.stack([self._known(task, actions_P, values_P) for task in self.tasks], dim=1)
+        return ActionLabels(values_PK=values_PK, labelled_PK=labelled_P[:, None] & known_PK)
+
+    def _known(self, task: ActionTask, actions_P: Tensor, values_P: Tensor | None) -> Tensor:
+        if task.action_bit is not None:
+            return torch.ones_like(actions_P, dtype=torch.bool)
+        assert values_P is not None
+        return values_P.isfinite() if task.kind == "mse" else values_P.isfinite() | (actions_P == 0)
 
     def _label(self, task: ActionTask, actions_P: Tensor, values_P: Tensor | None) -> Tensor:
         dtype = self.task_bias.dtype
         if task.action_bit is not None:
             return ((actions_P >> task.action_bit) & 1).to(dtype)
         assert values_P is not None
+        if task.value_at_least is not None:
+            return (values_P >= task.value_at_least).to(dtype)
         return values_P.to(dtype)
 
     def task_losses(self, predictions_PK: Tensor, labels: ActionLabels) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ class ModelConfig:
         _require(self, "trend_coefficient", 0.0, 100.0)
         _require(self, "seed", 0, (1 << 63) - 1)
 
-    def as_dict(self) -> dict[str, int | float | str]:
+    def as_dict(self) -> dict[str, Any]:
         """Every field, as stored in a manifest."""
         return asdict(self)
 

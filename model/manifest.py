@@ -28,7 +28,8 @@ class Lineage:
 
     positions: next source offset per partition of the log ``log_id``. num_interactions and fingerprint (sum of the
     64-bit event keys, modulo 2**64) count what was taken from the stream, for comparison with the store; of these,
-    num_thinned were passed over instead of learned from, because the stream outran the trainer.
+    num_thinned were passed over instead of learned from, because the stream outran the trainer. num_labels: what the
+    ranking head has learned from.
     """
 
     log_id: str = ""
@@ -36,6 +37,7 @@ class Lineage:
     num_interactions: int = 0
     fingerprint: int = 0
     num_thinned: int = 0
+    num_labels: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ class Manifest:
     kind: SnapshotKind
     parent: int | None
     config_hash: str
-    model_config: dict[str, int | float | str]
+    model_config: dict[str, Any]
     num_items: int
     created_at_ms: int
     watermark_ms: int
@@ -102,6 +104,7 @@ class Manifest:
                     positions={int(p): int(o) for p, o in lineage["positions"].items()},
                     num_interactions=int(lineage["num_interactions"]),
                     fingerprint=int(lineage["fingerprint"]),
+                    num_labels=int(lineage.get("num_labels", 0)),  # likewise, before there was a ranking head
                     num_thinned=int(lineage.get("num_thinned", 0)),  # snapshots of before there was thinning
                 ),
                 files={name: FileEntry(**entry) for name, entry in files.items()},

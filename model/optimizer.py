@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
@@ -22,15 +22,22 @@ from model.reserved_memory import reserved_zeros
 
 
 class RecommenderOptimizer:
-    """Steps a recommender's dense parameters and the item rows of each step; marks those rows dirty."""
+    """Steps dense parameters of a recommender and the item rows of each step; marks those rows dirty.
 
-    def __init__(self, recommender: Recommender, config: OptimizerConfig) -> None:
+    parameters: those it steps, by name; None: all but the ranking head's, which learns from other labels in steps of
+    its own.
+    """
+
+    def __init__(
+        self, recommender: Recommender, config: OptimizerConfig, *, parameters: dict[str, nn.Parameter] | None = None
+    ) -> None:
         self.recommender = recommender
         self.config = config
         self._step = 0
+        self._parameters = recommender.retrieval_parameters() if parameters is None else parameters
         self._dense = {
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
-            for name, parameter in recommender.named_parameters()
+            for name, parameter in self._parameters.items()
         }
         self._rows = _zero_rows(recommender.config)
 
@@ -49,7 +56,7 @@ class RecommenderOptimizer:
         config = self.config
         self._step += 1
         correction1, correction2 = 1 - config.beta1**self._step, 1 - config.beta2**self._step
-        for name, parameter in self.recommender.named_parameters():
+        for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
             first, second = self._dense[name]
@@ -61,7 +68,7 @@ class RecommenderOptimizer:
 
     def _step_rows(self, active: ActiveRows, learning_rate: float) -> None:
         items = self.recommender.items
-        if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None or active.bias_R.grad is None:
+        if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None:
             return
         grad_RD, grad_R, rows_R = active.weight_RD.grad, active.bias_R.grad, active.rows_R
         state = {name: column[rows_R] for name, column in self._rows.items()}
@@ -70,7 +77,8 @@ class RecommenderOptimizer:
         weight_RD.mul_(1 - learning_rate * self.config.row_weight_decay)
         move = partial(self._move, steps_R=state["steps"], learning_rate=learning_rate)
         move(weight_RD, grad_RD, state["first"], state["second"])
-        move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"])
+        if grad_R is not None:  # the ranking head reads no biases
+            move(bias_R[:, None], grad_R[:, None], state["bias_first"][:, None], state["bias_second"])
         for name, column in self._rows.items():
             column[rows_R] = state[name]
         items.weight[rows_R], items.bias[rows_R] = weight_RD, bias_R

@@ -73,6 +73,19 @@ class RankingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankingModelConfig(ModelConfig):
+    """A model that has a ranking head beside retrieval; weights are exchanged only if that is equal, too."""
+
+    ranking: RankingConfig
+    """The head."""
+
+    def config_hash(self) -> str:
+        """See ModelConfig; the factors of the tasks' losses may differ."""
+        tasks = tuple(replace(task, weight=1.0) for task in self.ranking.tasks)
+        return ModelConfig.config_hash(replace(self, ranking=replace(self.ranking, tasks=tasks)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Engagements:
     """Histories of B users in event-time order: items, and what was done with them.
 
@@ -139,8 +152,8 @@ class RankingNetwork(nn.Module):
         dropout: generator of a training pass, None for inference. ValueError for a history longer than max_len or
         more candidates of a user than max_candidates (where reading the offsets needs no device synchronisation).
         """
-        self._check_lengths(engagements, candidates)
-        sequence = self._tokens(engagements, candidates)
+        self.check_lengths(engagements, candidates)
+        sequence = self.tokens(engagements, candidates)
         x_TD = self.encoder.hidden_states(
             sequence.x_TD,
             None,
@@ -153,8 +166,10 @@ class RankingNetwork(nn.Module):
             kernel=kernel,
         )
         return ActionPredictions(
-            candidates_CK=self._predict(x_TD, sequence.candidate_positions_C),
-            interactions_LK=None if self.config.tokens == "merged" else self._predict(x_TD, sequence.item_positions_L),
+            candidates_CK=self.predict(x_TD.index_select(0, sequence.candidate_positions_C)),
+            interactions_LK=None
+            if self.config.tokens == "merged"
+            else self.predict(x_TD.index_select(0, sequence.item_positions_L)),
         )
 
     def loss(
@@ -191,7 +206,8 @@ class RankingNetwork(nn.Module):
             ),
         )
 
-    def _tokens(self, engagements: Engagements, candidates: Candidates | None) -> TokenSequence:
+    def tokens(self, engagements: Engagements, candidates: Candidates | None) -> TokenSequence:
+        """What the encoder reads: histories, and candidates behind them."""
         history = Interactions(
             item_LD=engagements.item_LD,
             action_LD=self.actions(engagements.actions_L, engagements.values_L),
@@ -202,13 +218,18 @@ class RankingNetwork(nn.Module):
             return interleaved(history, candidates)
         return merged(history, candidates, self.actions.no_action())
 
-    def _predict(self, x_TD: Tensor, positions_P: Tensor) -> Tensor:
+    def candidate_tokens(self, item_CD: Tensor) -> Tensor:
+        """float[C, D]: what the encoder reads of candidates, as ``tokens`` puts them behind histories."""
+        return item_CD + self.actions.no_action() if self.config.tokens == "merged" else item_CD
+
+    def predict(self, x_PD: Tensor) -> Tensor:
+        """float[P, K], from the encoder's output at tokens that name an item and know nothing of the action on it."""
         # The layers add up without bound; the heads read directions, at the scale they start out for.
-        state_PD = functional.layer_norm(x_TD.index_select(0, positions_P), x_TD.shape[1:], eps=NORM_EPS)
-        predictions_PK: Tensor = self.heads(state_PD)
+        predictions_PK: Tensor = self.heads(functional.layer_norm(x_PD, x_PD.shape[1:], eps=NORM_EPS))
         return predictions_PK
 
-    def _check_lengths(self, engagements: Engagements, candidates: Candidates | None) -> None:
+    def check_lengths(self, engagements: Engagements, candidates: Candidates | None) -> None:
+        """ValueError for a history or a row of candidates that is too long; on the CPU, where reading costs nothing."""
         _check_longest("interactions", engagements.offsets, "max_len", self.max_len)
         if candidates is not None:
             _check_longest("candidates", candidates.offsets, "max_candidates", self.config.max_candidates)
@@ -220,4 +241,4 @@ def _check_longest(what: str, offsets: Tensor, setting: str, most: int) -> None:
         raise ValueError(f"a user has {int(lengths_B.max())} {what}; {setting} is {most}")
 
 
-__all__ = ["ActionPredictions", "Engagements", "RankingConfig", "RankingNetwork"]
+__all__ = ["ActionPredictions", "Engagements", "RankingConfig", "RankingModelConfig", "RankingNetwork"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from model.encoder import build_encoder
 from model.errors import StateMismatchError
 from model.initial import NORM_EPS
 from model.item_table import ActiveRows, ItemTable
+from model.ranking_network import RankingModelConfig, RankingNetwork
+
+_RANKING: Final = "ranking."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +39,9 @@ class Catalogue:
 
 
 class Recommender(nn.Module):
-    """Dense parameters (``encoder``, scale, trend coefficient) and ``items``, the table of everything per item.
+    """Dense parameters (``encoder``, scale, trend coefficient, ``ranking``) and ``items``, the table of all per item.
 
+    ranking: the ranking head of a RankingModelConfig, else None; it reads the embeddings of ``items``.
     snapshot_version: the snapshot whose weights these are, None before the first one is applied.
     """
 
@@ -49,6 +54,10 @@ class Recommender(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         self.trend_coefficient = nn.Parameter(torch.tensor(config.trend_coefficient))
         self.items = ItemTable(config)
+        # Last: the other weights start out the same with it and without.
+        self.ranking = (
+            RankingNetwork(config, config.ranking, generator) if isinstance(config, RankingModelConfig) else None
+        )
         self.snapshot_version: int | None = None
 
     @property
@@ -106,6 +115,14 @@ class Recommender(nn.Module):
             unit_VD=functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS),
             offset_V=active.bias_R + self.trend_coefficient * self.items.log_popularity(active.rows_R),
         )
+
+    def retrieval_parameters(self) -> dict[str, nn.Parameter]:
+        """The dense parameters without those of the ranking head."""
+        return {name: one for name, one in self.named_parameters() if not name.startswith(_RANKING)}
+
+    def ranking_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the ranking head; empty without one."""
+        return {name: one for name, one in self.named_parameters() if name.startswith(_RANKING)}
 
     def dense_state(self) -> dict[str, Tensor]:
         """Copies of the dense parameters by name."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,7 +239,7 @@ def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
     recommender.snapshot_version = undo.version
 
 
-def _differences(recommender: Recommender, other: dict[str, int | float | str]) -> str:
+def _differences(recommender: Recommender, other: dict[str, Any]) -> str:
     own = recommender.config.as_dict()
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     return ", ".join(f"{name} {other.get(name)} instead of {own.get(name)}" for name in differing)

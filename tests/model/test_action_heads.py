@@ -236,7 +236,7 @@ def test_labels_and_predictions_of_a_wrong_shape_are_refused() -> None:
     [
         ({"kind": "hinge"}, "kind of task 'like' is 'hinge'"),
         ({"action_bit": None}, "a bce task names an action_bit"),
-        ({"kind": "mse"}, "an mse task none"),
+        ({"kind": "mse"}, "an mse task neither"),
         ({"action_bit": 62}, "action_bit of task 'like' is 62"),
         ({"weight": -1.0}, "weight of task 'like' is -1.0"),
     ],

@@ -1,0 +1,45 @@
+"""The model that settings of a ranking head ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Final
+
+from model.action_heads import ActionTask
+from model.config import ModelConfig
+from model.ranking_network import RankingConfig, RankingModelConfig
+from model.ranking_settings import RankingSettings
+
+STORED_ACTIONS: Final = 32
+"""Bits of an interaction's actions. All have a place in the network from the start, so that an action that is declared
+later needs no new model."""
+
+
+def with_ranking_head(model: ModelConfig, settings: RankingSettings, actions: Sequence[str]) -> ModelConfig:
+    """The model with the head that the settings describe, if they do. actions: as declared, in order of their bits.
+
+    ValueError as `RankingSettings.targets`, and for an encoder that cannot rank.
+    """
+    if not settings.tasks:
+        return model
+    tasks = tuple(
+        ActionTask(
+            name=name,
+            kind="bce",
+            action_bit=target.action_bit,
+            value_at_least=target.value_at_least,
+            weight=settings.task_weights.get(name, 1.0),
+        )
+        for name, target in zip(settings.tasks, settings.targets(actions), strict=True)
+    )
+    ranking = RankingConfig(
+        tasks=tasks,
+        num_actions=STORED_ACTIONS,
+        tokens=settings.tokens,
+        value_thresholds=settings.value_thresholds,
+        task_hidden_dim=settings.task_hidden_dim,
+        max_candidates=settings.max_candidates,
+    )
+    ranking.encoder_config(model)
+    return RankingModelConfig(**{one.name: getattr(model, one.name) for one in fields(model)}, ranking=ranking)

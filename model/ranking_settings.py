@@ -1,0 +1,111 @@
+"""What a person sets of the ranking head. Without torch: commands read settings that compute nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+_VALUE_TASK: Final = "value>="
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTarget:
+    """What a task predicts: the bit of an action, or a value to be reached."""
+
+    action_bit: int | None = None
+    value_at_least: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankingSettings:
+    """The ranking head: probabilities of what a user will do with an item, for `POST /v1/rank`."""
+
+    tasks: tuple[str, ...] = ()
+    """What is predicted, at most 16: names of actions ("purchase") and values to be reached ("value>=8"). Without any
+    there is no head, and candidates are ranked by the retrieval score. Changing it needs a new model."""
+    learn_from: Literal["impressions", "interactions"] = "impressions"
+    """impressions: from the topic `labels`, what became of each item that an answer showed. interactions: from each
+    interaction, what was done given that something was: for teams whose answers are not shown by headrace yet."""
+    tokens: Literal["interleaved", "merged"] = "merged"
+    """interleaved: item and action of a history are two tokens (HSTU). merged: one, with a quarter of the attention
+    (ULTRA-HSTU)."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Factors of the tasks' losses: {purchase = 3.0}; 1 for those not named."""
+    score_weights: dict[str, float] = field(default_factory=dict)
+    """The score of `/v1/rank` is the sum of weight times probability over the tasks; 1 for those not named."""
+    value_thresholds: tuple[float, ...] = ()
+    """Values of the interactions in a history that the head tells apart, ascending: (5, 8) for ratings."""
+    max_candidates: int = 64
+    """Candidates of one user in one pass at most, in training and in answering; more take several passes."""
+    task_hidden_dim: int = 64
+    """Width of the hidden layer that the tasks share."""
+    batch_items: int = 256
+    """Labelled items of one step at most."""
+    max_pending_items: int = 50_000
+    """Labelled items read but not yet learned from; beyond it no more labels are read until the trainer has caught
+    up."""
+    remembered_labels: int = 65_536
+    """Labels learned last that are remembered (about 0.1 kB each), so that one which a crash sent twice is learned
+    once."""
+    row_learning_rate: float = 2e-3
+    """Step size of item embeddings in the head's steps; the dense one is [optimizer]'s."""
+    min_labels: int = 10_000
+    """Answers are ranked by the head once it has learned from so many labels."""
+
+    def __post_init__(self) -> None:
+        if len(self.tasks) > 16 or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"ranking.tasks = {list(self.tasks)}: must be at most 16, each once")
+        for name in ("learn_from", "tokens"):
+            allowed = {"learn_from": ("impressions", "interactions"), "tokens": ("interleaved", "merged")}[name]
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"ranking.{name} = {getattr(self, name)!r}: must be {' or '.join(allowed)}")
+        for name in ("task_weights", "score_weights"):
+            for task, weight in getattr(self, name).items():
+                if task not in self.tasks:
+                    raise ValueError(f"ranking.{name} names {task!r}: ranking.tasks are {', '.join(self.tasks)}")
+                if not math.isfinite(weight) or (name == "task_weights" and weight < 0):
+                    raise ValueError(
+                        f"ranking.{name} gives {task!r} {weight}: must be finite, and a loss's not below 0"
+                    )
+        for name in ("max_candidates", "task_hidden_dim", "batch_items", "max_pending_items", "remembered_labels"):
+            if not 1 <= getattr(self, name) <= 10_000_000:
+                raise ValueError(f"ranking.{name} = {getattr(self, name)}: must be between 1 and 10,000,000")
+        if self.min_labels < 0 or not 0 <= self.row_learning_rate <= 10:
+            raise ValueError(
+                f"ranking.min_labels = {self.min_labels}, ranking.row_learning_rate = {self.row_learning_rate}: the "
+                "first must not be negative, the second between 0 and 10"
+            )
+
+    def targets(self, actions: Sequence[str]) -> tuple[TaskTarget, ...]:
+        """What each task is about. actions: as declared, in the order of their bits.
+
+        ValueError for a task about something else, or one that is always true of an interaction.
+        """
+        if self.learn_from == "interactions" and len(actions) == 1 and actions[0] in self.tasks:
+            raise ValueError(
+                f"ranking.tasks names {actions[0]!r}, the only action of events.actions: every interaction has it, so "
+                "there is nothing to learn from interactions; learn_from impressions, or predict a value"
+            )
+        return tuple(_target(name, actions) for name in self.tasks)
+
+
+def _target(name: str, actions: Sequence[str]) -> TaskTarget:
+    if name in actions:
+        return TaskTarget(action_bit=actions.index(name))
+    threshold = _number(name.removeprefix(_VALUE_TASK)) if name.startswith(_VALUE_TASK) else None
+    if threshold is None:
+        raise ValueError(
+            f"ranking.tasks names {name!r}: it must be an action of events.actions ({', '.join(actions)}) or a value "
+            f'to be reached, such as "{_VALUE_TASK}8"'
+        )
+    return TaskTarget(value_at_least=threshold)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
