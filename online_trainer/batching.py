@@ -168,6 +168,8 @@ class MicroBatcher:
         """Partition of `history-updates` → user → offset of the message that ends what was announced before."""
         self.num_pending = 0
         self.num_repeated = 0
+        self.num_read = 0
+        """Interactions ever queued: those that are not pending have been taken."""
 
     def add(self, update: HistoryUpdate, update_offset: int, headers: Headers = ()) -> None:
         """Queue one update message."""
@@ -181,6 +183,7 @@ class MicroBatcher:
         queue.updates.append(_Pending(fresh, update_offset, headers, order_ms, np.ones(len(order_ms), bool)))
         self._drop_forgotten(update.partition)
         self.num_pending += len(order_ms)
+        self.num_read += len(order_ms)
 
     def forget(self, partition: int, user_ids: tuple[int, ...], before: int) -> None:
         """Of what messages below offset `before` of a partition announce, learn nothing of these users.

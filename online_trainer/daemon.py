@@ -22,13 +22,15 @@ from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
 from model.manifest import Manifest
+from model.ranking_settings import RankingSettings
 from model.storage import SnapshotRoot
-from online_trainer.batching import LagRule, MicroBatch, MicroBatcher
+from online_trainer.batching import LagRule, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
-from online_trainer.instruments import observe_ranks
+from online_trainer.instruments import observe_actions, observe_ranks
+from online_trainer.label_feed import LabelFeed
 from online_trainer.lag import LagWatch
 from online_trainer.learner import LearnerConfig, OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
@@ -82,6 +84,8 @@ class TrainerParts:
     mode: str = "live"
     drift_config: DriftConfig = field(default_factory=DriftConfig)
     actions: tuple[str, ...] = EventRules().actions
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    """Of the ranking head; `model_config` is `with_ranking_head`."""
 
     def learner_config(self) -> LearnerConfig:
         """The part of the settings that decides what a step computes."""
@@ -93,6 +97,7 @@ class TrainerParts:
             optimizer=self.optimizer_config,
             drift=self.drift_config,
             actions=self.actions,
+            ranking=self.ranking,
         )
 
 
@@ -124,6 +129,7 @@ class TrainerDaemon:
             positions=self._learner.ledger.positions,
             lag=LagRule.of(parts.config),
         )
+        self._labels = self._label_feed()
         self.freshness = FreshnessRecorder(F2_LEARNED, mode=parts.mode)
         self._blocked_by: str | None = "starting"
         self._waiting_since_s: float | None = None
@@ -141,6 +147,9 @@ class TrainerDaemon:
         self._learned = meter.create_counter("headrace.trainer.interactions", unit="{interaction}")
         self._lag = LagWatch(self._batcher, parts.config, parts.clock, meter)
         observe_ranks(meter, self._learner.evaluation.measured)
+        if self._learner.ranking is not None:
+            observe_actions(meter, self._learner.ranking.measured)
+        self._labels_learned = meter.create_counter("headrace.trainer.labels", unit="{label}")
         self._drift_decisions = meter.create_counter("headrace.trainer.drift", unit="{decision}")
 
     def _resume(self, checkpoint: Checkpoint | None) -> OnlineLearner:
@@ -154,16 +163,32 @@ class TrainerDaemon:
             logger.info("continuing after step %d, %d interactions", checkpoint.step, learner.ledger.num_interactions)
         return learner
 
+    def _label_feed(self) -> LabelFeed | None:
+        """None where nothing learns from labels."""
+        ranking, settings = self._learner.ranking, self._parts.ranking
+        if ranking is None or ranking.learns_from_interactions:
+            return None
+        return LabelFeed(
+            self._parts.log,
+            ranking.account.positions,
+            batch_items=settings.batch_items,
+            max_pending_items=settings.max_pending_items,
+            clock=self._parts.clock,
+        )
+
     async def run(self, stopping: asyncio.Event) -> None:
         """Train until `stopping` is set; then finish the step, publish and checkpoint. Raises LogResetError."""
         reader, writer = self._parts.log.reader(), self._parts.log.writer()
         try:
-            for start in (self._parts.log.create_topics, reader.start, writer.start):
+            labels_start = [] if self._labels is None else [self._labels.start]
+            for start in (self._parts.log.create_topics, reader.start, writer.start, *labels_start):
                 if not await start_when_available(
                     start, what="trainer", stopping=stopping, on_failure=self._note_problem
                 ):
                     return
             await reader.assign(await self._starts(reader))
+            if self._labels is not None:
+                await self._labels.assign()
             self._blocked_by = None
             await self._train(reader, writer, stopping)
             await self._finish(writer)
@@ -171,6 +196,8 @@ class TrainerDaemon:
             self._blocked_by = "stopped"
             await reader.stop()
             await writer.stop()
+            if self._labels is not None:
+                await self._labels.stop()
             self._compute.shutdown(wait=True)
             self._files.shutdown(wait=True)
 
@@ -214,6 +241,7 @@ class TrainerDaemon:
             self._lag.look()
             if self._batch_is_due():
                 await self._step(stopping)
+            await self._learn_labels(stopping)
             # The publisher's gate holds back as well; not asking it keeps the traces' links for the next snapshot.
             if self._publisher.is_due() and not self._writing_snapshot and not self._learner.drift.holds_publishing:
                 await self._publish(writer)
@@ -224,20 +252,35 @@ class TrainerDaemon:
         if not self._has_looked_ahead:
             for ahead in await forgotten_ahead(self._parts.log, await self._starts(reader)):
                 self._batcher.forget(ahead.partition, ahead.user_ids, ahead.offset)
+                if self._labels is not None:
+                    self._labels.forget(ahead.user_ids, ahead.timestamp_ms)
             self._has_looked_ahead = True
         if self._batcher.num_pending >= self._config.max_pending_interactions:
             return
-        timeout_ms = 0 if self._batch_is_due() else _IDLE_POLL_MS
+        timeout_ms = 0 if self._batch_is_due() or self._labels_are_due() else _IDLE_POLL_MS
         for record in await reader.poll(timeout_ms=timeout_ms, max_records=self._config.poll_records):
             update = HistoryUpdate.decode(record.value)
             if update.forgotten:
                 self._batcher.forget(record.partition, update.forgotten, record.offset)
+                if self._labels is not None:
+                    self._labels.forget(update.forgotten, record.timestamp_ms)
                 await self._in_compute_thread(partial(self._learner.forget, update.forgotten))
                 await self._in_compute_thread(partial(forget_users, self._parts.quarantine_root, update.forgotten))
             self._batcher.read_up_to(record.partition, record.offset)
             self._batcher.add(update, record.offset, record.headers)
         if self._batcher.num_pending and self._waiting_since_s is None:
             self._waiting_since_s = self._parts.clock.monotonic_s()
+        if self._labels is not None:
+            up_to_ms = await reader.read_up_to_ms()
+            await self._labels.read(updates_up_to_ms=up_to_ms, num_read=self._batcher.num_read)
+
+    @property
+    def _num_taken(self) -> int:
+        """Interactions taken by steps, since this daemon was made."""
+        return self._batcher.num_read - self._batcher.num_pending
+
+    def _labels_are_due(self) -> bool:
+        return self._labels is not None and self._labels.is_due(self._num_taken)
 
     def _batch_is_due(self) -> bool:
         if self._batcher.is_full():
@@ -259,13 +302,13 @@ class TrainerDaemon:
             attributes=processing_attributes(self._parts.log.topics.history_updates)
             | {"messaging.batch.message_count": len(batch.headers)},
         ) as span:
-            if not await self._until_store_answers(batch, stopping):
+            if not await self._until_store_answers(lambda: self._learner.step(batch), stopping):
                 return
             span.set_attribute("headrace.batch.interactions", len(batch.interactions))
             self._report_drift(span)
         if span.get_span_context().is_valid:
             self._unpublished_steps.append(trace.Link(span.get_span_context()))
-        is_set_aside = bool(self._learner.set_aside)
+        is_set_aside = any(not why.is_of_ranking for why, _ in self._learner.set_aside)
         await self._write_set_aside()
         fail_point("trainer.trained")
         self._step_durations.record(self._parts.clock.monotonic_s() - now_s, None, trace.set_span_in_context(span))
@@ -278,6 +321,20 @@ class TrainerDaemon:
         ledger, num_dropped = self._learner.ledger, len(batch.dropped) + len(batch.thinned)
         step = LearnedSteps.of_batch(batch, ledger, at_ms=done_ms, is_set_aside=is_set_aside)
         self._publisher.learned(event_time_ms, batch.append_ms, ledger.num_interactions, num_dropped, step)
+
+    async def _learn_labels(self, stopping: asyncio.Event) -> None:
+        """One step of the ranking head, if labels are there whose histories have been learned from."""
+        batch = None if self._labels is None else self._labels.take(self._num_taken)
+        if batch is None:
+            return
+        with _tracer.start_as_current_span("headrace.trainer.label_step") as span:
+            if not await self._until_store_answers(lambda: self._learner.learn_labels(batch), stopping):
+                return
+            span.set_attribute("headrace.batch.labels", len(batch.items))
+        await self._write_set_aside()
+        fail_point("trainer.labels_learned")
+        self._labels_learned.add(len(batch.items))
+        self._publisher.learned_labels(len(batch.items))
 
     async def _write_set_aside(self) -> None:
         """Before the step counts: a crash then repeats it, and writes the same again."""
@@ -303,18 +360,18 @@ class TrainerDaemon:
             step=ledger.num_steps,
             interactions=ledger.num_interactions,
             watermark_ms=ledger.watermark_ms,
-            values=self._learner.evaluation.detailed(),
+            values=self._learner.detailed_metrics(),
         )
 
-    async def _until_store_answers(self, batch: MicroBatch, stopping: asyncio.Event) -> bool:
-        """Run the step; histories are read before anything changes, so a step can be tried again.
+    async def _until_store_answers(self, step: Callable[[], None], stopping: asyncio.Event) -> bool:
+        """Run a step; histories are read before anything changes, so a step can be tried again.
 
         False when told to stop first: the batch is not in the account, so the next start reads it again.
         """
         delay_s = RETRY_FIRST_S
         while True:
             try:
-                await self._in_compute_thread(lambda: self._learner.step(batch))
+                await self._in_compute_thread(step)
             except StoreUnavailableError as error:
                 self._blocked_by = str(error)
                 if stopping.is_set():
@@ -430,6 +487,12 @@ class TrainerDaemon:
     async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._compute, call)
 
+    def _ranking_status(self) -> dict[str, object] | None:
+        ranking = self._learner.ranking
+        if ranking is None:
+            return None
+        return ranking.status() | {"labels": None if self._labels is None else self._labels.status()}
+
     def ready(self) -> tuple[bool, str]:
         """Whether the trainer is learning (or waiting for events), and if not, why."""
         return self._blocked_by is None, self._blocked_by or "learning"
@@ -458,6 +521,7 @@ class TrainerDaemon:
             "metrics": self._learner.metrics_summary(),
             "items": self._learner.num_items,
             "drift": self._learner.drift.summary(),
+            "ranking": self._ranking_status(),
             "snapshot": None
             if newest is None
             else {

@@ -17,7 +17,9 @@ from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import SupervisedPass, supervised_pass
+from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
+from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch
@@ -28,8 +30,10 @@ from online_trainer.drift_config import DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
+from online_trainer.label_queue import LabelBatch
 from online_trainer.ledger import Ledger
-from online_trainer.quarantine import LossGuard, SetAside
+from online_trainer.quarantine import RANKING, LossGuard, SetAside
+from online_trainer.ranking_learner import RankingLearner, RefusedLabels
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
 from online_trainer.stale_replay import StaleReplay
@@ -62,6 +66,8 @@ class LearnerConfig:
     loss: LossConfig
     optimizer: OptimizerConfig
     drift: DriftConfig = field(default_factory=DriftConfig)
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    """How the ranking head is trained; `model` is `with_ranking_head`."""
     actions: tuple[str, ...] = EventRules().actions
     """Names of the actions in order of their bits, as declared in events.actions."""
 
@@ -102,6 +108,19 @@ class OnlineLearner:
         self.evaluation = Evaluation(config.trainer)
         self.on_tested: Callable[[MeasuredStep], None] | None = None
         """Hears of every test while the weights are those that were tested: for backtests."""
+        self.ranking = self._ranking_learner(log_id) if self.model.ranking is not None else None
+        """None where the model has no ranking head."""
+
+    def _ranking_learner(self, log_id: str) -> RankingLearner:
+        config = self._config
+        return RankingLearner(
+            self.model,
+            self._hot,
+            settings=config.ranking,
+            optimizer=config.optimizer,
+            trainer=config.trainer,
+            log_id=log_id,
+        )
 
     @property
     def num_items(self) -> int:
@@ -120,8 +139,20 @@ class OnlineLearner:
         self._observe(taken)
         self.ledger.record(batch)
 
+    def learn_labels(self, batch: LabelBatch) -> None:
+        """Test the ranking head on labels, then learn from them: a step of its own.
+
+        Raises StoreUnavailableError with nothing changed.
+        """
+        assert self.ranking is not None, "only a ranking head learns from labels"
+        self._note_refused(self.ranking.learn_labels(batch), self.ledger.watermark_ms)
+        self.ledger.num_steps += 1
+
     def _learn(self, new: Interactions) -> None:
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
+        if self.ranking is not None and self.ranking.learns_from_interactions:
+            # Reads before it changes anything, like the line above: a step that fails there can be tried again.
+            self._note_refused(self.ranking.learn_interactions(new), int(new.event_time_ms.max()))
         weight_L = None if self._action_weights.is_uniform else self._action_weights.of(examples.next_action)
         if weight_L is not None:
             examples = self._without_weightless(examples, weight_L)
@@ -150,6 +181,8 @@ class OnlineLearner:
         self._optimizer.follow(moves)
         self.evaluation.follow(moves)
         self._replay.follow(moves)
+        if self.ranking is not None:
+            self.ranking.follow(moves)
         self.ledger.num_items_retired += len(ids)
 
     def _admit_items(self, new: Interactions) -> None:
@@ -274,6 +307,26 @@ class OnlineLearner:
         self.set_aside.append((why, new))
         logger.error("step %d is not learned from (%s): loss %s, typically %s", why.step, reason, loss, typical_loss)
 
+    def _note_refused(self, refused: RefusedLabels | None, watermark_ms: int) -> None:
+        if refused is None:
+            return
+        why = SetAside(
+            step=self.ledger.num_steps + 1,
+            reason=RANKING + refused.reason,
+            loss=refused.loss if math.isfinite(refused.loss) else None,
+            typical_loss=refused.typical_loss,
+            num_interactions=len(refused.items),
+            watermark_ms=max(self.ledger.watermark_ms, watermark_ms),
+        )
+        self.set_aside.append((why, refused.items.as_interactions()))
+        logger.error(
+            "step %d: the ranking head does not learn from it (%s): loss %s, typically %s",
+            why.step,
+            refused.reason,
+            refused.loss,
+            refused.typical_loss,
+        )
+
     def _rehearse(self, history: HistoryBatch, targets: Targets) -> None:
         for _ in range(self._config.drift.rehearse_steps):
             learned = supervised_pass(self.model, history, targets, self._config.loss, generator=self._generator)
@@ -324,7 +377,19 @@ class OnlineLearner:
 
     def metrics_summary(self) -> dict[str, float]:
         """Prequential metrics as `arm.span.metric`, over the whole run and over the window; absent before the first."""
-        return self.evaluation.summary()
+        return self.evaluation.summary() | self._ranking_metrics()
+
+    def detailed_metrics(self) -> dict[str, float]:
+        """`metrics_summary` and `arm.span.group.metric`."""
+        return self.evaluation.detailed() | self._ranking_metrics()
+
+    def _ranking_metrics(self) -> dict[str, float]:
+        return {} if self.ranking is None else self.ranking.summary()
+
+    def lineage(self) -> Lineage:
+        """Which events and labels are inside, as manifests state it."""
+        num_labels = 0 if self.ranking is None else self.ranking.account.num_learned
+        return replace(self.ledger.lineage(), num_labels=num_labels)
 
     def capture_checkpoint(self) -> Checkpoint:
         """Copies of everything that a later step depends on."""
@@ -339,6 +404,9 @@ class OnlineLearner:
             tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
         config_hash = self._config.model.config_hash()
         state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state(), "drift": self.drift.state()}
+        if self.ranking is not None:
+            tensors |= {f"ranking.{name}": tensor for name, tensor in self.ranking.tensors().items()}
+            state["ranking"] = self.ranking.state()
         return Checkpoint(self.ledger.num_steps, config_hash, tensors, state)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -361,5 +429,7 @@ class OnlineLearner:
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])
         self.drift.load_state(checkpoint.state["drift"])
+        if self.ranking is not None:
+            self.ranking.load(part("ranking."), checkpoint.state["ranking"])
         if self._last_good is not None:
             self._last_good.load_tensors(part("last_good."))

@@ -19,11 +19,12 @@ _RECORDS_PER_POLL: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Users who were forgotten, and the place in `history-updates` where that was announced."""
+    """Users who were forgotten, and the place in `history-updates` where and the time when that was announced."""
 
     partition: int
     offset: int
     user_ids: tuple[int, ...]
+    timestamp_ms: int
 
 
 async def forgotten_ahead(log: EventLog, starts: Mapping[PartitionId, Start]) -> list[Forgotten]:
@@ -44,7 +45,7 @@ async def forgotten_ahead(log: EventLog, starts: Mapping[PartitionId, Start]) ->
         while behind and (records := await reader.poll(timeout_ms=_QUIET_MS, max_records=_RECORDS_PER_POLL)):
             for record in records:
                 if user_ids := HistoryUpdate.decode(record.value).forgotten:
-                    found.append(Forgotten(record.partition, record.offset, user_ids))
+                    found.append(Forgotten(record.partition, record.offset, user_ids, record.timestamp_ms))
                 if record.offset + 1 >= bounds[record.partition].end:
                     behind.discard(record.partition)
     return found

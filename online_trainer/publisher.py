@@ -142,6 +142,12 @@ class Publisher:
         self._num_unpublished += num_new
         self._num_since_attempt += num_new
 
+    def learned_labels(self, num_labels: int) -> None:
+        """Note what the ranking head learned from: worth a snapshot also while there are no interactions."""
+        if self._num_learned >= self._num_already_published:
+            self._num_unpublished += num_labels
+            self._num_since_attempt += num_labels
+
     def is_due(self) -> bool:
         """Whether the time or count limit since the last snapshot, published or held back, has passed."""
         if not self._num_since_attempt:
@@ -186,7 +192,7 @@ class Publisher:
             num_items=learner.num_items,
             created_at_ms=created_at_ms,
             watermark_ms=learner.ledger.watermark_ms,
-            lineage=learner.ledger.lineage(),
+            lineage=learner.lineage(),
             event_age=ages.event_age.to_dict(),
             append_age=ages.append_age.to_dict(),
             metrics=measured,

@@ -29,6 +29,7 @@ TYPICAL_STEPS_MIN: Final = 50
 """… and how many there must be."""
 _DEVIATIONS_PER_MAD: Final = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation."""
+RANKING: Final = "ranking_"
 _FILE: Final = re.compile(r"s(\d{10})\.json")
 
 
@@ -38,13 +39,19 @@ class SetAside:
 
     step: int
     reason: str
-    """`loss` or `gradient` where that is not a finite number, `spike` where the loss is far above what is typical."""
+    """`loss` or `gradient` where that is not a finite number, `spike` where the loss is far above what is typical;
+    `ranking_loss` and so on where it is the ranking head's."""
     loss: float | None
     """None where it is not finite."""
     typical_loss: float | None
     """Median of the steps before; None of too few."""
     num_interactions: int
     watermark_ms: int
+
+    @property
+    def is_of_ranking(self) -> bool:
+        """Whether the ranking head did not learn from it; the rest of the model did, if it concerned it."""
+        return self.reason.startswith(RANKING)
 
 
 class LossGuard:

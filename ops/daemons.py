@@ -11,18 +11,22 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
 from ops import telemetry
 from ops.config import HeadraceConfig
+from ops.errors import SettingsError
 from ops.probes import Probes, ProbeServer, Readiness
 from ops.settings import Settings
 from ops.telemetry_config import TelemetryConfig
 from stream.clock import WallClock
 from stream.kafka import KafkaConfig, KafkaLog
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,8 @@ def ingest(settings: Settings) -> int:
 def train(settings: Settings) -> int:
     """Run the trainer until it is told to stop; returns the exit code."""
     from kernels.host_memory import keep_freed_memory
-    from model.config import LossConfig, ModelConfig, OptimizerConfig
+    from model.config import LossConfig, OptimizerConfig
+    from model.ranking_settings import RankingSettings
     from online_trainer.config import ItemsConfig, TrainerConfig
     from online_trainer.daemon import TrainerDaemon, TrainerParts
     from online_trainer.drift_config import DriftConfig
@@ -81,7 +86,8 @@ def train(settings: Settings) -> int:
             TrainerParts(
                 config=settings.get(TrainerConfig),
                 items_config=settings.get(ItemsConfig),
-                model_config=settings.get(ModelConfig),
+                model_config=_model_config(settings),
+                ranking=settings.get(RankingSettings),
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),
                 drift_config=settings.get(DriftConfig),
@@ -103,12 +109,27 @@ def train(settings: Settings) -> int:
     return 0
 
 
+def _model_config(settings: Settings) -> ModelConfig:
+    """Of the model with its ranking head, if it has one."""
+    from model.config import ModelConfig
+    from model.ranking_model import with_ranking_head
+    from model.ranking_settings import RankingSettings
+    from stream.events import EventRules
+
+    try:
+        return with_ranking_head(
+            settings.get(ModelConfig), settings.get(RankingSettings), settings.get(EventRules).actions
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
 def serve(settings: Settings, port: int) -> int:
     """Run one inference worker until it is told to stop; returns the exit code.
 
     It starts without broker, database and weights, and says on /readyz what it waits for.
     """
-    from model.config import ModelConfig
+    from model.ranking_settings import RankingSettings
     from model.storage import LocalStorage
     from ops.snapshot_store import snapshot_storage
     from serving.access_config import AccessConfig
@@ -124,7 +145,8 @@ def serve(settings: Settings, port: int) -> int:
     store = FeatureStore(settings.get(FeatureStoreConfig))
     parts = ServingParts(
         config=replace(settings.get(ServingConfig), port=port),
-        model_config=settings.get(ModelConfig),
+        model_config=_model_config(settings),
+        ranking=settings.get(RankingSettings),
         model_name=config.model,
         snapshot_root=snapshots,
         guards=settings.get(GuardConfig),

@@ -15,6 +15,9 @@ _REASONS: Final = {
     "loss": "loss is no finite number",
     "gradient": "gradient is no finite number",
     "spike": "loss far above what is typical",
+    "ranking_loss": "the ranking head's loss is no finite number",
+    "ranking_gradient": "the ranking head's gradient is no finite number",
+    "ranking_spike": "the ranking head's loss is far above what is typical",
 }
 _MOST: Final = 5
 

@@ -67,6 +67,7 @@ SECTIONS: Final = (
     Section("model", "model.config", "ModelConfig"),
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
+    Section("ranking", "model.ranking_settings", "RankingSettings"),
     Section("items", "online_trainer.config", "ItemsConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("drift", "online_trainer.drift_config", "DriftConfig"),
@@ -171,6 +172,12 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
                 f"loss.action_weights names {', '.join(unknown)}: declared in events.actions are "
                 f"{', '.join(events.actions)}"
             )
+    ranking = configs.get("ranking")
+    if ranking is not None and events is not None:
+        try:
+            ranking.targets(events.actions)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
     trainer, serving = configs.get("trainer"), configs.get("serving")
     if trainer is not None and serving is not None and serving.lease_interval_ms * 2 > trainer.replica_timeout_s * 1000:
         raise SettingsError(

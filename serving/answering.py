@@ -43,6 +43,8 @@ class AnswerParts:
     impressions: ImpressionLog | None
     """None: impressions are not written."""
     clock: Clock
+    task_names: tuple[str, ...]
+    """Tasks of the ranking head."""
     query_now_ms: Callable[[], int]
     """Time of a request: the clock, or the event time of a replayed stream."""
 
@@ -93,11 +95,25 @@ class Answering:
                 item_id=request.candidates[place],
                 score=None if math.isnan(score) else score,
                 known=not math.isnan(score),
+                predictions=predictions,
             )
-            for place, score in zip(ranking.places.tolist(), ranking.scores.tolist(), strict=True)
+            for place, score, predictions in zip(
+                ranking.places.tolist(), ranking.scores.tolist(), self._predictions(ranking), strict=True
+            )
         ]
         self._note(request.user_id, request_id, ranking, items)
-        return RankedCandidates(**_origin(request_id, ranking), items=items)
+        assert ranking.ranked_by is not None, "the answer to a RankQuery"
+        return RankedCandidates(**_origin(request_id, ranking), items=items, ranked_by=ranking.ranked_by)
+
+    def _predictions(self, ranking: Ranking) -> list[dict[str, float] | None]:
+        """Of each item; None where the ranking head says nothing of it."""
+        if ranking.probabilities is None:
+            return [None] * len(ranking.item_ids)
+        names = self._parts.task_names
+        return [
+            None if math.isnan(score) else dict(zip(names, row, strict=True))
+            for score, row in zip(ranking.scores.tolist(), ranking.probabilities.tolist(), strict=True)
+        ]
 
     def _note(self, user_id: int | str, request_id: str, ranking: Ranking, items: Sequence[ScoredItem]) -> None:
         """What is recorded about an answer, none of it in its way."""

@@ -42,6 +42,8 @@ class UserHistory:
     event_time_ms: Int64s
     action: NDArray[np.uint32]
     """Bitmask of what the user did, of each interaction."""
+    value: NDArray[np.float32]
+    """Of each interaction, NaN where there is none."""
     num_arrived: int = 0
     """Interactions of this user that have ever been accepted, as far as those at hand tell."""
     missing_because: str | None = None
@@ -170,7 +172,12 @@ def _missing(user_id: int, error: FeatureStoreError) -> UserHistory:
         logger.error("the history of user %d cannot be read: %s", user_id, error)
     empty = np.empty(0, np.int64)
     return UserHistory(
-        user_id=user_id, item_ids=empty, event_time_ms=empty, action=empty.astype(np.uint32), missing_because=reason
+        user_id=user_id,
+        item_ids=empty,
+        event_time_ms=empty,
+        action=empty.astype(np.uint32),
+        value=empty.astype(np.float32),
+        missing_because=reason,
     )
 
 
@@ -182,6 +189,7 @@ def _by_user(histories: JaggedHistories) -> dict[int, UserHistory]:
             item_ids=histories.item_id[start:end],
             event_time_ms=histories.event_time_ms[start:end],
             action=histories.action[start:end],
+            value=histories.value[start:end],
             num_arrived=int(histories.seq[start:end].max()) + 1 if end > start else 0,
         )
         for user_id, start, end in zip(histories.user_ids.tolist(), bounds[:-1], bounds[1:], strict=True)

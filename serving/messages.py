@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -55,6 +55,8 @@ class RankedItem(ScoredItem, frozen=True, kw_only=True):
     """One ranked candidate. Unknown candidates come last, without a score."""
 
     known: bool
+    predictions: dict[str, float] | None = None
+    """By the name of each task of `ranking.tasks`, its probability; null where the ranking head was not asked."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +86,8 @@ class RankedCandidates(Answer, frozen=True, kw_only=True):
     """Answer of `POST /v1/rank`, best candidate first."""
 
     items: list[RankedItem]
+    ranked_by: Literal["head", "retrieval", "popularity"]
+    """What gave the scores: the ranking head, the retrieval score, or, in a fallback, decayed popularity."""
 
 
 class RefusedEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ Shapes: K items of an answer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from serving.weights import WeightsInfo
 
 Int64s = NDArray[np.int64]
+RankedBy = Literal["head", "retrieval", "popularity"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,3 +71,7 @@ class Ranking:
     """int64[K], for RankQuery: where each item stands in `candidates`. Empty for RecommendQuery."""
     from_session: bool = False
     """Computed from the items of the query's session."""
+    ranked_by: RankedBy | None = None
+    """What gave the scores of a RankQuery."""
+    probabilities: NDArray[np.float32] | None = None
+    """float32[K, tasks], of each item, where the ranking head gave the scores."""

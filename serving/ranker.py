@@ -8,7 +8,7 @@ Shapes: T interactions of all histories, U users that the model scores, V rows o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch import Tensor
 from serving.history_reader import HISTORY_BEHIND, HISTORY_UNREADABLE, STORE_UNAVAILABLE, HistoryReader, UserHistory
 from serving.item_categories import ItemCategories
 from serving.popularity import LivePopularity, PopularItems
-from serving.queries import Query, Ranking, RankQuery, RecommendQuery
+from serving.queries import Query, RankedBy, Ranking, RankQuery, RecommendQuery
+from serving.ranking_head import RankingHead, ToRank
 from serving.recommending import ItemChooser, Recommending
 from serving.user_states import Reading, UserEncoder
 from serving.weights import ServedWeights
@@ -52,6 +53,7 @@ class RankerParts:
     encoder: UserEncoder
     chooser: ItemChooser
     categories: ItemCategories
+    head: RankingHead
     blocking_actions: int
     """Bitmask of the actions after which a user does not want to see an item again."""
 
@@ -112,8 +114,10 @@ class Ranker:
     def _by_model(self, batch: Sequence[_Asked], now_ms: int) -> dict[int, Ranking]:
         """By place in the batch: answers to all for whom the loaded weights can read something."""
         scored = self._readable(batch, now_ms) if self._weights.info is not None else []
+        by_head = self._by_head(batch, scored, now_ms)
+        scored = [one for one in scored if one.place not in by_head]
         if not scored:
-            return {}
+            return by_head
         # Several queries of one user share a reading.
         readings = list({id(one.reading): one.reading for one in scored}.values())
         number = {id(reading): at for at, reading in enumerate(readings)}
@@ -121,7 +125,7 @@ class Ranker:
         places, numbers = [one.place for one in scored], [number[id(one.reading)] for one in scored]
         states = dict(zip(places, u_UD[numbers], strict=True))
         recommending = [one for one in scored if isinstance(batch[one.place].query, RecommendQuery)]
-        rankings = self._recommended(batch, recommending, states)
+        rankings = by_head | self._recommended(batch, recommending, states)
         for place in places:
             if place not in rankings:
                 rankings[place] = self._ranked(batch[place], states[place])
@@ -184,6 +188,20 @@ class Ranker:
         blocked: NDArray[np.bool_] = (history.action & np.uint32(self._parts.blocking_actions)) != 0
         return blocked
 
+    def _by_head(self, batch: Sequence[_Asked], scored: Sequence[_Scored], now_ms: int) -> dict[int, Ranking]:
+        """By place in the batch: the rankings that the ranking head gives; none where it is not in use."""
+        places = [one.place for one in scored if isinstance(batch[one.place].query, RankQuery)]
+        if not places or not self._parts.head.is_in_use:
+            return {}
+        requests = [
+            ToRank(asked.history, asked.history_rows, asked.named_rows) for asked in (batch[place] for place in places)
+        ]
+        found = self._parts.head.score(requests, now_ms)
+        return {
+            place: self._in_order(batch[place], one.scores, None, ranked_by="head", probabilities=one.probabilities)
+            for place, one in zip(places, found, strict=True)
+        }
+
     def _ranked(self, asked: _Asked, u_D: Tensor) -> Ranking:
         known = asked.named_rows >= 0
         scores = np.full(len(known), np.nan, np.float32)
@@ -191,13 +209,13 @@ class Ranker:
         scores[known] = self._weights.recommender.scores(u_D[None], rows, catalogue=self._weights.catalogue())[
             0
         ].numpy()
-        return self._in_order(asked, scores, None)
+        return self._in_order(asked, scores, None, ranked_by="retrieval")
 
     def _by_popularity(self, asked: _Asked, popular: PopularItems) -> Ranking:
         query, history, categories = asked.query, asked.history, self._parts.categories
         reason = self._fallback_reason(history)
         if isinstance(query, RankQuery):
-            return self._in_order(asked, popular.scores_of(query.candidates), reason)
+            return self._in_order(asked, popular.scores_of(query.candidates), reason, ranked_by="popularity")
         left_out = [
             self._weights.withheld.item_ids,
             query.exclude,
@@ -220,12 +238,23 @@ class Ranker:
             return history.missing_because
         return HISTORY_UNKNOWN_TO_WEIGHTS if len(history.item_ids) else NO_HISTORY
 
-    def _in_order(self, asked: _Asked, scores: NDArray[np.float32], reason: str | None) -> Ranking:
+    def _in_order(
+        self,
+        asked: _Asked,
+        scores: NDArray[np.float32],
+        reason: str | None,
+        *,
+        ranked_by: RankedBy,
+        probabilities: NDArray[np.float32] | None = None,
+    ) -> Ranking:
         """The candidates of a RankQuery by their scores."""
         # NaN (unknown) sorts last; equal scores keep the order of the request.
         places = np.argsort(-scores, kind="stable")
-        return self._ranking(
+        ranking = self._ranking(
             asked, item_ids=asked.query.item_ids[places], scores=scores[places], places=places, reason=reason
+        )
+        return replace(
+            ranking, ranked_by=ranked_by, probabilities=None if probabilities is None else probabilities[places]
         )
 
     def _ranking(

@@ -28,6 +28,7 @@ from serving.item_names import ItemNames
 from serving.item_search import ExactSearch
 from serving.queries import Query, Ranking
 from serving.ranker import Ranker, RankerParts
+from serving.ranking_head import RankingHead
 from serving.recommending import ItemChooser
 from serving.swap import SnapshotReader
 from serving.user_states import UserEncoder
@@ -161,6 +162,7 @@ class Shadowing:
                 weights=weights,
                 encoder=UserEncoder(keeping_none, weights),
                 chooser=ItemChooser(parts.config, weights, ExactSearch(weights), rows),
+                head=RankingHead(weights, live.head.settings),
             )
         )
 

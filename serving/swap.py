@@ -114,7 +114,9 @@ class SnapshotReader:
                 f"version {manifest.version} changes version {manifest.parent}, not version {parent}"
             )
         if manifest.config_hash != self._config.config_hash():
-            raise SnapshotConfigError(f"version {manifest.version} was made by a model with other settings ([model])")
+            raise SnapshotConfigError(
+                f"version {manifest.version} was made by a model with other settings ([model], [ranking])"
+            )
         tensors = [*snapshot.dense.values(), snapshot.rows.weight, snapshot.rows.bias]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise SnapshotRefusedError(f"version {manifest.version} holds weights that are not finite")

@@ -24,6 +24,7 @@ from model.errors import ModelError
 from model.initial import NORM_EPS
 from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
+from model.ranking_scores import score_nothing
 from model.recommender import Catalogue, Recommender
 from model.snapshot import Snapshot
 from model.swap import (
@@ -50,6 +51,8 @@ class WeightsInfo:
     watermark_ms: int
     """Event time learned up to."""
     created_at_ms: int
+    num_labels: int = 0
+    """What the ranking head has learned from."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> WeightsInfo:
@@ -59,6 +62,7 @@ class WeightsInfo:
             kind=manifest.kind,
             watermark_ms=manifest.watermark_ms,
             created_at_ms=manifest.created_at_ms,
+            num_labels=manifest.lineage.num_labels,
         )
 
 
@@ -168,6 +172,8 @@ def _warm_up(base: _Base) -> None:
         offsets=torch.tensor([0, 1]),
     )
     base.recommender.scores(base.recommender.encode(batch), catalogue=base.catalogue.catalogue)
+    if base.recommender.ranking is not None:
+        score_nothing(base.recommender.ranking)
 
 
 class ServedWeights:

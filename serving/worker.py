@@ -17,6 +17,7 @@ from feature_store.config import HotHistoriesConfig
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from model.file_cache import FileCache
+from model.ranking_settings import RankingSettings
 from model.storage import SnapshotRoot
 from serving.access import Access
 from serving.access_config import AccessConfig
@@ -40,6 +41,7 @@ from serving.log_writer import SharedWriter
 from serving.popularity import LivePopularity
 from serving.queries import Query, Ranking
 from serving.ranker import Ranker, RankerParts
+from serving.ranking_head import RankingHead
 from serving.recommending import ItemChooser, blocking_mask
 from serving.shadow import Shadowing, ShadowParts
 from serving.snapshot_admin import SnapshotAdmin
@@ -78,6 +80,8 @@ class ServingParts:
     """Who may use the API; by default everybody who can reach it."""
     snapshot_cache: Path | None = None
     """Folder for copies of the files of remote snapshots; None: they are read where they are."""
+    ranking: RankingSettings = field(default_factory=RankingSettings)
+    """How candidates are ranked; `model_config` is `with_ranking_head`."""
     mode: str = "live"
     """`live`, or `replay`: then the time of a request is the event time that the stream has come to."""
     replica: str = "serving"
@@ -128,6 +132,7 @@ class ServingWorker:
             encoder=self._encoder,
             chooser=ItemChooser(config, self._weights, search, rows),
             categories=self._categories,
+            head=RankingHead(self._weights, parts.ranking),
             blocking_actions=blocking_mask(config, parts.rules),
         )
         ranker = Ranker(ranker_parts)
@@ -195,6 +200,7 @@ class ServingWorker:
                 first_answers=self._first_answers,
                 impressions=self._impressions,
                 clock=parts.clock,
+                task_names=parts.ranking.tasks,
                 query_now_ms=self._query_now_ms,
             ),
         )

@@ -27,6 +27,7 @@ FAIL_POINTS: Final = (
     "trainer.metrics_written",
     "trainer.checkpoint_tensors",
     "trainer.checkpoint_synced",
+    "trainer.labels_learned",
     "trainer.checkpoint_written",
     "trainer.checkpoints_pruned",
     "trainer.snapshot_encoded",

@@ -45,7 +45,7 @@ class RecordedStream:
     @staticmethod
     def config(*, items: ItemsConfig | None = None, max_items: int = 1000, **trainer: Any) -> LearnerConfig:
         return LearnerConfig(
-            trainer=TrainerConfig(metrics_window=100, **trainer),
+            trainer=TrainerConfig(**({"metrics_window": 100} | trainer)),
             items=items or ItemsConfig(),
             model=dataclasses.replace(MODEL, max_items=max_items),
             loss=LossConfig(),

@@ -182,8 +182,8 @@ async def test_what_cannot_be_compared_is_refused(two: Town, version: int, share
 
 
 async def test_a_candidate_of_another_shape_is_refused_by_its_setting(two: Town) -> None:
-    other = ModelConfig(**{**MODEL.as_dict(), "embedding_dim": 8})  # type: ignore[arg-type]
+    other = ModelConfig(**{**MODEL.as_dict(), "embedding_dim": 8})
     async with two.worker(version=2) as served:
         served.worker.shadowing._parts.reader._config = other
         error = (await shadow(served, 2, status=409))["error"]
-        assert "other settings ([model])" in error["message"]
+        assert "other settings ([model], [ranking])" in error["message"]

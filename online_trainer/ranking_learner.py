@@ -1,0 +1,234 @@
+"""The ranking head in training: predict what became of each item that was shown, then learn it, once.
+
+Predictions are made with the weights of the moment the label is learned: weights that have not learned from this label,
+though they may have learned next-item prediction from what the user did since. Steps of its own, with an optimiser,
+guard and random numbers of its own: what is learned for retrieval is the same bit by bit up to the first label.
+
+Shapes: C labelled items, K tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from feature_store.hot import HotHistories
+from feature_store.interactions import Interactions, JaggedHistories
+from model.action_heads import ActionLabels
+from model.config import OptimizerConfig
+from model.item_table import RowMoves
+from model.optimizer import RecommenderOptimizer
+from model.ranking_learning import RankingPass, ranking_pass
+from model.ranking_settings import RankingSettings
+from model.recommender import Recommender
+from online_trainer.action_metrics import ActionMeters, ActionMetrics
+from online_trainer.config import TrainerConfig
+from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
+from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
+from online_trainer.quarantine import LossGuard
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class LabelAccount:
+    """What has become of the labels read; part of every checkpoint. All count items."""
+
+    log_id: str
+    positions: dict[int, LabelPosition] = field(default_factory=dict)
+    """Partition of `labels` → where to continue."""
+    num_learned: int = 0
+    num_late: int = 0
+    """Of them, corrections of labels that said `not_taken`: learned from, and not measured again."""
+    num_repeated: int = 0
+    """Labels that had been learned from and came again."""
+    num_unlisted: int = 0
+    """Labels of items without a row in the model."""
+    num_quarantined: int = 0
+    """Labels in batches that were set aside."""
+    num_steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> LabelAccount:
+        """Read `to_dict`'s form."""
+        positions = {int(number): LabelPosition(**at) for number, at in stored["positions"].items()}
+        return cls(**(stored | {"positions": positions}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefusedLabels:
+    """A batch that was not learned from."""
+
+    reason: str
+    """`loss`, `gradient` or `spike`, as of a batch of interactions."""
+    loss: float
+    typical_loss: float | None
+    items: LabelledItems
+
+
+class RankingLearner:
+    """Trains the ranking head of a recommender. A function of the sequence of batches, settings and seed."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        hot: HotHistories,
+        *,
+        settings: RankingSettings,
+        optimizer: OptimizerConfig,
+        trainer: TrainerConfig,
+        log_id: str,
+    ) -> None:
+        assert model.ranking is not None, "there is a ranking head"
+        self.account = LabelAccount(log_id)
+        self._model, self._network, self._hot, self._settings = model, model.ranking, hot, settings
+        self._optimizer = RecommenderOptimizer(
+            model,
+            replace(optimizer, row_learning_rate=settings.row_learning_rate),
+            parameters=model.ranking_parameters(),
+        )
+        self._learned = LearnedLabels(settings.remembered_labels)
+        self._meters = ActionMeters(settings.tasks, trainer.metrics_window)
+        self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
+        self._generator = torch.Generator().manual_seed(trainer.seed)
+
+    @property
+    def learns_from_interactions(self) -> bool:
+        """Whether interactions are what it learns from; else labels of impressions."""
+        return self._settings.learn_from == "interactions"
+
+    def learn_interactions(self, new: Interactions) -> RefusedLabels | None:
+        """Predict and learn what was done in each interaction; a batch that would do harm comes back instead.
+
+        Raises StoreUnavailableError with nothing changed.
+        """
+        return self._learn(LabelledItems.of_interactions(new))
+
+    def learn_labels(self, batch: LabelBatch) -> RefusedLabels | None:
+        """Predict and learn each label that has not been learned from yet; a batch that would do harm comes back.
+
+        Raises StoreUnavailableError with nothing changed.
+        """
+        is_new = self._learned.are_new(batch.keys)
+        refused = self._learn(batch.items, is_new)
+        self._learned.add(batch.keys[is_new])
+        self.account.num_repeated += int((~is_new).sum())
+        self.account.num_late += int((is_new & batch.is_late).sum())
+        self.account.positions.update(batch.positions)
+        return refused
+
+    def _learn(self, items: LabelledItems, is_new: NDArray[np.bool_] | None = None) -> RefusedLabels | None:
+        is_new = np.ones(len(items), np.bool_) if is_new is None else is_new
+        is_listed = self._model.items.lookup(items.item_id) >= 0
+        learned = items.take(is_new & is_listed, max_items=self._settings.max_candidates)
+        if len(learned) == 0:
+            self.account.num_unlisted += int((is_new & ~is_listed).sum())
+            return None
+        histories = histories_before(learned, self._hot, max_len=self._model.config.max_len)
+        # Nothing is changed before this line: until here, the store may turn out to be away.
+        self.account.num_unlisted += int((is_new & ~is_listed).sum())
+        self.account.num_steps += 1
+        return self._test_and_train(learned, histories)
+
+    def _test_and_train(self, items: LabelledItems, histories: JaggedHistories) -> RefusedLabels | None:
+        labels = self._network.heads.labels(
+            torch.from_numpy(items.action.astype(np.int64)), torch.from_numpy(items.value)
+        )
+        batch = shown_batch(items, histories, self._model.items)
+        found = ranking_pass(self._model, batch, labels, generator=self._generator)
+        self._measure(found.predictions_CK, labels, items.is_measured)
+        loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss
+        reason = self._guard.objection(loss)
+        if reason is None and not self._train(found):
+            reason = "gradient"
+        if reason is not None:
+            self.account.num_quarantined += len(items)
+            return RefusedLabels(reason=reason, loss=loss, typical_loss=typical_loss, items=items)
+        self.account.num_learned += len(items)
+        return None
+
+    def _measure(self, predictions_CK: Tensor, labels: ActionLabels, is_measured: NDArray[np.bool_]) -> None:
+        measured_C = torch.from_numpy(is_measured)
+        for column, task in enumerate(self._network.heads.tasks):
+            rows = labels.labelled_PK[:, column] & measured_C
+            self._meters[task.name].add(
+                predictions_CK[rows, column].double().numpy(), labels.values_PK[rows, column].long().numpy()
+            )
+
+    def _train(self, found: RankingPass) -> bool:
+        """Step the weights; False, and nothing changed, where a gradient is no finite number."""
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        tensors = [*self._network.parameters(), found.active.weight_RD]
+        sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
+        if not torch.isfinite(torch.stack(sums)).all():
+            self._optimizer.zero_grad()
+            return False
+        self._optimizer.step(found.active)
+        return True
+
+    def follow(self, moves: RowMoves) -> None:
+        """Move what is kept by row as ``ItemTable.remove`` moved the rows."""
+        self._optimizer.follow(moves)
+
+    def measured(self) -> dict[tuple[str, str], ActionMetrics]:
+        """(task, `lifetime` or `window`) → prequential metrics; from any thread."""
+        return self._meters.measured()
+
+    def summary(self) -> dict[str, float]:
+        """`ranking.task.span.metric`; absent where it is not defined."""
+        return {f"ranking.{name}": value for name, value in self._meters.summary().items()}
+
+    def status(self) -> dict[str, object]:
+        """Counts, JSON-ready."""
+        account = self.account
+        return {
+            name.removeprefix("num_"): getattr(account, name)
+            for name in account.__dataclass_fields__
+            if name.startswith("num_")
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of everything that a later step depends on, with `state()`."""
+        held = {f"optimizer.{name}": one for name, one in self._optimizer.state_dict().items()}
+        held |= {f"meters.{name}": torch.from_numpy(one) for name, one in self._meters.state().items()}
+        return held | {
+            "learned": torch.from_numpy(self._learned.state()),
+            "generator": self._generator.get_state(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"account": self.account.to_dict(), "guard": self._guard.state()}
+
+    def load(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from `tensors()` and `state()`, also when the log has another name now: labels begin anew there."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+        log_id = self.account.log_id
+        self.account = LabelAccount.from_dict(state["account"])
+        if self.account.log_id != log_id:
+            self.account = replace(self.account, log_id=log_id, positions={})
+        self._optimizer.load_state_dict(part("optimizer."))
+        self._meters.load_state({name: one.numpy() for name, one in part("meters.").items()})
+        self._learned.load_state(tensors["learned"].numpy())
+        self._generator.set_state(tensors["generator"])
+        self._guard.load_state(state["guard"])
+
+
+def is_finite_or_none(loss: float) -> float | None:
+    """What JSON can hold of a loss."""
+    return loss if math.isfinite(loss) else None
