@@ -4,6 +4,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -140,6 +141,32 @@ def snapshots_candidate(version: VersionArgument, config: ConfigOption = None) -
         manifest = offer_candidate(snapshot_storage(settings), settings.get(HeadraceConfig).model, version)
     print(f"canary workers go to version {version} and stay there until it is promoted or withdrawn")
     _announce(settings, manifest)
+
+
+@snapshots_app.command("shadow")
+def snapshots_shadow(
+    version: VersionArgument,
+    worker: Annotated[str, typer.Option("--worker", help="URL of one inference worker.")] = "http://127.0.0.1:8080",
+    share: Annotated[float, typer.Option(min=0.0001, max=1, help="Of its requests.")] = 0.05,
+    seconds: Annotated[float, typer.Option(min=0, help="How long to compare.")] = 60.0,
+    ca_file: Annotated[str | None, typer.Option("--ca-file", help="Certificates (PEM) to verify it with.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Have VERSION answer a share of a worker's live requests again, aside, and print how far it is off.
+
+    A token with the scope admin comes from $HEADRACE_TOKEN.
+    """
+    from ops.shadowing import ShadowRun, report_text, run_shadow
+    from serving.calling import ClientConfig
+    from serving.errors import ClientError
+
+    try:
+        client = ClientConfig(url=worker, token=os.environ.get("HEADRACE_TOKEN"), ca_file=ca_file, timeout_ms=30_000)
+        report = run_shadow(client, ShadowRun(version=version, share=share, seconds=seconds))
+    except (ClientError, ValueError, OSError) as error:
+        raise OpsError(f"{worker}: {error}") from error
+    print(json.dumps(report, indent=1) if as_json else report_text(report))
 
 
 @snapshots_app.command("promote")

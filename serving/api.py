@@ -88,7 +88,7 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
         """One event, or a list of them: all are in the log, or none was sent."""
         return await respond(worker, request, "/v1/events", events, scope="write", status=202)
 
-    @app.delete("/v1/users/{user_id}", status_code=202)
+    @app.delete("/v1/users/{user_id:path}", status_code=202)
     async def delete_user(request: Request, user_id: str, *, text: bool = False) -> Response:
         """Have everything about a user removed. `text`: the id is a text, although it looks like a number."""
 

@@ -15,6 +15,10 @@ ServingError
 │   └── LogAwayError             503: the log did not acknowledge what was to be sent
 │       └── EventsUnavailableError
 ├── SnapshotRefusedError       a published snapshot cannot be applied on top of what is loaded
+├── ClientError                what a caller of `serving.client` gets
+│   ├── AnswerRefusedError       a worker answered with an error: status, code, field, request id
+│   ├── WorkerUnreachableError   no connection, or it broke
+│   └── ClientDeadlineError      the call's own time was up
 ├── PortTakenError             another process listens on the port
 └── ListenRefusedError         the worker would listen where it must not as it is set up, or with a useless certificate
 """
@@ -156,3 +160,33 @@ class PortTakenError(ServingError):
 
 class ListenRefusedError(ServingError):
     """The worker must not listen as it is set up."""
+
+
+class ClientError(ServingError):
+    """A call of a worker did not succeed, retries included."""
+
+
+class AnswerRefusedError(ClientError):
+    """A worker, or something in front of it, answered with an error."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        field: str | None = None,
+        request_id: str = "",
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status, self.code, self.field = status, code, field
+        self.request_id, self.retry_after_s = request_id, retry_after_s
+
+
+class WorkerUnreachableError(ClientError):
+    """No connection to the worker, or it broke before an answer came."""
+
+
+class ClientDeadlineError(ClientError):
+    """The time that the caller had for the call was up."""

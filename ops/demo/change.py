@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import httpx
-import msgspec
 
 from backtest.datasets import Title
 from feature_store.ids import event_keys
 from feature_store.store import FeatureStore
 from ops.demo.plan import DemoError
-from ops.demo.watch import Answered, recommend
-from serving.messages import rfc3339
+from ops.demo.watch import client_of, recommend
+from serving.messages import Recommendation, rfc3339
 from stream.events import Event
 
 NUM_NEW: Final = 5
@@ -200,30 +199,29 @@ class ChangeParts:
 async def show_change(parts: ChangeParts) -> ChangeReport:
     """Ask, send the events, and ask both workers until they answer with weights that learned from them.
 
-    Raises DemoError when that does not happen in time, httpx.HTTPError when a worker does not answer.
+    Raises DemoError when that does not happen in time, ClientError when a worker does not answer.
     """
     user_id = choose_user(parts.user_ids, parts.item_ids, parts.titles)
     before = await recommend(parts.client, parts.urls[0], user_id, NUM_ASKED)
     if before.fallback or before.snapshot_version is None:
         raise DemoError(f"user {user_id} got recommendations by popularity, not by the model, at the end of the stream")
     seen = {item for user, item in zip(parts.user_ids, parts.item_ids, strict=True) if user == user_id}
-    shown = before.item_ids()[:NUM_SHOWN]
+    shown = _item_ids(before)[:NUM_SHOWN]
     chosen = choose_films(parts.item_ids, parts.titles, seen | set(shown))
     events = new_events(user_id, chosen, after_ms=parts.ends_ms, prefix="demo")
     learned = _Learned(before.snapshot_version, parts.num_interactions + len(events))
-    response = await parts.client.post(f"{parts.urls[0]}/v1/events", content=msgspec.json.encode(events))
-    response.raise_for_status()
+    await client_of(parts.client, parts.urls[0]).send_events(events)
     answers: list[Seen] = []
     last = await asyncio.gather(*(_ask_until(parts, url, user_id, learned, answers) for url in parts.urls))
     version, newest_time = learned.version, rfc3339(events[-1].event_time_ms())
     assert version is not None, "a worker has answered with it"
-    after = last[0].item_ids()
+    after = _item_ids(last[0])
     return ChangeReport(
         user_id=user_id,
         new_item_ids=chosen,
         before=tuple(shown),
         after=tuple(after[:NUM_SHOWN]),
-        classics_before=num_classics(parts.titles, before.item_ids()),
+        classics_before=num_classics(parts.titles, _item_ids(before)),
         classics_after=num_classics(parts.titles, after),
         diff=diff(shown, after[:NUM_SHOWN]),
         version_before=before.snapshot_version,
@@ -234,7 +232,9 @@ async def show_change(parts: ChangeParts) -> ChangeReport:
     )
 
 
-async def _ask_until(parts: ChangeParts, url: str, user_id: int, learned: _Learned, answers: list[Seen]) -> Answered:
+async def _ask_until(
+    parts: ChangeParts, url: str, user_id: int, learned: _Learned, answers: list[Seen]
+) -> Recommendation:
     """Ask one worker until it answers with weights that have learned from the new events."""
     while (elapsed_s := time.monotonic() - learned.started_s) < _TIMEOUT_S:
         answer = await recommend(parts.client, url, user_id, NUM_ASKED)
@@ -252,6 +252,11 @@ async def _ask_until(parts: ChangeParts, url: str, user_id: int, learned: _Learn
                 return answer
         await asyncio.sleep(_ASK_EVERY_S)
     raise DemoError(f"{url} did not answer with weights that contain the new events within {elapsed_s:.0f} s")
+
+
+def _item_ids(answer: Recommendation) -> list[int]:
+    """Recommended items, best first; the demo's are numbers."""
+    return [int(item.item_id) for item in answer.items]
 
 
 class _Learned:

@@ -15,8 +15,9 @@ from backtest.replay import RecordedStream
 from feature_store.ids import event_keys
 from feature_store.records import StoreTotals
 from ops.demo.state import Sample
-from ops.demo.watch import Answered, BackgroundLoad, recommend
+from ops.demo.watch import BackgroundLoad, recommend
 from ops.supervisor import ChildStatus
+from serving.messages import Recommendation
 
 _MODULUS: Final = 1 << 64
 _COMPARED_USERS: Final = 20
@@ -120,11 +121,11 @@ async def check_answers(
     )
 
 
-def _alike(one: Answered, other: Answered) -> bool:
+def _alike(one: Recommendation, other: Recommendation) -> bool:
     """Same version, and the same scores down the list (equal scores may change places)."""
     if one.snapshot_version != other.snapshot_version or len(one.items) != len(other.items):
         return False
-    ours, theirs = ([float(item["score"]) for item in answer.items] for answer in (one, other))
+    ours, theirs = (np.array([item.score for item in answer.items], float) for answer in (one, other))
     return bool(np.allclose(ours, theirs, rtol=_SCORE_TOLERANCE, atol=_SCORE_TOLERANCE))
 
 

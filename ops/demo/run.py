@@ -46,6 +46,7 @@ from ops.demo.words import print_addresses, print_change, print_checks, print_re
 from ops.errors import OpsError
 from ops.local_broker import LocalBroker, LocalBrokerConfig
 from ops.supervisor import Supervisor, SupervisorConfig
+from serving.errors import ClientError
 from stream.errors import StreamError
 from stream.kafka import KafkaConfig, KafkaLog
 
@@ -80,7 +81,7 @@ def run(
             return asyncio.run(_until_interrupted(options, console))
     except (OpsError, BacktestError, StreamError, FeatureStoreError) as error:
         return _failed(console, str(error))
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ClientError) as error:
         return _failed(console, f"an inference worker did not answer: {error!r}; see {options.log_dir}")
     except OSError as error:
         return _failed(console, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

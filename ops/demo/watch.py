@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import msgspec
 
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
@@ -22,35 +21,29 @@ from ops.demo.state import RECENT_MS, Ages, Arm, GrowingCount, Rate, Sample, Wor
 from ops.local_broker import LocalBroker
 from ops.snapshot_freshness import SnapshotFreshness
 from ops.supervisor import ChildStatus, Supervisor
+from serving.calling import ClientConfig
+from serving.client import AsyncClient
+from serving.errors import AnswerRefusedError, ClientError
+from serving.messages import Recommendation, RecommendRequest
 from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED
 
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5
+_REQUEST_TIMEOUT_MS: Final = 10_000
 _STARTS_MAX: Final = 3
 """A process that has been started more often than this keeps crashing."""
 _LOG_LINES: Final = 12
 
 
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer of `/v1/recommend`, as its caller sees it."""
-
-    snapshot_version: int | None
-    weights_event_time: str | None
-    history_event_time: str | None
-    fallback: bool
-    items: list[dict[str, Any]]
-
-    def item_ids(self) -> list[int]:
-        """Recommended items, best first."""
-        return [int(item["item_id"]) for item in self.items]
+def client_of(http: httpx.AsyncClient, url: str) -> AsyncClient:
+    """A client of one worker on connections that others close. It tries nothing twice: every failure is to be seen."""
+    return AsyncClient(ClientConfig(url=url, timeout_ms=_REQUEST_TIMEOUT_MS, retries_max=0), http=http)
 
 
-async def recommend(client: httpx.AsyncClient, url: str, user_id: int, k: int = 10) -> Answered:
-    """Ask one worker. Raises httpx.HTTPError for anything but a 200, msgspec.DecodeError for a body that is none."""
-    response = await client.post(f"{url}/v1/recommend", json={"user_id": user_id, "k": k})
-    response.raise_for_status()
-    return msgspec.json.decode(response.content, type=Answered)
+async def recommend(client: httpx.AsyncClient, url: str, user_id: int, k: int = 10) -> Recommendation:
+    """Ask one worker. Raises ClientError."""
+    return await client_of(client, url).recommend(RecommendRequest(user_id=user_id, k=k))
 
 
 class BackgroundLoad:
@@ -77,16 +70,16 @@ class BackgroundLoad:
                 continue
             try:
                 answer = await recommend(client, url, int(self._user_ids[chosen.randrange(num_seen)]))
-            except httpx.HTTPStatusError as error:
-                self.failures[f"status {error.response.status_code}"] += 1
-                logger.warning("%s answered %d: %s", url, error.response.status_code, error.response.text[:500])
-            except (httpx.HTTPError, msgspec.DecodeError) as error:
+            except AnswerRefusedError as error:
+                self.failures[f"status {error.status}"] += 1
+                logger.warning("%s answered %s", url, error)
+            except ClientError as error:
                 self.failures[type(error).__name__] += 1
                 logger.warning("%s: %r", url, error)
             else:
                 self.note(url, answer)
 
-    def note(self, url: str, answer: Answered) -> None:
+    def note(self, url: str, answer: Recommendation) -> None:
         """Count an answer, and compare what it says about its weights with what others said."""
         self.num_answered += 1
         self.num_fallback += answer.fallback

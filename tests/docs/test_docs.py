@@ -86,7 +86,8 @@ def test_every_instrument_carries_our_name_or_the_one_that_opentelemetry_gives_i
 
 
 def test_every_route_is_documented() -> None:
-    routes = {text for text in _texts_given_to(re.compile(r"get|post|delete|put")) if text.startswith("/")}
+    texts = _texts_given_to(re.compile(r"get|post|delete|put"))
+    routes = {text.replace(":path}", "}") for text in texts if text.startswith("/")}
     assert "/v1/recommend" in routes
     assert not sorted(route for route in routes if route not in TEXT)
 

@@ -22,8 +22,9 @@ from ops.demo.checks import (
 )
 from ops.demo.plan import DemoOptions, choose_ports, tables
 from ops.demo.state import Sample, WorkerFigures
-from ops.demo.watch import Answered, BackgroundLoad, log_tail
+from ops.demo.watch import BackgroundLoad, log_tail
 from ops.supervisor import ChildStatus
+from serving.messages import Recommendation
 
 
 def _recorded() -> RecordedStream:
@@ -41,12 +42,15 @@ def _load() -> BackgroundLoad:
     return BackgroundLoad(requests_per_s=4.0, user_ids=[1, 2, 1], num_sent=lambda: 3)
 
 
-def _answer(version: int | None, *, weights: str = "t1") -> Answered:
-    return Answered(
+def _answer(version: int | None, *, weights: str = "t1") -> Recommendation:
+    return Recommendation(
+        request_id="r",
         snapshot_version=version,
         weights_event_time=weights,
         history_event_time=None,
         fallback=version is None,
+        fallback_reason=None,
+        from_session=False,
         items=[],
     )
 
