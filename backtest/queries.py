@@ -72,6 +72,28 @@ class Queries:
             is_sampled_P=event_P % sample_every == 0,
         )
 
+    @staticmethod
+    def of_moment(history: JaggedHistories, moment_ms: int, *, max_len: int) -> Queries:
+        """What one user would be shown at a moment, by the newest `max_len` of a history; what follows is not known."""
+        nothing = np.full(1, -1)
+        blank = Queries(
+            item_id_L=nothing[:0],
+            event_time_ms_L=nothing[:0],
+            next_ms_L=nothing[:0],
+            offsets=np.zeros(2, np.int64),
+            positions_P=nothing,
+            target_item_id_P=nothing,
+            event_P=nothing,
+            asked_ms_P=nothing,
+            history_ms_P=nothing,
+            is_repeat_P=np.zeros(1, np.bool_),
+            is_sampled_P=np.ones(1, np.bool_),
+        )
+        columns = {name: column[-max_len:] for name, column in history.columns.items()}
+        offsets = np.array([0, min(max_len, history.num_interactions)])
+        newest = JaggedHistories(user_ids=history.user_ids, offsets=offsets, **columns)
+        return blank.on(newest, np.array([moment_ms]))
+
     def on(self, histories: JaggedHistories, asked_ms_P: Int64s) -> Queries:
         """The same queries, each on a history of its own (B = P), asked at these times."""
         lengths_P = histories.lengths()

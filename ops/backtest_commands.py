@@ -169,11 +169,33 @@ def backtest_run(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME.")] = None,
     *,
     restart: Annotated[bool, typer.Option("--restart", help="Make it anew, whatever is there.")] = False,
+    through_broker: Annotated[
+        bool, typer.Option("--through-broker", help="Then the same through a local broker and the daemons; compare.")
+    ] = False,
 ) -> None:
     """Replay a log through the live code and compare arms; goes on where it was interrupted."""
-    from ops.backtest_run import run_backtest
+    from ops.backtest_run import Asked, run_backtest
 
-    raise typer.Exit(run_backtest(config, out, restart=restart, say=say, show=print))
+    asked = Asked(config=config, out=out, restart=restart, through_broker=through_broker)
+    raise typer.Exit(run_backtest(asked, say=say, show=print))
+
+
+@backtest_app.command("at")
+def backtest_at(
+    moment: Annotated[str, typer.Argument(metavar="MOMENT", help="Event time, such as 2017-10-05T12:00; UTC.")],
+    user: Annotated[str, typer.Option("--user", help="The user's id: a number, or a text.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run.")] = Path("runs/backtest"),
+    count: Annotated[int, typer.Option("--history", min=1, help="Newest interactions shown.")] = 20,
+    *,
+    as_text: Annotated[bool, typer.Option("--text", help="The id is a text, though it looks like a number.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show a run as it was at a moment: a user's history, the weights, and what they would have recommended."""
+    from ops.backtest_at import moment_lines, moment_of, moment_to_json
+
+    found = moment_of(run, moment, user, count=count, as_text=as_text)
+    for line in [moment_to_json(found)] if as_json else moment_lines(found, count):
+        print(line)
 
 
 def _files(format_name: str, paths: list[Path] | None, options: dict[str, Any]) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -23,9 +26,13 @@ from rich.progress import (
 
 from backtest.arrivals import ArrivalConfig
 from backtest.engine import Progress as RunProgress
+from backtest.recording import Recording
 from backtest.run import Hooks, RunSettings, run_all, summary_of
 from backtest.run_config import BacktestConfig
+from backtest.run_files import RunFolder
+from backtest.run_setup import with_seed
 from backtest.sources import SourceConfig, open_source
+from backtest.through_broker import fingerprints_through_broker, refuse_what_differs
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
@@ -34,8 +41,10 @@ from online_trainer.drift_config import DriftConfig
 from online_trainer.learner import LearnerConfig
 from ops.config import HeadraceConfig
 from ops.errors import OpsError
+from ops.local_broker import LocalBroker, LocalBrokerConfig
 from ops.settings import SECTIONS, Section, Settings, load
 from stream.events import EventRules
+from stream.kafka import KafkaConfig
 
 BACKTEST_SECTIONS: Final = (
     Section("source", "backtest.sources", "SourceConfig"),
@@ -43,6 +52,7 @@ BACKTEST_SECTIONS: Final = (
     Section("backtest", "backtest.run_config", "BacktestConfig", {"publish_every": ("batch", "1h", "1d", "never")}),
 )
 """Tables of a run's configuration beside those of `headrace.toml`."""
+_BROKER_TIMEOUT_S: Final = 86_400.0
 _SHOWN: Final = ("hr_at_10", "ndcg_at_20", "mrr")
 
 
@@ -75,20 +85,30 @@ def run_settings(settings: Settings) -> RunSettings:
         raise OpsError(str(error)) from error
 
 
-def run_backtest(
-    path: Path, out: Path | None, *, restart: bool, say: Callable[[str], None], show: Callable[[str], None]
-) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """The command's arguments."""
+
+    config: Path
+    out: Path | None
+    restart: bool
+    through_broker: bool
+
+
+def run_backtest(asked: Asked, *, say: Callable[[str], None], show: Callable[[str], None]) -> int:
     """Run, or go on with, what a configuration asks for; returns the exit code. `show` hears the result's lines."""
-    settings = backtest_settings(path)
+    settings = backtest_settings(asked.config)
     wanted = run_settings(settings)
-    root = out or Path("runs") / wanted.backtest.name
+    root = asked.out or Path("runs") / wanted.backtest.name
     cache = settings.get(HeadraceConfig).data_dir / "recordings"
     keep_freed_memory()
     try:
+        if asked.through_broker:
+            refuse_what_differs(wanted)
         recording = open_source(settings.get(SourceConfig), cache, say=say)
         with _stop_on_signal() as is_stopping, _progress() as on_progress:
             hooks = Hooks(stopping=is_stopping, on_progress=on_progress, say=say)
-            is_complete = run_all(wanted, recording, root, hooks, restart=restart)
+            is_complete = run_all(wanted, recording, root, hooks, restart=asked.restart)
     except ValueError as error:
         raise OpsError(str(error)) from error
     if not is_complete:
@@ -98,7 +118,31 @@ def run_backtest(
         for line in _lines(summary_of(root)):
             show(line)
     say(f"headrace: wrote {root}")
-    return 0
+    return _compare_with_broker(wanted, recording, root, say=say) if asked.through_broker else 0
+
+
+def _compare_with_broker(wanted: RunSettings, recording: Recording, root: Path, *, say: Callable[[str], None]) -> int:
+    """Send the same events through a broker and the daemons; 1 if anything differs, else 0."""
+    seed = wanted.backtest.seeds[0]
+    replayed = RunFolder.open(root if len(wanted.backtest.seeds) == 1 else root / f"seed-{seed}").manifest.fingerprints
+    own = root / "through-broker"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    with LocalBroker(LocalBrokerConfig(port=0)) as broker:
+        kafka = KafkaConfig(bootstrap_servers=broker.bootstrap_servers, num_partitions=1)
+        through = asyncio.run(
+            fingerprints_through_broker(
+                replace(wanted, learner=with_seed(wanted.learner, seed)),
+                recording,
+                kafka,
+                own,
+                timeout_s=_BROKER_TIMEOUT_S,
+            )
+        )
+    for name, fingerprint in replayed.items():
+        verdict = "equal" if through[name] == fingerprint else "NOT EQUAL"
+        say(f"headrace: {name} through the broker: {verdict} ({through[name][:12]}, replayed {fingerprint[:12]})")
+    return 0 if through == replayed else 1
 
 
 @contextmanager

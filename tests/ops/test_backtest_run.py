@@ -132,3 +132,38 @@ def test_a_folder_with_another_run_is_not_overwritten(tmp_path: Path, headrace: 
 def test_what_cannot_be_meant_is_one_sentence(tmp_path: Path, headrace: Headrace, more: str, words: list[str]) -> None:
     config = configured(tmp_path, 50, more=more)
     assert_refused(headrace("backtest", "run", str(config), "--out", str(tmp_path / "run")), *words)
+
+
+def test_a_replay_equals_what_broker_and_daemons_make_of_the_same_log(tmp_path: Path, headrace: Headrace) -> None:
+    config = configured(tmp_path, 700)
+    ran = headrace("backtest", "run", str(config), "--out", str(tmp_path / "run"), "--through-broker")
+    assert ran.returncode == 0, ran.stderr
+    for name in ("histories", "weights", "metrics"):
+        assert f"{name} through the broker: equal" in ran.stderr
+
+
+def test_a_replay_that_differs_from_the_daemons_is_told(tmp_path: Path, headrace: Headrace) -> None:
+    config = configured(tmp_path, 300)
+    assert headrace("backtest", "run", str(config), "--out", str(tmp_path / "run")).returncode == 0
+    path = tmp_path / "run" / "run.json"
+    stored = json.loads(path.read_text())
+    stored["fingerprints"]["weights"] = "0" * 64
+    path.write_text(json.dumps(stored))
+    ran = headrace("backtest", "run", str(config), "--out", str(tmp_path / "run"), "--through-broker")
+    assert ran.returncode == 1
+    assert "weights through the broker: NOT EQUAL" in ran.stderr
+
+
+def test_a_moment_of_a_run_is_shown(tmp_path: Path, headrace: Headrace) -> None:
+    config = configured(tmp_path, 600)
+    run = str(tmp_path / "run")
+    assert headrace("backtest", "run", str(config), "--out", run).returncode == 0
+    moment = "2023-11-14T22:20:00"
+    shown = headrace("backtest", "at", moment, "--user", "3", "--run", run)
+    assert shown.returncode == 0, shown.stderr
+    assert "weights: version" in shown.stdout
+    assert "online-40s: publication" in shown.stdout
+    found = json.loads(headrace("backtest", "at", moment, "--user", "3", "--run", run, "--json").stdout)
+    assert len(found["recommended"]) == 10
+    assert_refused(headrace("backtest", "at", "noon", "--user", "3", "--run", run), "2017-10-05T12:00")
+    assert_refused(headrace("backtest", "at", moment, "--user", "3", "--run", str(tmp_path)), "no run")
