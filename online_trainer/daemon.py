@@ -141,6 +141,8 @@ class TrainerDaemon:
         self._writing_checkpoint = False
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._files = ThreadPoolExecutor(1, thread_name_prefix="trainer-files")
+        # A thread of their own: a snapshot does not wait while a checkpoint, many times its size, is synced to disk.
+        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="trainer-checkpoints")
         meter = metrics.get_meter("headrace.online_trainer")
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
         self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
@@ -200,6 +202,7 @@ class TrainerDaemon:
                 await self._labels.stop()
             self._compute.shutdown(wait=True)
             self._files.shutdown(wait=True)
+            self._checkpoints.shutdown(wait=True)
 
     def _note_problem(self, problem: str) -> None:
         self._blocked_by = problem
@@ -446,7 +449,7 @@ class TrainerDaemon:
 
         async def write() -> None:
             try:
-                await asyncio.get_running_loop().run_in_executor(self._files, self._save, checkpoint)
+                await asyncio.get_running_loop().run_in_executor(self._checkpoints, self._save, checkpoint)
                 self._checkpointed_step = checkpoint.step
             except CheckpointError as error:
                 logger.error("%s; the checkpoint before it stays", error)  # noqa: TRY400 - the sentence says it all

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from backtest.datasets import Dataset, Title, movietweetings, movietweetings_titles
@@ -180,10 +181,10 @@ def children_of(config_path: Path, ports: Ports, environment: Mapping[str, str])
     return (child("ingest", "ingest"), child("trainer", "train"), *serving)
 
 
-def prepare(options: DemoOptions) -> Plan:
+def prepare(options: DemoOptions, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Plan:
     """Check what can be checked, replace the run directory, write the settings. Raises DemoError or BacktestError.
 
-    Call inside `sole_use`.
+    `changes`, by table and key, win over the demo's settings. Call inside `sole_use`.
     """
     dataset, titles = movietweetings(), movietweetings_titles()
     find_binary()
@@ -195,6 +196,8 @@ def prepare(options: DemoOptions) -> Plan:
         options.summary_path.replace(options.summary_path.with_name("summary.previous.json"))
     ports = choose_ports()
     changed = tables(options, ports, log_id=f"demo-{uuid.uuid4().hex[:12]}")
+    for table, keys in changes.items():
+        changed[table] = {**changed.get(table, {}), **keys}
     config_path = options.run_dir.resolve() / "headrace.toml"
     config_path.write_text(_toml(changed), encoding="utf-8")
     # Also as variables, which win over those of the caller: the demo must never reach for somebody's real broker.

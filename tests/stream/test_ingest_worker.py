@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.schema import migrate
@@ -147,6 +148,29 @@ async def test_a_worker_applies_every_partition_and_continues_from_sql(site: Sit
         await until_stored(site)
     assert site.committers[1].counts.num_accepted == 100
     assert site.committers[1].counts.num_skipped == 0
+
+
+async def test_a_poll_brings_what_came_after_the_last_fetch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.ingest._NEWER_MS", 5_000)  # a busy machine's broker takes longer to answer
+    await site.send(2)
+    writer = site.log.writer()
+    worker = IngestWorker(INGEST, site.log.config, site.log.topics, site._committer(writer))
+    consumer = AIOKafkaConsumer(enable_auto_commit=False, **site.log.config.client_options())
+    await consumer.start()
+    try:
+        partitions = [TopicPartition(site.log.topics.interactions, number) for number in (0, 1)]
+        consumer.assign(partitions)
+        for partition in partitions:
+            consumer.seek(partition, 0)
+        worker._consumer = consumer
+        # Fetched in the background as soon as it is assigned: what is sent from now on is not among it.
+        await until(lambda: len(consumer._fetcher._records) > 0)
+        await site.send(4)
+        fetched = await worker._fetch()
+    finally:
+        await consumer.stop()
+    assert sum(map(len, fetched.values())) == 6
+    assert all([raw.offset for raw in raws] == list(range(len(raws))) for raws in fetched.values())
 
 
 async def test_a_second_worker_takes_over_partitions_without_losing_or_doubling(site: Site) -> None:
