@@ -113,7 +113,13 @@ class LossConfig:
     """Rows outside the batch that a step of the full softmax corrects: those given the most probability. The loss
     and every other gradient are over all rows; the rows left alone keep a delta small, and rank no worse."""
     num_negatives: int = 2048
-    """Uniform negatives shared by the positions of a step; used by the sampled loss only."""
+    """Negatives drawn for a step and shared by its positions; used by the sampled loss only."""
+    negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    """How the sampled loss draws them from the live catalogue. uniform: every item alike. popularity: by decayed
+    popularity to the power of negatives_power. in_batch: not at all. In every case the targets of the other positions
+    are negatives, too, and each candidate is corrected by its log chance to be one."""
+    negatives_power: float = 0.75
+    """Exponent of the decayed popularity by which `popularity` draws; 0 is uniform."""
     positions_per_chunk: int = 256
     """Positions whose logits over the whole catalogue exist at once; bounds memory."""
     stochastic_length_alpha: float = 0.0
@@ -130,6 +136,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require_one_of(self, "kind", ("full", "sampled"))
+        _require_one_of(self, "negatives", ("uniform", "popularity", "in_batch"))
+        _require(self, "negatives_power", 0.0, 2.0)
         alpha = self.stochastic_length_alpha
         if alpha != 0 and not 1 < alpha <= 2:
             raise ValueError(f"stochastic_length_alpha is {alpha}; it must be 0 (off) or above 1 and at most 2")
@@ -144,7 +152,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW for the dense parameters and row-wise AdamW for items."""
+    """AdamW for the dense parameters, row-wise AdamW or Adagrad for items."""
 
     dense_learning_rate: float = 1e-3
     """Step size of the dense parameters."""
@@ -160,8 +168,24 @@ class OptimizerConfig:
     """Decay of the second moment; the research code's, shorter than usual so that it follows a changing stream."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    row_optimizer: Literal["adamw", "adagrad"] = "adamw"
+    """How item rows are stepped. adamw: moments decay with a row's own steps. adagrad: one number a row and one a bias
+    instead of width + 4, steps only ever get smaller. A change starts its moments anew."""
+    warm_up_steps: int = 0
+    """Steps over which learning rates rise from 0; with inverse_sqrt also the step from which on they fall."""
+    schedule: Literal["constant", "inverse_sqrt"] = "constant"
+    """Learning rates after that. inverse_sqrt: fall with the root of the steps done, to schedule_floor."""
+    schedule_floor: float = 0.1
+    """Share of the learning rates that inverse_sqrt does not go below, so that learning never ends."""
+    max_gradient_norm: float = 0.0
+    """Gradients of a step, dense and rows together, are scaled down to this norm; 0: never."""
 
     def __post_init__(self) -> None:
+        _require_one_of(self, "row_optimizer", ("adamw", "adagrad"))
+        _require_one_of(self, "schedule", ("constant", "inverse_sqrt"))
+        _require(self, "warm_up_steps", 0, 1 << 40)
+        _require(self, "schedule_floor", 0.0, 1.0)
+        _require(self, "max_gradient_norm", 0.0, 1e9)
         for name in ("dense_learning_rate", "row_learning_rate", "dense_weight_decay", "row_weight_decay"):
             _require(self, name, 0.0, 10.0)
         for name in ("beta1", "beta2"):

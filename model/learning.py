@@ -16,7 +16,7 @@ from model.batch import HistoryBatch, Targets
 from model.config import LossConfig
 from model.initial import NORM_EPS
 from model.item_table import ActiveRows
-from model.losses import attach_gradients, candidate_log_q
+from model.losses import attach_gradients, candidate_log_q, draw_distribution, draw_negatives
 from model.recommender import Recommender
 from model.stochastic_length import StochasticLength, shortened
 
@@ -121,9 +121,10 @@ def _sampled_pass(
     on_logits: OnLogits | None,
 ) -> SupervisedPass:
     items = recommender.items
-    num_items = items.num_items
-    negatives = torch.randint(num_items, (loss_config.num_negatives,), generator=generator) if num_items else None
-    candidates_C = torch.unique(targets.rows_P if negatives is None else torch.cat([targets.rows_P, negatives]))
+    log_popularity_V = items.log_popularity()
+    chance_V = draw_distribution(log_popularity_V, loss_config)
+    negatives = draw_negatives(chance_V, loss_config.num_negatives, generator)
+    candidates_C = torch.unique(torch.cat([targets.rows_P, negatives]))
     active = items.activate(torch.cat([batch.rows_L, candidates_C]))
     u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
     summary = None
@@ -132,10 +133,9 @@ def _sampled_pass(
     catalogue = recommender.active_catalogue(active)
     # Rows that are active only as inputs are no candidates: they were not drawn for this loss.
     index_C = active.index_of(candidates_C)
-    share_V = torch.softmax(items.log_popularity(), 0)
     log_q_C = candidate_log_q(
-        share_V[candidates_C],
-        num_items=num_items,
+        torch.softmax(log_popularity_V, 0)[candidates_C],
+        chance_V[candidates_C],
         num_negatives=loss_config.num_negatives,
         num_targets=targets.rows_P.shape[0],
     )

@@ -1,7 +1,7 @@
-"""AdamW for dense parameters and row-wise AdamW for item rows.
+"""AdamW for dense parameters, row-wise AdamW or Adagrad for item rows.
 
 Row-wise: an item's embedding shares one second moment (the mean of its squared gradient), as HSTU's authors do, so
-the optimiser holds D + 2 numbers for D weights and a bias. Rows that take no part in a step are not touched: neither
+AdamW holds D + 4 numbers for D weights and a bias, Adagrad 2. Rows that take no part in a step are not touched: neither
 their weights nor their moments decay.
 
 Shapes: R rows of one step, D width, V items.
@@ -9,16 +9,21 @@ Shapes: R rows of one step, D width, V items.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from kernels.dynamic_embedding import rowwise_adagrad_
 from model.config import ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
 from model.item_table import ActiveRows, RowMoves
 from model.recommender import Recommender
 from model.reserved_memory import reserved_zeros
+from model.schedule import learning_rate_factor
+
+logger = logging.getLogger(__name__)
 
 
 class RecommenderOptimizer:
@@ -39,7 +44,7 @@ class RecommenderOptimizer:
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in self._parameters.items()
         }
-        self._rows = _zero_rows(recommender.config)
+        self._rows = _zero_rows(recommender.config, config)
 
     def zero_grad(self) -> None:
         """Forget the dense gradients; rows are fresh leaves in every step."""
@@ -48,8 +53,12 @@ class RecommenderOptimizer:
     @torch.no_grad()
     def step(self, active: ActiveRows, *, row_factor: float = 1.0, dense_factor: float = 1.0) -> None:
         """Apply the gradients of one backward pass and forget them. Factors multiply this step's learning rates."""
-        self._step_dense(self.config.dense_learning_rate * dense_factor)
-        self._step_rows(active, self.config.row_learning_rate * row_factor)
+        if self.config.max_gradient_norm:
+            leaves = [*self._parameters.values(), active.weight_RD, active.bias_R]
+            torch.nn.utils.clip_grad_norm_(leaves, self.config.max_gradient_norm)
+        scheduled = learning_rate_factor(self.config, self._step + 1)
+        self._step_dense(self.config.dense_learning_rate * dense_factor * scheduled)
+        self._step_rows(active, self.config.row_learning_rate * row_factor * scheduled)
         self.zero_grad()
 
     def _step_dense(self, learning_rate: float) -> None:
@@ -70,6 +79,9 @@ class RecommenderOptimizer:
         items = self.recommender.items
         if active.rows_R.shape[0] == 0 or active.weight_RD.grad is None:
             return
+        if self.config.row_optimizer == "adagrad":
+            self._step_rows_by_adagrad(active, learning_rate)
+            return
         grad_RD, grad_R, rows_R = active.weight_RD.grad, active.bias_R.grad, active.rows_R
         state = {name: column[rows_R] for name, column in self._rows.items()}
         state["steps"] += 1
@@ -82,6 +94,16 @@ class RecommenderOptimizer:
         for name, column in self._rows.items():
             column[rows_R] = state[name]
         items.weight[rows_R], items.bias[rows_R] = weight_RD, bias_R
+        items.dirty[rows_R] = True
+
+    def _step_rows_by_adagrad(self, active: ActiveRows, learning_rate: float) -> None:
+        items, rows_R = self.recommender.items, active.rows_R
+        assert active.weight_RD.grad is not None
+        step = partial(rowwise_adagrad_, learning_rate=learning_rate, epsilon=self.config.epsilon)
+        second, bias_second = self._rows["second"], self._rows["bias_second"]
+        step(items.weight, second, rows_R, active.weight_RD.grad, weight_decay=self.config.row_weight_decay)
+        if active.bias_R.grad is not None:  # the ranking head reads no biases
+            step(items.bias[:, None], bias_second, rows_R, active.bias_R.grad[:, None])
         items.dirty[rows_R] = True
 
     def _move(
@@ -115,8 +137,16 @@ class RecommenderOptimizer:
         return state | {f"rows.{name}": column[:num_items].clone() for name, column in self._rows.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace everything; load the recommender first. StateMismatchError (nothing replaced) if it does not fit."""
-        want = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        """Replace everything; load the recommender first. StateMismatchError (nothing replaced) if it does not fit.
+
+        The state of another row optimiser is not used: its rows start anew, and the log says so.
+        """
+        rows = {f"rows.{name}": column for name, column in _zero_rows(self.recommender.config, self.config).items()}
+        is_other = rows.keys() != {name for name in state if name.startswith("rows.")}
+        if is_other:
+            logger.warning("the checkpoint is of another optimizer.row_optimizer: moments of item rows start anew")
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("rows.")}
+        want = {name: tuple(t.shape) for name, t in self.state_dict().items() if not (is_other and name in rows)}
         got = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if want != got:
             differing = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
@@ -125,18 +155,19 @@ class RecommenderOptimizer:
         self._dense = {
             name: (state[f"dense.first.{name}"].clone(), state[f"dense.second.{name}"].clone()) for name in self._dense
         }
-        items = self.recommender.items
-        self._rows = _zero_rows(self.recommender.config)
-        for name, column in self._rows.items():
-            column[: items.num_items] = state[f"rows.{name}"]
+        self._rows = {name.removeprefix("rows."): column for name, column in rows.items()}
+        if not is_other:
+            for name, column in rows.items():
+                column[: self.recommender.items.num_items] = state[name]
 
 
-def _zero_rows(config: ModelConfig) -> dict[str, Tensor]:
+def _zero_rows(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Tensor]:
     """Moments and counts of every item there may ever be."""
-    return {
+    columns = {"second": reserved_zeros(config.max_items), "bias_second": reserved_zeros(config.max_items)}
+    if optimizer.row_optimizer == "adagrad":
+        return columns
+    return columns | {
         "first": reserved_zeros(config.max_items, config.embedding_dim),
-        "second": reserved_zeros(config.max_items),
         "bias_first": reserved_zeros(config.max_items),
-        "bias_second": reserved_zeros(config.max_items),
         "steps": reserved_zeros(config.max_items),
     }

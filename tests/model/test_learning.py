@@ -93,7 +93,7 @@ def test_logits_shown_are_those_of_the_state_before_the_update(make_study: Calla
         )
         generator.manual_seed(3)
         if kind == "sampled":
-            torch.randint(study.recommender.items.num_items, (4,), generator=generator)
+            torch.rand(4, dtype=torch.float64, generator=generator)  # the negatives
         with torch.no_grad():
             u = study.recommender.encode(batch, dropout=generator)[targets.positions_P]
             want = study.recommender.scores(u)
