@@ -5,6 +5,7 @@ Shapes: V rows in use (the live catalogue), R rows of one call, D embedding widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ Int64s = NDArray[np.int64]
 
 _COLUMNS = ("weight", "bias", "trend", "seen_ms", "dirty")
 _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_COLUMNS)
+
+
+CentreOf = Callable[[Int64s, Tensor], Tensor]
+"""From N new ids and float32[D], where new rows start, to float32[N, D], where each of these does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,11 +130,12 @@ class ItemTable:
         """int64[N]: the row of each id, -1 where it is unknown."""
         return self._index.find(ids)
 
-    def admit(self, ids: Int64s) -> Int64s:
+    def admit(self, ids: Int64s, *, centre_of: CentreOf | None = None, as_of_ms: int = 0) -> Int64s:
         """int64[N]: the row of each id; unknown ones get new rows in order of first appearance.
 
-        A new row starts at the mean of the newcomer_window last ones, and something that depends on the seed and its
-        id only. ItemTableFullError (and nothing admitted) beyond max_items, ValueError for a negative id.
+        A new row starts at the mean of the newcomer_window last ones, or where ``centre_of`` says, and something that
+        depends on the seed and its id only. ItemTableFullError (and nothing admitted) beyond max_items, ValueError for
+        a negative id. as_of_ms: the age of a new row counts from here until its first interaction.
         """
         rows = self._index.find(ids)
         unknown = np.unique(ids[rows < 0], return_index=True)
@@ -138,9 +144,11 @@ class ItemTable:
         if int(unknown[0][0]) < 0:
             raise ValueError(f"item id {int(unknown[0][0])} is negative; ids are 63-bit")
         new_ids = ids[rows < 0][np.sort(unknown[1])]
-        weight_RD = initial_embeddings(new_ids, self.config)
         newcomers = self.weight[max(self.num_items - self.config.newcomer_window, 0) : self.num_items]
-        self._append(new_ids, weight_RD + newcomers.mean(0) if len(newcomers) else weight_RD)
+        centre_D = newcomers.mean(0) if len(newcomers) else torch.zeros(self.config.embedding_dim)
+        centre = centre_D if centre_of is None else centre_of(new_ids, centre_D)
+        self._append(new_ids, initial_embeddings(new_ids, self.config) + centre)
+        self.seen_ms[self.num_items - len(new_ids) : self.num_items] = as_of_ms
         return self._index.find(ids)
 
     def _append(self, ids: Int64s, weight_RD: Tensor) -> None:

@@ -51,6 +51,11 @@ class MicroBatch:
     is_large: bool = False
     """It was closed at the limits for a trainer that is behind."""
 
+    def log_time_ms(self) -> int:
+        """How far (epoch ms) the log had come when the newest of them was appended and handled; 0: of none."""
+        # Both: a producer may stamp a record with the time of a recorded event.
+        return max(int(self.append_ms.max(initial=0)), int(self.interactions.arrival_ms.max(initial=0)))
+
     def taken(self) -> Interactions:
         """What enters histories and trends: all but those of users who are gone."""
         return Interactions.concat([self.thinned, self.interactions]) if len(self.thinned) else self.interactions

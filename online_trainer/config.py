@@ -164,7 +164,17 @@ class ItemsConfig:
     """Share of model.max_items that loses its rows at once when a new item finds no room: those of the lowest decayed
     popularity."""
 
+    content_items: int = 200_000
+    """Items whose content (embedding and categories on the topic `items`, 0.26 kB each) is kept, the newest: where a
+    new item's embedding starts is then learned from items with similar content. 0: content is not read."""
+    cold_items: int = 1_000
+    """Items with content and without an interaction that have a row at the same time, so that they can be recommended;
+    further ones get theirs with their first interaction. They are candidates everywhere, and take time like others."""
+
     def __post_init__(self) -> None:
+        for name in ("content_items", "cold_items"):
+            if not 0 <= getattr(self, name) <= 1 << 31:
+                raise ValueError(f"items.{name} = {getattr(self, name)}: must be between 0 and {1 << 31}")
         if not 1 <= self.min_interactions <= 255:
             raise ValueError(f"items.min_interactions = {self.min_interactions}: must be between 1 and 255")
         if not 0 < self.admission_probability <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
@@ -30,6 +30,7 @@ from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.instruments import observe_actions, observe_ranks
+from online_trainer.item_feed import ItemFeed
 from online_trainer.label_feed import LabelFeed
 from online_trainer.lag import LagWatch
 from online_trainer.learner import LearnerConfig, OnlineLearner
@@ -110,6 +111,7 @@ class TrainerDaemon:
         self._learner = self._resume(checkpoint)
         self._metrics_file = MetricsFile(parts.metrics_root, keep_parts=parts.config.keep_metrics_parts)
         self._metrics_file.begin(self._learner.ledger.num_steps)
+        self._feed = ItemFeed(parts.log, parts.clock) if parts.items_config.content_items else None
         self._given_up: dict[int, int] = {}
         self._has_looked_ahead = False
         self._publisher = Publisher(
@@ -182,8 +184,12 @@ class TrainerDaemon:
         """Train until `stopping` is set; then finish the step, publish and checkpoint. Raises LogResetError."""
         reader, writer = self._parts.log.reader(), self._parts.log.writer()
         try:
-            labels_start = [] if self._labels is None else [self._labels.start]
-            for start in (self._parts.log.create_topics, reader.start, writer.start, *labels_start):
+            starts: list[Callable[[], Awaitable[None]]] = [self._parts.log.create_topics, reader.start, writer.start]
+            if self._labels is not None:
+                starts.append(self._labels.start)
+            if self._feed is not None:
+                starts += [self._feed.start, partial(self._feed.begin, self._learner.items_read)]
+            for start in starts:
                 if not await start_when_available(
                     start, what="trainer", stopping=stopping, on_failure=self._note_problem
                 ):
@@ -200,6 +206,8 @@ class TrainerDaemon:
             await writer.stop()
             if self._labels is not None:
                 await self._labels.stop()
+            if self._feed is not None:
+                await self._feed.stop()
             self._compute.shutdown(wait=True)
             self._files.shutdown(wait=True)
             self._checkpoints.shutdown(wait=True)
@@ -271,6 +279,8 @@ class TrainerDaemon:
                 await self._in_compute_thread(partial(forget_users, self._parts.quarantine_root, update.forgotten))
             self._batcher.read_up_to(record.partition, record.offset)
             self._batcher.add(update, record.offset, record.headers)
+        if self._feed is not None:
+            await self._feed.read()
         if self._batcher.num_pending and self._waiting_since_s is None:
             self._waiting_since_s = self._parts.clock.monotonic_s()
         if self._labels is not None:
@@ -298,6 +308,8 @@ class TrainerDaemon:
         self._waiting_since_s = now_s if self._batcher.num_pending else None
         if batch is None:
             return
+        if self._feed is not None and (news := self._feed.due(batch.log_time_ms())):
+            await self._in_compute_thread(lambda: self._learner.tell(news))
         with _tracer.start_as_current_span(
             "headrace.trainer.step",
             kind=trace.SpanKind.CONSUMER,
@@ -523,6 +535,7 @@ class TrainerDaemon:
             "positions": ledger.lineage().positions,
             "metrics": self._learner.metrics_summary(),
             "items": self._learner.num_items,
+            "cold_items": ledger.num_cold,
             "drift": self._learner.drift.summary(),
             "ranking": self._ranking_status(),
             "snapshot": None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
 from online_trainer.drift_config import DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
+from online_trainer.item_content import ItemContent, ItemNews
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.label_queue import LabelBatch
 from online_trainer.ledger import Ledger
@@ -98,6 +99,9 @@ class OnlineLearner:
         self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._replay = StaleReplay()
+        self._content = ItemContent(config.items.content_items, config.model.embedding_dim)
+        self.items_read: dict[int, int] = {}
+        """Partition of `items` → next offset to be told of."""
         self._admission = Admission(config.items)
         self._action_weights = ActionWeights(config.loss.action_weights, config.actions)
         self._guard = LossGuard(
@@ -148,6 +152,29 @@ class OnlineLearner:
         self._note_refused(self.ranking.learn_labels(batch), self.ledger.watermark_ms)
         self.ledger.num_steps += 1
 
+    def tell(self, news: Sequence[ItemNews]) -> None:
+        """What has been said about items since the last step; those with content and no interaction may get a row."""
+        for one in news:
+            if one.content is not None:
+                self._content.put(one.item_id, one.content)
+            self.items_read[one.partition] = one.offset + 1
+        self._admit_cold([one.item_id for one in news if one.content is not None and one.is_available])
+
+    def _admit_cold(self, ids: Sequence[int]) -> None:
+        items = self.model.items
+        cold = np.unique(np.array(ids, np.int64))
+        cold = cold[items.lookup(cold) < 0]
+        if len(cold) == 0:
+            return
+        num_cold = int((items.trend[: items.num_items] == -torch.inf).sum())
+        # Half of the table at most, so that nobody who is interacted with has to make room for them.
+        room = min(self._config.items.cold_items - num_cold, self._config.model.max_items // 2 - items.num_items)
+        items.admit(cold[: max(room, 0)], centre_of=self._centre_of, as_of_ms=self.ledger.watermark_ms)
+        self.ledger.num_cold += min(max(room, 0), len(cold))
+
+    def _centre_of(self, new_ids: NDArray[np.int64], otherwise_D: Tensor) -> Tensor:
+        return self._content.centres(self.model.items, new_ids, otherwise_D)
+
     def _learn(self, new: Interactions) -> None:
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
         if self.ranking is not None and self.ranking.learns_from_interactions:
@@ -188,7 +215,7 @@ class OnlineLearner:
     def _admit_items(self, new: Interactions) -> None:
         unknown = self.model.items.lookup(new.item_id) < 0
         ids = new.item_id[unknown]
-        self.model.items.admit(ids[self._admission.admitted(ids, new.event_key[unknown])])
+        self.model.items.admit(ids[self._admission.admitted(ids, new.event_key[unknown])], centre_of=self._centre_of)
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""
@@ -399,11 +426,17 @@ class OnlineLearner:
         tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors |= {f"replay.{name}": tensor for name, tensor in self._replay.state().items()}
+        tensors |= {f"content.{name}": tensor for name, tensor in self._content.state().items()}
         tensors["generator"] = self._generator.get_state()
         if self._last_good is not None:
             tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
         config_hash = self._config.model.config_hash()
-        state = {"ledger": self.ledger.to_dict(), "guard": self._guard.state(), "drift": self.drift.state()}
+        state = {
+            "ledger": self.ledger.to_dict(),
+            "guard": self._guard.state(),
+            "drift": self.drift.state(),
+            "items_read": {str(partition): offset for partition, offset in sorted(self.items_read.items())},
+        }
         if self.ranking is not None:
             tensors |= {f"ranking.{name}": tensor for name, tensor in self.ranking.tensors().items()}
             state["ranking"] = self.ranking.state()
@@ -420,12 +453,16 @@ class OnlineLearner:
         if self.ledger.log_id != log_id:
             logger.warning("the log is now %r, it was %r: reading updates from their start", log_id, self.ledger.log_id)
             self.ledger.continue_with(log_id)
+        else:
+            items_read = checkpoint.state.get("items_read", {})
+            self.items_read = {int(partition): offset for partition, offset in items_read.items()}
         self.model.load_dense_state(part("dense."))
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))
         self.evaluation.load_state(part("metrics."))
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._replay.load_state(part("replay."))
+        self._content.load_state(part("content."))
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])
         self.drift.load_state(checkpoint.state["drift"])

@@ -44,6 +44,8 @@ class Ledger:
     """Steps of more than trainer.batch_interactions, for the same reason."""
     num_replayed: int = 0
     """Older interactions learned from once more (trainer.replay_share); none of the counts above has them."""
+    num_cold: int = 0
+    """Items that got a row before their first interaction, because of their content."""
     num_items_retired: int = 0
     """Items that lost their rows."""
     num_steps: int = 0

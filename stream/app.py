@@ -35,7 +35,7 @@ from stream.label_rules import ImpressionRules, LabelConfig
 from stream.label_service import LabelService
 from stream.labels import LabelJoiner
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, reading, start_when_available
-from stream.messages import Command, HistoryUpdate, ItemMessage, decode_message
+from stream.messages import Command, HistoryUpdate, decode_message, read_item
 from stream.pruning import Sweeper
 
 logger = logging.getLogger(__name__)
@@ -333,27 +333,6 @@ class LowRateAgents:
             tuple(headers.items() if isinstance(headers, Mapping) else headers),
         )
         await self._dead_letters.write([(record, Refusal(MESSAGE_REASON, None, str(error)))])
-
-
-def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, Item | None]:
-    """Item id, its text if the id is one, and the item (None: retired). Raises MessageFormatError."""
-    if not value:
-        if not key:
-            raise MessageFormatError("an item record without value needs the item id as key")
-        text = key.decode("utf-8", "replace")
-        return (int(text), None, None) if text.isdigit() else (stable_id(text), None, None)
-    message = decode_message(ItemMessage, value)
-    raw_id = message.item_id
-    item_id = stable_id(raw_id) if isinstance(raw_id, str) else raw_id
-    item = Item(
-        item_id=item_id,
-        title=message.title,
-        text=message.text,
-        categories=tuple(message.categories),
-        embedding=None if message.embedding is None else np.array(message.embedding, "<f4").tobytes(),
-        available=message.available,
-    )
-    return item_id, (raw_id if isinstance(raw_id, str) else None), item
 
 
 def run_worker(app: faust.App, service: IngestService, *, log_level: str) -> int:

@@ -14,7 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from feature_store.ids import stable_id
 from feature_store.interactions import Interactions
+from feature_store.records import Item
 from stream.errors import MessageFormatError
 from stream.events import INT64_MAX, IntId, TextId
 
@@ -236,6 +238,27 @@ class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     categories: list[str] = []
     embedding: list[float] | None = None
     available: bool = True
+
+
+def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, Item | None]:
+    """Item id, its text if the id is one, and the item (None: retired). Raises MessageFormatError."""
+    if not value:
+        if not key:
+            raise MessageFormatError("an item record without value needs the item id as key")
+        text = key.decode("utf-8", "replace")
+        return (int(text), None, None) if text.isdigit() else (stable_id(text), None, None)
+    message = decode_message(ItemMessage, value)
+    raw_id = message.item_id
+    item_id = stable_id(raw_id) if isinstance(raw_id, str) else raw_id
+    item = Item(
+        item_id=item_id,
+        title=message.title,
+        text=message.text,
+        categories=tuple(message.categories),
+        embedding=None if message.embedding is None else np.array(message.embedding, "<f4").tobytes(),
+        available=message.available,
+    )
+    return item_id, (raw_id if isinstance(raw_id, str) else None), item
 
 
 class ForgetUser(msgspec.Struct, frozen=True, kw_only=True, tag="forget_user", tag_field="command"):

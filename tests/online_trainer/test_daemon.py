@@ -41,12 +41,14 @@ class Site:
     store: FeatureStore
     root: Path
 
-    def daemon(self, drift: DriftConfig | None = None, **trainer: Any) -> TrainerDaemon:
+    def daemon(
+        self, drift: DriftConfig | None = None, items: ItemsConfig | None = None, **trainer: Any
+    ) -> TrainerDaemon:
         settings = {"batch_interactions": 16, "publish_interval_ms": 30, "checkpoint_interval_s": 0.1} | trainer
         return TrainerDaemon(
             TrainerParts(
                 config=TrainerConfig(batch_wait_ms=20, metrics_window=100, **settings),
-                items_config=ItemsConfig(),
+                items_config=items or ItemsConfig(),
                 model_config=MODEL,
                 loss_config=LossConfig(),
                 optimizer_config=OptimizerConfig(),

@@ -203,7 +203,10 @@ def test_a_trainer_killed_at_each_stage_of_what_it_keeps_ends_with_the_same_bits
     assert rows.equals(others)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", pytest.param("truncated", marks=pytest.mark.slow), pytest.param("missing", marks=pytest.mark.slow)],
+)
 def test_a_trainer_whose_newest_checkpoint_is_damaged_repeats_more_and_loses_nothing(
     installation: LearningInstallation, damage: str
 ) -> None:
