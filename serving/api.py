@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-from functools import cache
 from importlib.metadata import version as distribution_version
-from typing import Any
+from typing import Any, Final
 
-import msgspec
 import torch
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +15,6 @@ from starlette.exceptions import HTTPException
 from serving.admin_api import add_admin
 from serving.errors import InvalidRequestError, RequestError
 from serving.messages import (
-    ErrorAnswer,
     EventsAccepted,
     ForgetAccepted,
     RankedCandidates,
@@ -25,8 +22,8 @@ from serving.messages import (
     Recommendation,
     RecommendRequest,
 )
+from serving.openapi import components, documented, documented_probe
 from serving.responding import (
-    JSON,
     decode,
     host_of,
     http_error,
@@ -40,13 +37,26 @@ from serving.worker import ServingWorker
 from stream.events import Event
 from stream.messages import id_as_written
 
+_FIGURES: Final = {"type": "object"}
+_LIVE: Final = {
+    "type": "object",
+    "required": ["alive", "problem"],
+    "properties": {"alive": {"type": "boolean"}, "problem": {"type": ["string", "null"]}},
+}
+_TEXTS: Final = {"type": "array", "items": {"type": "string"}}
+_READY: Final = {
+    "type": "object",
+    "required": ["ready", "reasons", "impairments"],
+    "properties": {"ready": {"type": "boolean"}, "reasons": _TEXTS, "impairments": _TEXTS},
+}
+
 
 class _Api(FastAPI):
     """FastAPI that also documents bodies which are not pydantic models."""
 
     def openapi(self) -> dict[str, Any]:
         document = super().openapi()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(_schemas()[1])
+        document["components"] = components()
         return document
 
 
@@ -73,22 +83,22 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
     async def events(body: bytes, request_id: str) -> EventsAccepted:
         return EventsAccepted(request_id=request_id, event_ids=await worker.intake.accept(body))
 
-    @app.post("/v1/recommend", **_documented(RecommendRequest, Recommendation))
+    @app.post("/v1/recommend", **documented(Recommendation, scope="read", request=RecommendRequest, errors=(503,)))
     async def post_recommend(request: Request) -> Response:
         """The best items for a user."""
         return await respond(worker, request, "/v1/recommend", recommend, scope="read")
 
-    @app.post("/v1/rank", **_documented(RankRequest, RankedCandidates))
+    @app.post("/v1/rank", **documented(RankedCandidates, scope="read", request=RankRequest, errors=(503,)))
     async def post_rank(request: Request) -> Response:
         """Given candidates in order of preference; unknown ones last, without a score."""
         return await respond(worker, request, "/v1/rank", rank, scope="read")
 
-    @app.post("/v1/events", status_code=202, **_documented(Event, EventsAccepted, status=202))
+    @app.post("/v1/events", **documented(EventsAccepted, scope="write", request=Event, status=202, errors=(503,)))
     async def post_events(request: Request) -> Response:
         """One event, or a list of them: all are in the log, or none was sent."""
         return await respond(worker, request, "/v1/events", events, scope="write", status=202)
 
-    @app.delete("/v1/users/{user_id:path}", status_code=202)
+    @app.delete("/v1/users/{user_id:path}", **documented(ForgetAccepted, scope="write", status=202, errors=(404, 503)))
     async def delete_user(request: Request, user_id: str, *, text: bool = False) -> Response:
         """Have everything about a user removed. `text`: the id is a text, although it looks like a number."""
 
@@ -104,13 +114,13 @@ def _add_work(app: FastAPI, worker: ServingWorker) -> None:
 
 
 def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
-    @app.get("/livez")
+    @app.get("/livez", **documented_probe(_LIVE))
     async def livez() -> Response:
         """503 when only a restart can help."""
         problem = worker.failure
         return json_response({"alive": problem is None, "problem": problem}, 200 if problem is None else 503)
 
-    @app.get("/readyz")
+    @app.get("/readyz", **documented_probe(_READY))
     async def readyz() -> Response:
         """503 with the reasons while this worker should get no requests."""
         reasons = worker.reasons_not_ready()
@@ -120,13 +130,13 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
     def admit(request: Request) -> None:
         worker.access.admit_monitoring(request.headers.get("authorization"), host_of(request))
 
-    @app.get("/metrics")
+    @app.get("/metrics", **documented_probe({"type": "string"}, scope="read", media="text/plain"))
     def metrics(request: Request) -> Response:
         """Prometheus text format."""
         admit(request)
         return Response(worker.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/version")
+    @app.get("/version", **documented_probe(_FIGURES, scope="read"))
     async def version(request: Request) -> Response:
         """What runs here."""
         admit(request)
@@ -140,7 +150,7 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
             }
         )
 
-    @app.get("/status")
+    @app.get("/status", **documented_probe(_FIGURES, scope="read"))
     async def status(request: Request) -> Response:
         """Figures of this worker, for people and for the live view."""
         admit(request)
@@ -149,25 +159,3 @@ def _add_probes(app: FastAPI, worker: ServingWorker) -> None:
 
 def _version() -> str:
     return distribution_version("headrace")
-
-
-@cache
-def _schemas() -> tuple[dict[str, Any], dict[str, Any]]:
-    """References by type name, and the schemas they point at."""
-    kinds = (RecommendRequest, RankRequest, Event, Recommendation, RankedCandidates, EventsAccepted, ErrorAnswer)
-    references, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    return {kind.__name__: reference for kind, reference in zip(kinds, references, strict=True)}, components
-
-
-def _documented(request: type[msgspec.Struct], answer: type[msgspec.Struct], *, status: int = 200) -> dict[str, Any]:
-    references, _ = _schemas()
-    schema = references[request.__name__]
-    if request is Event:
-        schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
-    return {
-        "responses": {
-            status: {"content": {JSON: {"schema": references[answer.__name__]}}},
-            "4XX": {"content": {JSON: {"schema": references["ErrorAnswer"]}}},
-        },
-        "openapi_extra": {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}},
-    }

@@ -150,11 +150,17 @@ def error_response(error: RequestError, request_id: str) -> Response:
     """What a caller gets instead of an answer."""
     refused = error.refused if isinstance(error, EventsRefusedError) else None
     body = ErrorBody(code=error.code, message=error.message, field=error.field, refused=refused)
-    response = json_response(ErrorAnswer(request_id=request_id, error=body), error.status)
+    response = _failure(request_id, body, error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+def _failure(request_id: str, body: ErrorBody, status: int) -> Response:
+    response = json_response(ErrorAnswer(request_id=request_id, error=body), status)
+    response.headers["x-request-id"] = request_id
     return response
 
 
@@ -176,7 +182,7 @@ async def http_error(request: Request, error: Exception) -> Response:
     """Handler of what the framework refuses: no such route, another method."""
     assert isinstance(error, HTTPException)
     body = ErrorBody(code="http_error", message=str(error.detail))
-    response = json_response(ErrorAnswer(request_id=request_id_of(request), error=body), error.status_code)
+    response = _failure(request_id_of(request), body, error.status_code)
     response.headers.update(error.headers or {})
     return response
 
@@ -184,7 +190,7 @@ async def http_error(request: Request, error: Exception) -> Response:
 async def our_bug(request: Request, _error: Exception) -> Response:
     """Handler of everything else. The server logs the traceback; the caller learns only that it is not their fault."""
     body = ErrorBody(code="internal_error", message="this worker failed to answer; its log says why")
-    return json_response(ErrorAnswer(request_id=request_id_of(request), error=body), 500)
+    return _failure(request_id_of(request), body, 500)
 
 
 def json_response(body: msgspec.Struct | Mapping[str, object], status: int = 200) -> Response:

@@ -72,7 +72,26 @@ def test_nothing_but_the_clock_reads_the_wall_clock() -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    assert not _importing(("pickle", "cloudpickle", "dill", "joblib", "shelve"), *ROOMS, "tests")
+    everything = (*ROOMS, "benchmarks", "tests")
+    assert not _importing(("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"), *everything)
+    # Formats that are pickle inside: whoever can write such a file runs code in whoever reads it.
+    assert not _calling({"torch.load", "torch.save", "pd.read_pickle", "pandas.read_pickle"}, *everything)
+    trusting = {
+        path
+        for path, tree in _sources(*everything)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
+    }
+    assert not trusting
+
+
+def test_no_file_so_much_as_mentions_pickle_but_to_rule_it_out() -> None:
+    mentions = {
+        str(path.relative_to(REPOSITORY)): path.read_text(encoding="utf-8").lower().count("pickle")
+        for folder in (*ROOMS, "benchmarks")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    }
+    assert not {path for path, count in mentions.items() if count}
 
 
 def test_tests_use_fakes_not_mocks() -> None:
