@@ -23,6 +23,7 @@ from torch import Tensor
 
 from backtest.answers import Answerer, Answers
 from backtest.arrivals import ArrivalConfig, in_order_of_arrival
+from backtest.baseline_arms import LEARNING, build_baseline
 from backtest.batch_feed import BatchFeed, ClosedBatch
 from backtest.durations import duration_ms
 from backtest.event_columns import EventColumns, EventSource
@@ -33,7 +34,7 @@ from backtest.online_arms import OwnHistories
 from backtest.queries import Queries
 from backtest.run_config import BacktestConfig
 from backtest.run_files import ArmCosts, RunWriter
-from backtest.run_setup import build_trainings
+from backtest.run_setup import build_batch_trained, build_trainings
 from backtest.timeline import Timeline
 from backtest.training import Training
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
@@ -132,6 +133,13 @@ class _Polls:
         return joined.take(offsets - self.first_offsets[0])
 
 
+@dataclass(frozen=True, slots=True)
+class _AskedStep:
+    queries: Queries
+    user_ids_P: Int64s
+    own_histories: OwnHistories
+
+
 class Backtest:
     """One run. `run` once."""
 
@@ -151,10 +159,13 @@ class Backtest:
             parts.config, parts.learner, hot, self._answers, log_id=self._ingest.log_id
         )
         self._first = self._trainings[0]
+        self._batch_trained = build_batch_trained(parts.config, parts.learner, self._store, self._answers)
+        seed = parts.learner.trainer.seed
+        self._baselines = {name: build_baseline(name, seed) for name in parts.config.baselines if name in LEARNING}
         self._kept = KeptWeights(parts.root, parts.config, parts.learner.trainer, self._store)
         self._timeline = Timeline(self._writer, duration_ms(parts.config.timeline_every, "timeline_every"))
         self._polls = _Polls()
-        self._queries: tuple[Queries, OwnHistories] | None = None
+        self._queries: _AskedStep | None = None
         num_events = len(parts.source)
         self._num_events = min(num_events, parts.config.limit) if parts.config.limit else num_events
         self._warm_up = int(self._num_events * parts.config.warm_up_share)
@@ -217,13 +228,15 @@ class Backtest:
     def _step(self, closed: ClosedBatch) -> None:
         events = self._polls.of(closed.offsets)
         evaluates_next = int(closed.offsets[-1]) + 1 >= self._warm_up
+        for arm in self._batch_trained:
+            arm.note(events)
         for training in self._trainings:
             asking = self._asking(events, is_first=training is self._first)
             training.step(closed, asking, evaluates_next=evaluates_next)
         is_set_aside = bool(self._first.learner.set_aside)
         for training in self._trainings:
             training.learner.set_aside.clear()
-        self._queries = None
+        self._after_trainings(closed, events)
         self._note(closed, events, evaluates_next)
         self._kept.after_step(self._first, closed, is_set_aside=is_set_aside)
         decisions = self._first.learner.take_drift_decisions()
@@ -232,6 +245,22 @@ class Backtest:
         if done > self._num_checkpoints:
             self._num_checkpoints = done
             self._checkpoint()
+
+    def _after_trainings(self, closed: ClosedBatch, events: EventColumns) -> None:
+        """Ask the arms that have no training of their own here, then let them learn the answers."""
+        asked, self._queries = self._queries, None
+        queries = Queries.without_history(0) if asked is None else asked.queries
+        users_P = np.zeros(0, np.int64) if asked is None else asked.user_ids_P
+        for arm in self._batch_trained:
+            if asked is not None and self._sofar.is_evaluating:
+                arm.ask(queries, asked.own_histories, closed.closed_ms)
+            else:
+                arm.advance(closed.closed_ms)
+        for name, baseline in self._baselines.items():
+            with self._answers.spending([name]):
+                if asked is not None and self._sofar.is_evaluating:
+                    self._answers.ranked(Answerer(arm=name), queries, baseline.ask(queries, users_P))
+                baseline.learn(queries, users_P, events.item_id)
 
     def _note(self, closed: ClosedBatch, events: EventColumns, evaluates_next: bool) -> None:
         sofar = self._sofar
@@ -244,18 +273,18 @@ class Backtest:
         self, events: EventColumns, *, is_first: bool
     ) -> Callable[[MeasuredStep], tuple[Queries, OwnHistories] | None]:
         def asking(measured: MeasuredStep) -> tuple[Queries, OwnHistories] | None:
-            if not self._sofar.is_evaluating:
-                return None
             if is_first:
                 self._queries = self._asked(measured, events)
             assert self._queries is not None, "all trainings test the same interactions"
-            assert len(self._queries[0]) == len(measured.examples.positions)
-            return self._queries
+            assert len(self._queries.queries) == len(measured.examples.positions)
+            if not self._sofar.is_evaluating:
+                return None
+            return self._queries.queries, self._queries.own_histories
 
         return asking
 
-    def _asked(self, measured: MeasuredStep, events: EventColumns) -> tuple[Queries, OwnHistories]:
-        """The queries of a step, and the answers of everything that the first learner's test has ranked."""
+    def _asked(self, measured: MeasuredStep, events: EventColumns) -> _AskedStep:
+        """The queries of a step; written, with what the first learner's test has ranked, while evaluating."""
         examples = measured.examples
         of_target = events.take(examples.target_rows)
         queries = Queries.of_examples(
@@ -264,6 +293,9 @@ class Backtest:
             is_repeat_P=_repeats(measured),
             sample_every=self._config.sample_every,
         )
+        asked = _AskedStep(queries, of_target.user_id, self._own_histories(queries, of_target))
+        if not self._sofar.is_evaluating:
+            return asked
         self._sofar.num_evaluated += len(queries)
         self._writer.add_queries(
             event=of_target.event,
@@ -276,7 +308,7 @@ class Backtest:
         for name in self._config.baselines:
             if name in measured.ranks:
                 self._answers.ranks(Answerer(arm=name), queries, measured.ranks[name], measured.num_known)
-        return queries, self._own_histories(queries, of_target)
+        return asked
 
     def _own_histories(self, queries: Queries, of_target: EventColumns) -> OwnHistories:
         known: dict[int, Queries] = {}
@@ -307,6 +339,8 @@ class Backtest:
     def _end_part(self) -> None:
         for training in self._trainings:
             training.settle_all()
+        for arm in self._batch_trained:
+            arm.settle_all()
         self._sofar.num_parts = self._writer.end_part()
 
     def _checkpoint(self) -> None:
@@ -325,7 +359,12 @@ class Backtest:
         state: dict[str, Any] = {}
         for place, training in enumerate(self._trainings):
             own, state[str(place)] = training.state()
-            tensors |= {f"{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
+            tensors |= {f"training-{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        for arm in self._batch_trained:
+            own, state[arm.arm.name] = arm.state()
+            tensors |= {f"{arm.arm.name}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        for name, baseline in self._baselines.items():
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in baseline.state().items()}
         wall_s, cpu_s = self._spent()
         sofar = replace(self._sofar, wall_s=wall_s, cpu_s=cpu_s)
         whole: dict[str, Any] = {
@@ -342,10 +381,18 @@ class Backtest:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
+
+        def part(name: str) -> dict[str, Tensor]:
+            prefix = f"{name}."
+            return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+
         for place, training in enumerate(self._trainings):
-            prefix = f"{place}."
-            own = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
-            training.load_state(checkpoint.step, checkpoint.config_hash, own, state["trainings"][str(place)])
+            own = state["trainings"][str(place)]
+            training.load_state(checkpoint.step, checkpoint.config_hash, part(f"training-{place}"), own)
+        for arm in self._batch_trained:
+            arm.load_state(part(arm.arm.name), state["trainings"][arm.arm.name])
+        for name, baseline in self._baselines.items():
+            baseline.load_state(part(name))
         self._timeline.load_state(state["timeline"])
         self._kept.load_state(state["kept"], self._first)
         self._answers.load_costs(

@@ -73,22 +73,27 @@ class Queries:
         )
 
     @staticmethod
+    def without_history(count: int) -> Queries:
+        """So many queries of which nothing is known; their lists are wanted."""
+        unknown, nothing = np.full(count, -1), np.zeros(0, np.int64)
+        return Queries(
+            item_id_L=nothing,
+            event_time_ms_L=nothing,
+            next_ms_L=nothing,
+            offsets=np.zeros(1, np.int64),
+            positions_P=unknown,
+            target_item_id_P=unknown,
+            event_P=unknown,
+            asked_ms_P=unknown,
+            history_ms_P=unknown,
+            is_repeat_P=np.zeros(count, np.bool_),
+            is_sampled_P=np.ones(count, np.bool_),
+        )
+
+    @staticmethod
     def of_moment(history: JaggedHistories, moment_ms: int, *, max_len: int) -> Queries:
         """What one user would be shown at a moment, by the newest `max_len` of a history; what follows is not known."""
-        nothing = np.full(1, -1)
-        blank = Queries(
-            item_id_L=nothing[:0],
-            event_time_ms_L=nothing[:0],
-            next_ms_L=nothing[:0],
-            offsets=np.zeros(2, np.int64),
-            positions_P=nothing,
-            target_item_id_P=nothing,
-            event_P=nothing,
-            asked_ms_P=nothing,
-            history_ms_P=nothing,
-            is_repeat_P=np.zeros(1, np.bool_),
-            is_sampled_P=np.ones(1, np.bool_),
-        )
+        blank = Queries.without_history(1)
         columns = {name: column[-max_len:] for name, column in history.columns.items()}
         offsets = np.array([0, min(max_len, history.num_interactions)])
         newest = JaggedHistories(user_ids=history.user_ids, offsets=offsets, **columns)

@@ -32,6 +32,8 @@ _LIBRARIES: Final = ("headrace", "torch", "numpy", "polars", "river")
 _BASELINE_TITLES: Final = {
     "popularity": "Decayed popularity",
     "cooccurrence": "What came next after the last item",
+    "item_knn": "Items alike, by who had both",
+    "river_mf": "river's matrix factorisation",
 }
 
 
@@ -70,7 +72,8 @@ class RunSettings:
             "hot": self.hot,
         }
         parts |= {
-            name: getattr(self.learner, name) for name in ("trainer", "items", "model", "loss", "optimizer", "drift")
+            name: getattr(self.learner, name)
+            for name in ("trainer", "items", "model", "loss", "optimizer", "drift", "ranking")
         }
         found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(parts))
         return found

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
 
+from backtest.batch_trained import BatchTrainedArm
 from backtest.durations import as_text, duration_ms, publish_interval_ms
 from backtest.online_arms import OnlineArm
 from backtest.run_files import ArmInfo, check_arm_name
 
-ArmKind = Literal["online", "frozen"]
-Baseline = Literal["popularity", "cooccurrence"]
+ArmKind = Literal["online", "frozen", "retrained", "fine_tuned"]
+Baseline = Literal["popularity", "cooccurrence", "item_knn", "river_mf"]
 
 OVERRIDABLE: Final = ("model", "loss", "optimizer", "drift")
 """Tables that an arm may change for itself: how it learns, not what is asked of it."""
@@ -29,7 +30,8 @@ class ArmConfig:
     """Names its folder: lower-case letters, digits, `.`, `_`, `-`."""
     kind: ArmKind = "online"
     """online: learns from every event, and answers with what it published last. frozen: as online until `at`, then
-    never published again."""
+    never published again. retrained: trained from scratch on the last `window`, every `every`. fine_tuned: trained on
+    by what came since, every `every`."""
     title: str = ""
     """For people; empty: made from the other settings."""
     publish_every: str = "batch"
@@ -40,6 +42,14 @@ class ArmConfig:
     """How long after its arrival an interaction is in the history that is read."""
     at: str = ""
     """When a frozen arm is published (RFC 3339); empty: when evaluation begins."""
+    every: str = "1d"
+    """How often a retrained or fine-tuned arm is trained; its weights are there at once, plus `weights_lag`."""
+    window: str = "30d"
+    """What a retrained arm is trained on: the interactions of so long before."""
+    epochs: int = 1
+    """Passes of a retrained or fine-tuned arm over its window."""
+    users_per_step: int = 64
+    """Users of one step of such a pass."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of [model], [loss], [optimizer] and [drift] that differ, such as {model = {kind = "sasrec"}}. Arms with
     the same differences share one training."""
@@ -47,8 +57,13 @@ class ArmConfig:
     def __post_init__(self) -> None:
         check_arm_name(self.name)
         publish_interval_ms(self.publish_every, f"arm {self.name}: publish_every")
-        for name in ("weights_lag", "histories_lag"):
+        for name in ("weights_lag", "histories_lag", "every", "window"):
             duration_ms(getattr(self, name), f"arm {self.name}: {name}")
+        if min(self.epochs, self.users_per_step, duration_ms(self.every, "every")) < 1:
+            raise ValueError(
+                f"arm {self.name}: epochs = {self.epochs}, users_per_step = {self.users_per_step}, "
+                f"every = {self.every}: must be positive"
+            )
         if self.at:
             self.at_ms()
         for table, values in self.settings.items():
@@ -86,26 +101,54 @@ class ArmConfig:
             starts_ms=self.at_ms(),
         )
 
+    def batch_trained_arm(self) -> BatchTrainedArm:
+        """Of a retrained or fine-tuned arm."""
+        every_ms = duration_ms(self.every, "every")
+        from_scratch = self.kind == "retrained"
+        return BatchTrainedArm(
+            name=self.name,
+            from_scratch=from_scratch,
+            every_ms=every_ms,
+            window_ms=duration_ms(self.window, "window") if from_scratch else every_ms,
+            epochs=self.epochs,
+            users_per_step=self.users_per_step,
+            weights_lag_ms=duration_ms(self.weights_lag, "weights_lag"),
+            histories_lag_ms=duration_ms(self.histories_lag, "histories_lag"),
+        )
+
+    @property
+    def learns_online(self) -> bool:
+        """Whether it shows what an online training has published."""
+        return self.kind in {"online", "frozen"}
+
     def info(self, ablation: str | None = None) -> ArmInfo:
         """For the run's manifest."""
         return ArmInfo(
             name=self.name,
             kind=self.kind,
             title=self.title or self._made_title(),
-            settings={"at": self.at, **self.settings},
-            publish_every_ms=self.interval_ms(),
+            settings={
+                "every": self.every,
+                "window": self.window,
+                "epochs": self.epochs,
+                "at": self.at,
+                **self.settings,
+            },
+            publish_every_ms=self.interval_ms() if self.learns_online else duration_ms(self.every, "every"),
             weights_lag_ms=duration_ms(self.weights_lag, "weights_lag"),
             histories_lag_ms=duration_ms(self.histories_lag, "histories_lag"),
             ablation=ablation,
         )
 
     def _made_title(self) -> str:
-        if self.kind == "frozen":
-            what = f"Frozen at {self.at or 'the start of evaluation'}"
-        elif self.publish_every == "never":
-            what = "Online, never published again"
-        else:
-            what = f"Online, published every {self.publish_every}"
+        what = {
+            "online": "Online, never published again"
+            if self.publish_every == "never"
+            else f"Online, published every {self.publish_every}",
+            "frozen": f"Frozen at {self.at or 'the start of evaluation'}",
+            "retrained": f"Retrained every {self.every} on {self.window}",
+            "fine_tuned": f"Fine-tuned every {self.every}",
+        }[self.kind]
         lags = [
             f"{name} {value} late"
             for name, value in (("weights", self.weights_lag), ("histories", self.histories_lag))

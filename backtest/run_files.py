@@ -107,7 +107,7 @@ class ArmInfo:
 
     name: str
     kind: str
-    """`online`, `frozen`, `baseline`."""
+    """`online`, `frozen`, `retrained`, `fine_tuned`, `baseline`."""
     title: str
     """For people."""
     settings: dict[str, Any] = field(default_factory=dict)

@@ -7,11 +7,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 from backtest.answers import Answers
+from backtest.batch_trained import BatchTraining
 from backtest.durations import duration_ms
 from backtest.online_arms import OnlineArm
 from backtest.run_config import BacktestConfig
 from backtest.training import Training
 from feature_store.hot import HotHistories
+from feature_store.store import FeatureStore
 from online_trainer.learner import LearnerConfig, OnlineLearner
 
 
@@ -21,7 +23,8 @@ def build_trainings(
     """One for each set of settings; the first has the run's own, and its test ranks for the baselines."""
     arms_of: dict[str, list[OnlineArm]] = {"{}": []}
     for arm, _ in config.all_arms():
-        arms_of.setdefault(json.dumps(arm.settings, sort_keys=True), []).append(arm.online_arm())
+        if arm.learns_online:
+            arms_of.setdefault(json.dumps(arm.settings, sort_keys=True), []).append(arm.online_arm())
     late_ms = duration_ms(config.late, "late")
     return [
         Training(
@@ -31,6 +34,18 @@ def build_trainings(
             late_ms=late_ms,
         )
         for settings, arms in arms_of.items()
+    ]
+
+
+def build_batch_trained(
+    config: BacktestConfig, learner: LearnerConfig, store: FeatureStore, answers: Answers
+) -> list[BatchTraining]:
+    """The arms that are retrained or fine-tuned."""
+    late_ms = duration_ms(config.late, "late")
+    return [
+        BatchTraining(arm.batch_trained_arm(), with_settings(learner, arm.settings), store, answers, late_ms=late_ms)
+        for arm, _ in config.all_arms()
+        if not arm.learns_online
     ]
 
 

@@ -135,6 +135,7 @@ async def _trained(
             optimizer_config=learner.optimizer,
             drift_config=learner.drift,
             actions=learner.actions,
+            ranking=learner.ranking,
             model_name="through-broker",
             log=log,
             store=store,

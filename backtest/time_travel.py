@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 
@@ -71,9 +72,7 @@ def look_back(run: RunFolder, moment_ms: int, user_id: int, *, max_len: int) -> 
 
 
 def _model_config(run: RunFolder) -> ModelConfig:
-    known = {one.name for one in fields(ModelConfig)}
-    settings = {name: value for name, value in run.manifest.config["model"].items() if name in known}
-    return ModelConfig(**(settings | {"seed": run.manifest.seed}))
+    return msgspec.convert(run.manifest.config["model"] | {"seed": run.manifest.seed}, ModelConfig)
 
 
 def _weights_at(run: RunFolder, moment_ms: int) -> Manifest | None:

@@ -36,6 +36,8 @@ from backtest.through_broker import fingerprints_through_broker, refuse_what_dif
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.ranking_model import with_ranking_head
+from model.ranking_settings import RankingSettings
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.learner import LearnerConfig
@@ -63,7 +65,7 @@ def backtest_settings(path: Path) -> Settings:
 
 def run_settings(settings: Settings) -> RunSettings:
     """What decides what a run computes; raises OpsError for what contradicts itself."""
-    rules = settings.get(EventRules)
+    rules, ranking = settings.get(EventRules), settings.get(RankingSettings)
     try:
         return RunSettings(
             backtest=settings.get(BacktestConfig),
@@ -74,11 +76,12 @@ def run_settings(settings: Settings) -> RunSettings:
             learner=LearnerConfig(
                 trainer=settings.get(TrainerConfig),
                 items=settings.get(ItemsConfig),
-                model=settings.get(ModelConfig),
+                model=with_ranking_head(settings.get(ModelConfig), ranking, rules.actions),
                 loss=settings.get(LossConfig),
                 optimizer=settings.get(OptimizerConfig),
                 drift=settings.get(DriftConfig),
                 actions=rules.actions,
+                ranking=ranking,
             ),
         )
     except ValueError as error:

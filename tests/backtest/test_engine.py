@@ -11,6 +11,7 @@ import pytest
 
 from backtest.arrivals import ArrivalConfig
 from backtest.engine import RunOutcome
+from backtest.run_config import ArmConfig
 from backtest.run_setup import with_seed
 from feature_store.store import FeatureStore
 from model.ranking import MISS_RANK
@@ -34,6 +35,12 @@ EVERYTHING: dict[str, Any] = {
     "histories_lag": ("20s",),
     "keep_weights_every": "60s",
     "checkpoint_events": 200,
+    "baselines": ("popularity", "cooccurrence", "item_knn", "river_mf"),
+    "arms": (
+        ArmConfig(name="retrained", kind="retrained", every="2m", window="4m"),
+        ArmConfig(name="fine-tuned", kind="fine_tuned", every="50s", weights_lag="5s"),
+        ArmConfig(name="sasrec", settings={"model": {"kind": "sasrec"}}),
+    ),
 }
 
 
@@ -90,7 +97,7 @@ def test_all_arms_answer_the_same_queries_in_the_same_order(whole: tuple[RunOutc
     events = table(root, "queries")["event"].to_list()
     assert events == sorted(events)
     arms = sorted(path.name for path in (root / "ranks").iterdir())
-    assert len(arms) == 8
+    assert len(arms) == 13
     for arm in arms:
         assert table(root, f"ranks/{arm}")["event"].to_list() == events, arm
 
@@ -109,6 +116,22 @@ def test_weights_are_as_old_as_their_interval_and_lag_say(whole: tuple[RunOutcom
         shown = np.searchsorted(times + lag_ms, queries["event_time_ms"].to_numpy(), side="left") - 1
         assert table(root, f"ranks/{arm}")["version"].to_list() == shown.tolist(), arm
     assert len(published.filter(arm="online-never")) == 1
+
+
+def test_arms_that_are_trained_in_batches_show_what_the_last_boundary_gave(whole: tuple[RunOutcome, Path]) -> None:
+    _, root = whole
+    published, asked_ms = table(root, "publications"), table(root, "queries")["event_time_ms"].to_numpy()
+    for arm, every_ms, lag_ms in (("retrained", 120_000, 0), ("fine-tuned", 50_000, 5_000)):
+        times = published.filter(arm=arm)["time_ms"].to_numpy()
+        assert len(times) > 3
+        assert (times % every_ms == 0).all()
+        shown = np.searchsorted(times + lag_ms, asked_ms, side="left") - 1
+        rows = table(root, f"ranks/{arm}")
+        assert rows["version"].to_list() == shown.tolist(), arm
+        ages = rows.filter(rows["version"] >= 0)["weights_age_ms"].to_numpy()
+        assert ages.min() > 0
+        ranks = rows.tail(200)["rank"].to_numpy()
+        assert RankMetrics.of_ranks(ranks).mrr > 0.04  # type: ignore[operator]
 
 
 def test_copies_and_stored_histories_rank_as_the_trainers_own_test(tmp_path: Path) -> None:
