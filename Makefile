@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-items bench-content bench-store bench-swap bench-publish bench-drift bench-freshness bench-recommend bench-serving docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-content bench-store bench-swap bench-publish bench-drift bench-freshness bench-recommend bench-serving docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ bench-recommend: $(STAMP) ## what a recommendation costs: user states kept or no
 
 bench-serving: $(STAMP) ## latency, pauses and memory of a worker under load while weights are swapped; ARGS=--quick
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_serving.py $(ARGS)
+
+bench-import: $(STAMP) ## logs into recordings: events a CPU second and peak memory by the log's length; ARGS="--events 100000000"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_import.py $(ARGS)
 
 bench-store: $(STAMP) ## appends and reads of histories, in memory and in SQLite; ARGS=--quick takes a minute
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_store.py $(ARGS)
