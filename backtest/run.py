@@ -25,6 +25,7 @@ from backtest.run_setup import with_seed, with_settings
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from online_trainer.learner import LearnerConfig
 from online_trainer.prequential import RankMetrics
+from stream.clock import WallClock
 from stream.events import EventRules
 
 SWEEP: Final = "sweep.json"
@@ -149,7 +150,7 @@ def _begun(settings: RunSettings, recording: Recording, folder: Path, seed: int,
     return RunManifest(
         name=settings.backtest.name,
         is_complete=False,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=datetime.fromtimestamp(WallClock().now_ms() / 1000, UTC).isoformat(timespec="seconds"),
         config=config,
         lineage=lineage,
         seed=seed,
