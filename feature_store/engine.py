@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from opentelemetry import metrics
+from opentelemetry import metrics, trace
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -37,6 +37,7 @@ _POSTGRES_AWAY: Final = ("08", "28", "3D", "53", "57")
 """SQLSTATE classes: connection, authorisation, no such database, resources exhausted, operator intervention."""
 _POSTGRES_BUSY: Final = ("55P03",)
 
+_tracer = trace.get_tracer("headrace.feature_store")
 _durations = metrics.get_meter("headrace.feature_store").create_histogram(
     "db.client.operation.duration", unit="s", description="One transaction"
 )
@@ -94,13 +95,19 @@ def _timed(engine: Engine, operation: str) -> Iterator[None]:
     """Measure a transaction, with what its caller does inside, by OpenTelemetry's database conventions."""
     started_s = time.perf_counter()
     attributes = {"db.system.name": engine.dialect.name, "db.operation.name": operation}
+    # Only as a part of something that is traced; not made current, since a transaction may be left in another context.
+    span: trace.Span = trace.INVALID_SPAN
+    if trace.get_current_span().is_recording():
+        span = _tracer.start_span(f"headrace.store.{operation}", kind=trace.SpanKind.CLIENT, attributes=attributes)
     try:
         yield
     except FeatureStoreError as error:
         attributes["error.type"] = type(error).__name__
+        span.set_attribute("error.type", attributes["error.type"])
         raise
     finally:
         _durations.record(time.perf_counter() - started_s, attributes)
+        span.end()
 
 
 def erase_deleted(engine: Engine) -> None:

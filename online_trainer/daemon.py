@@ -500,7 +500,7 @@ class TrainerDaemon:
         return await asyncio.get_running_loop().run_in_executor(self._files, copy_context().run, call)
 
     async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, call)
+        return await asyncio.get_running_loop().run_in_executor(self._compute, copy_context().run, call)
 
     def _ranking_status(self) -> dict[str, object] | None:
         ranking = self._learner.ranking

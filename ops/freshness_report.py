@@ -115,8 +115,11 @@ class FreshnessReport:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing came recently and nothing waits."""
-        return all(hop.num_events in {0, None} and hop.num_waiting in {0, None} for hop in self.hops)
+        """Whether nothing came recently and nothing waits, as far as is known; of what ingest knows, it must be."""
+        stored = self.hops[0]
+        return (stored.num_events, stored.num_waiting) == (0, 0) and all(
+            hop.num_events in {0, None} and hop.num_waiting in {0, None} for hop in self.hops
+        )
 
     @property
     def is_empty(self) -> bool:

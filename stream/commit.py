@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from types import TracebackType
@@ -270,7 +271,8 @@ class Committer:
         since_s = self._clock.monotonic_s()
         self._sql_since_s.append(since_s)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+            # In the context of the commit, so that the transaction is a part of its span.
+            return await asyncio.get_running_loop().run_in_executor(self._sql, copy_context().run, call)
         finally:
             self._sql_since_s.remove(since_s)
 

@@ -242,10 +242,11 @@ class FreshnessRecorder:
             self._oldest.record(oldest_ms / 1000, attributes, trace.set_span_in_context(span))
 
     def summary(self, now_ms: int) -> dict[str, object]:
-        """For status pages: quantiles from both starts since this process began, and the histograms of recent ages."""
+        """For status pages: quantiles from both starts since this process began, and the histograms, all and recent."""
         return {
             "event": self.total.event.summary(),
             "append": self.total.append.summary(),
+            "total": self.total.to_dict(),
             "recent": {"window_ms": RECENT_MS, **self._recent.as_of(now_ms).to_dict()},
         }
 

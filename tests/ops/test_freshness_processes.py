@@ -174,6 +174,8 @@ def check_the_conventions(receiver: OtlpReceiver, spans: Sequence[ReceivedSpan])
         "messaging.operation.type": "process",
         "messaging.destination.name": "interactions",
     }.items() <= commit.attributes.items()
+    write = next(span for span in spans if span.name == "headrace.store.write" and span.parent_id == commit.span_id)
+    assert (write.kind, write.attributes) == (3, {"db.system.name": "sqlite", "db.operation.name": "write"})
     request = next(span for span in spans if span.name == "headrace.serving.request")
     assert request.kind == 2
     assert {
