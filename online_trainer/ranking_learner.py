@@ -96,7 +96,11 @@ class RankingLearner:
         self._model, self._network, self._hot, self._settings = model, model.ranking, hot, settings
         self._optimizer = RecommenderOptimizer(
             model,
-            replace(optimizer, row_learning_rate=settings.row_learning_rate),
+            replace(
+                optimizer,
+                dense_learning_rate=settings.dense_learning_rate,
+                row_learning_rate=settings.row_learning_rate,
+            ),
             parameters=model.ranking_parameters(),
         )
         self._learned = LearnedLabels(settings.remembered_labels)

@@ -21,7 +21,7 @@ from online_trainer.labelled_items import LabelledItems
 from tests.online_trainer.conftest import RecordedStream, record_stream
 from tests.online_trainer.test_ranking_learner import NEVER, SETTINGS, learner_of
 
-NUM_SHOWN = 4_000
+NUM_SHOWN = 3_200
 START_MS = 1_700_000_000_000
 CLICK, LIKE = 0b01, 0b10
 
@@ -71,7 +71,7 @@ def auc_of(store: FeatureStore, after_ms: int) -> float:
     """Over the newest quarter: labels are learned when everything is in the store, as after a backlog."""
     interactions, outcomes = telling(after_ms=after_ms)
     stream: RecordedStream = record_stream(store, interactions)
-    learner = learner_of(stream, SETTINGS, metrics_window=NUM_SHOWN // 4, dense_learning_rate=3e-3)
+    learner = learner_of(stream, replace(SETTINGS, dense_learning_rate=4e-3), metrics_window=NUM_SHOWN // 4)
     batcher = stream.batcher(learner, 256)
     while batch := batcher.take():
         learner.step(batch)

@@ -15,7 +15,6 @@ from feature_store.errors import StoreUnavailableError
 from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
-from model.config import OptimizerConfig
 from model.ranking_model import with_ranking_head
 from model.ranking_settings import RankingSettings
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
@@ -34,12 +33,11 @@ SETTINGS = RankingSettings(
 def learner_of(
     stream: RecordedStream,
     settings: RankingSettings = SETTINGS,
-    *,
-    dense_learning_rate: float = 1e-3,
     **trainer: Any,
 ) -> OnlineLearner:
-    config = replace(stream.config(**trainer), optimizer=OptimizerConfig(dense_learning_rate=dense_learning_rate))
-    config = replace(config, model=with_ranking_head(MODEL, settings, ACTIONS), ranking=settings, actions=ACTIONS)
+    config = replace(
+        stream.config(**trainer), model=with_ranking_head(MODEL, settings, ACTIONS), ranking=settings, actions=ACTIONS
+    )
     return OnlineLearner(config, HotHistories(stream.store, HOT), log_id="main")
 
 
