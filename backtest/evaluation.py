@@ -268,6 +268,9 @@ def _ablations(arms: Sequence[ArmInfo], statistics: _Statistics) -> dict[str, li
     found = {}
     for kind, age_of in ages.items():
         on_curve = [arm for arm in arms if arm.ablation == kind]
+        if on_curve and kind != "publish_every":
+            # What the lags are measured against: an arm like theirs without any.
+            on_curve += [arm for arm in arms if _is_without_lag(arm, on_curve[0])][:1]
         if on_curve:
             # None: never published again, the oldest of all.
             on_curve.sort(key=lambda arm, age_of=age_of: (age_of(arm) is None, age_of(arm) or 0))  # type: ignore[misc]
@@ -282,6 +285,11 @@ def _ablations(arms: Sequence[ArmInfo], statistics: _Statistics) -> dict[str, li
                 for arm in on_curve
             ]
     return found
+
+
+def _is_without_lag(arm: ArmInfo, other: ArmInfo) -> bool:
+    is_alike = (arm.kind, arm.publish_every_ms) == (other.kind, other.publish_every_ms)
+    return is_alike and arm.weights_lag_ms == arm.histories_lag_ms == 0 and arm.ablation in {None, "publish_every"}
 
 
 def _curve(name: str, sums: _ArmSums, starts_ms_T: Int64s, count_T: Int64s) -> pl.DataFrame:

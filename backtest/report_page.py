@@ -59,7 +59,7 @@ def _slots(evaluation: Evaluation) -> dict[str, int]:
     """Arm → colour, of those that get lines: the reference, what is no point of a curve, the oldest points."""
     best = sorted(evaluation.arms, key=lambda arm: -(arm.metrics[ALL][MAIN_METRIC].mean or 0.0))
     names = [evaluation.reference, *(arm.info.name for arm in best if arm.info.ablation is None)]
-    names += [points[-1].arm for points in evaluation.ablations.values()]
+    names += [points[-1].arm for points in (evaluation.ablations.get("publish_every"),) if points]
     return {name: slot for slot, name in enumerate(list(dict.fromkeys(names))[:_LINES_MAX])}
 
 
@@ -109,7 +109,7 @@ def _over_time(run: RunFolder, evaluation: Evaluation, slots: dict[str, int], ma
         f"{'Numbers mark what the drift detectors decided.' if marks else ''}</p>",
         line_chart(series, marks, title=title),
     ]
-    timeline = run.timeline().collect()
+    timeline = run.timeline().filter(pl.col("time_ms").is_between(int(first), int(last))).collect()
     bars = _bars(timeline, int(first), int(last))
     if bars:
         parts.append(
@@ -142,11 +142,8 @@ def _by_time(own: pl.DataFrame, slots: dict[str, int]) -> Iterator[tuple[tuple[i
 
 def _bars(timeline: pl.DataFrame, first_ms: int, last_ms: int) -> list[Bar]:
     """The timeline in spans of equal time."""
-    inside = timeline.filter(pl.col("time_ms").is_between(first_ms, last_ms))
-    if not inside.height:
-        return []
     width = max((last_ms - first_ms) // _NUM_SPANS, 1)
-    spans = inside.group_by((pl.col("time_ms") - first_ms) // width).agg(
+    spans = timeline.group_by((pl.col("time_ms") - first_ms) // width).agg(
         pl.col("num_new_items").sum(), pl.col("num_retired_items").sum()
     )
     return [

@@ -11,7 +11,7 @@ from html import escape
 from typing import Final
 
 WIDTH: Final = 960
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 226, 26, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 232, 26, 30
 _LABEL_HEIGHT: Final = 15.0
 _NICE: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 _MINUTES = (1, 5, 15, 60, 180, 360, 720)
@@ -251,7 +251,7 @@ def _end_labels(labels: Sequence[tuple[str, float, int]], height: int) -> list[s
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 30 else f"{name[:29]}…"
+    return name if len(name) <= 28 else f"{name[:27].rstrip(' ,')}…"
 
 
 def _svg(parts: Iterable[str], title: str, height: int) -> str:

@@ -48,19 +48,19 @@ def _against(arm: ArmEvaluation, metric: str) -> str:
 
 
 def _ablation(kind: str, points: list[AblationPoint], metric: str) -> str:
-    what = {
-        "publish_every": "Publishing less often",
-        "weights_lag": "Weights that come late",
-        "histories_lag": "Histories that come late",
+    what, costs = {
+        "publish_every": ("Publishing less often", "costs"),
+        "weights_lag": ("Weights that come late", "cost"),
+        "histories_lag": ("Histories that come late", "cost"),
     }[kind]
     for point in points[1:]:
         loss = point.against_freshest[metric]
         if loss.mean is not None and loss.high is not None and loss.high < 0:
             return (
-                f"{what} costs {METRIC_NAMES[metric]} from {age_text(kind, point.age_ms)} on: "
+                f"{what} {costs} {METRIC_NAMES[metric]} from {age_text(kind, point.age_ms)} on: "
                 f"{figure(loss.mean, signed=True)} {interval(loss)} against {age_text(kind, points[0].age_ms)}."
             )
-    return f"{what}, up to {age_text(kind, points[-1].age_ms)}, costs no {METRIC_NAMES[metric]} that the data show."
+    return f"{what}, up to {age_text(kind, points[-1].age_ms)}, {costs} no {METRIC_NAMES[metric]} that the data show."
 
 
 def comparison_text(found: Comparison, metric: str) -> str:
@@ -108,7 +108,8 @@ def figure(value: float | None, *, signed: bool = False) -> str:
     """Four places, as metrics are written."""
     if value is None:
         return "–"
-    return (f"{value:+.4f}" if signed else f"{value:.4f}").replace("-", MINUS)
+    rounded = round(value, 4) or 0.0  # no sign before a zero
+    return (f"{rounded:+.4f}" if signed and rounded else f"{rounded:.4f}").replace("-", MINUS)
 
 
 def interval(estimate: Estimate) -> str:

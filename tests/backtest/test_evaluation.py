@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,18 @@ def test_a_freshness_curve_runs_from_the_freshest_to_never(evaluation: Evaluatio
     assert means[2:] == sorted(means[2:], key=lambda mean: -(mean or 0))
     assert points[0].against_freshest == {}
     assert (points[-1].against_freshest["ndcg_at_20"].high or 0) < 0
+
+
+def test_lags_are_measured_against_an_arm_like_theirs_without_any(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", num_queries=400)
+    path = made.root / "run.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    late = {"kind": "online", "publish_every_ms": 0, "histories_lag_ms": 60_000, "ablation": "histories_lag"}
+    manifest["arms"][5] |= late
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    found = evaluate(RunFolder.open(made.root), QUICK).ablations["histories_lag"]
+    assert [(point.arm, point.age_ms) for point in found] == [("online-0", 0), ("retrained", 60_000)]
+    assert found[1].against_freshest["mrr"].mean is not None
 
 
 def test_points_of_a_curve_add_up_to_the_whole(evaluation: Evaluation) -> None:
