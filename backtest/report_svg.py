@@ -11,7 +11,7 @@ from html import escape
 from typing import Final
 
 WIDTH: Final = 960
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 232, 26, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 238, 26, 30
 _LABEL_HEIGHT: Final = 15.0
 _NICE: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 _MINUTES = (1, 5, 15, 60, 180, 360, 720)
@@ -169,7 +169,7 @@ def ablation_chart(points: Sequence[Whisker], levels: Sequence[Level], *, title:
 
 def interval_cell(whisker: Whisker, span: tuple[float, float], slot: int) -> str:
     """A small picture for a table: where a mean and its interval lie in a span that all rows share."""
-    width, height = 170, 22
+    width, height = 150, 22
     x = _Scale(*span, 6, width - 6)
     middle = height / 2
     zero = ""
@@ -251,7 +251,7 @@ def _end_labels(labels: Sequence[tuple[str, float, int]], height: int) -> list[s
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27].rstrip(' ,')}…"
+    return name if len(name) <= 30 else f"{name[:29].rstrip(' ,')}…"
 
 
 def _svg(parts: Iterable[str], title: str, height: int) -> str:
