@@ -5,6 +5,7 @@ Shapes: V rows in use (the live catalogue), R rows of one call, D embedding widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from model.trend import add_interactions, decay_rate_per_ms, log_popularity
 
 Int64s = NDArray[np.int64]
 
+_HELD_MAX = 500
+"""Numbers that numpy assigns by index without letting go of the interpreter; for one more, it does."""
 _COLUMNS = ("weight", "bias", "trend", "seen_ms", "dirty")
 _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_COLUMNS)
 
@@ -251,18 +254,21 @@ class ItemTable:
         assert change.first == self.num_items, "the table has changed since this was planned"
         if change.index is not None:
             self._index = change.index
-        # Through numpy: for this many rows waking the numerical library's threads costs more than they save.
+        # Through numpy, in parts: torch lets go of the interpreter in each call, and a busy thread keeps it for 5 ms.
         weight_VD, bias_V, trend_V = self.weight.numpy(), self.bias.numpy(), self.trend.numpy()
         if len(change.removed_ids):
             removed = change.removed_rows
             self._index.remove(change.removed_ids)
             self._ids[removed] = -1
-            weight_VD[removed], bias_V[removed], trend_V[removed] = 0.0, -np.inf, -np.inf
+            assign(weight_VD, removed, 0.0)
+            assign(bias_V, removed, -np.inf)
+            assign(trend_V, removed, -np.inf)
         self._index.fill(change.new_slots, change.new_ids, np.arange(change.first, change.end))
         self._ids[change.first : change.end] = change.new_ids
         rows = change.rows
         write_rows(self.weight, rows, weight_RD)
-        bias_V[rows], trend_V[rows] = bias_R.numpy(), trend_R.numpy()
+        assign(bias_V, rows, bias_R.numpy())
+        assign(trend_V, rows, trend_R.numpy())
         self.num_items = change.end
         self.clear_dirty()
 
@@ -297,7 +303,7 @@ class ItemTable:
 
     def clear_dirty(self) -> None:
         """Start counting changes afresh: a snapshot has been taken."""
-        self.dirty[: self.num_items] = False
+        self.dirty.numpy()[: self.num_items].fill(False)
         self._removed_ids.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -340,11 +346,19 @@ class ItemTable:
         self.num_items = n
 
 
+def assign(table: NDArray[Any], rows: Int64s, content: NDArray[Any] | float) -> None:
+    """``table[rows] = content`` for a table of numbers or rows of them, without letting go of the interpreter."""
+    step = max(1, _HELD_MAX // math.prod(table.shape[1:]))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        table[rows[part]] = content[part] if isinstance(content, np.ndarray) else content
+
+
 def write_rows(table_VD: Tensor, rows: Int64s, content_RD: Tensor) -> None:
-    """``table_VD[rows] = content_RD`` for a contiguous table, each row written as a whole."""
+    """``table_VD[rows] = content_RD`` for a contiguous table, each row written as a whole; as ``assign``."""
     assert table_VD.dtype == content_RD.dtype and table_VD.shape[1] == content_RD.shape[1]  # noqa: PT018
     whole_row = np.dtype((np.void, table_VD.shape[1] * table_VD.element_size()))
-    table_VD.numpy().view(whole_row)[:, 0][rows] = content_RD.contiguous().numpy().view(whole_row)[:, 0]
+    assign(table_VD.numpy().view(whole_row)[:, 0], rows, content_RD.contiguous().numpy().view(whole_row)[:, 0])
 
 
 def initial_embeddings(ids: Int64s, config: ModelConfig) -> Tensor:

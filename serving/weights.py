@@ -113,15 +113,16 @@ class _CatalogueBuffer:
     def plan(self, planned: PlannedSnapshot) -> _Change:
         """Work out what a delta changes, reading only."""
         assert planned.change is not None, "an anchor has a catalogue of its own"
-        num_items, roomier = planned.change.end, None
+        num_items, unit, roomier = planned.change.end, self._unit, None
         if num_items > len(self._unit):
-            roomier = self._unit.new_zeros(2 * num_items, self._unit.shape[1])
-            roomier[: len(self._unit)] = self._unit
+            roomier = unit.new_zeros(2 * num_items, unit.shape[1])
+            roomier[: len(unit)] = unit
+            unit = roomier
         return _Change(
             planned=planned,
             rows=planned.change.rows,
             unit_RD=functional.normalize(planned.snapshot.rows.weight, dim=1, eps=NORM_EPS),
-            offset_V=planned_offsets(planned),
+            catalogue=Catalogue(unit_VD=unit[:num_items], offset_V=planned_offsets(planned)),
             roomier=roomier,
         )
 
@@ -130,21 +131,21 @@ class _CatalogueBuffer:
         if change.roomier is not None:
             self._unit = change.roomier
         write_rows(self._unit, change.rows, change.unit_RD)
-        self.catalogue = Catalogue(unit_VD=self._unit[: len(change.offset_V)], offset_V=change.offset_V)
+        self.catalogue = change.catalogue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Change:
     """A delta worked out for the model in service.
 
-    rows: int64[R], rows it writes. unit_RD: their unit vectors. offset_V: of the whole catalogue afterwards. roomier:
-    a copy of the unit vectors with more room, None if there is room.
+    rows: int64[R], rows it writes. unit_RD: their unit vectors. catalogue: what scoring needs once the rows are
+    written. roomier: a copy of the unit vectors with more room, None if there is room.
     """
 
     planned: PlannedSnapshot
     rows: Int64s
     unit_RD: Tensor
-    offset_V: Tensor
+    catalogue: Catalogue
     roomier: Tensor | None
 
 
@@ -206,7 +207,10 @@ class ServedWeights:
         return replace(
             prepared,
             change=None if prepared.delta is None else self._plan(prepared.delta),
-            replaced=(self.recommender, *self.items.storage(), self._catalogue, self._catalogue.catalogue),
+            replaced=(
+                *(self.recommender, *self.items.storage(), self._catalogue, self._catalogue.catalogue),
+                *(self._recommendable, self._popular),
+            ),
         )
 
     def _plan(self, delta: Snapshot) -> _Change:

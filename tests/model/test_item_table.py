@@ -11,7 +11,7 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ItemTableFullError, StateMismatchError
-from model.item_table import ItemTable
+from model.item_table import ItemTable, assign
 from model.recommender import Recommender
 
 
@@ -122,3 +122,17 @@ def test_what_is_kept_by_row_follows_the_rows_that_move(small_config: ModelConfi
         assert (table.lookup(table.ids()) == np.arange(table.num_items)).all()
         assert kept[: table.num_items, 1].tolist() == table.ids().tolist()
         assert not kept[table.num_items :].any()
+
+
+def test_rows_are_assigned_in_parts_as_if_at_once() -> None:
+    rng = np.random.default_rng(0)
+    for shape, num_rows in (((3_000,), 1_203), ((3_000, 7), 501), ((3_000, 7), 0), ((3_000, 600), 3)):
+        rows = rng.permutation(3_000)[:num_rows]
+        content = rng.normal(size=(num_rows, *shape[1:]))
+        expected, found = np.zeros(shape), np.zeros(shape)
+        expected[rows] = content
+        assign(found, rows, content)
+        np.testing.assert_array_equal(found, expected)
+        expected[rows] = -np.inf
+        assign(found, rows, -np.inf)
+        np.testing.assert_array_equal(found, expected)
