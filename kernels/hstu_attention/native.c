@@ -113,8 +113,9 @@ INLINE vec exponential(vec x)
 /* Everything of one call. Pointers may be NULL where there is no bias, or no backward pass. */
 typedef struct {
     const REAL *q, *k, *v, *grad;      /* grad: of the output, contiguous [L][H][V] */
-    REAL *out, *dq, *dk, *dv;          /* contiguous [L][H][A or V] */
+    REAL *out, *dq, *dk, *dv;          /* contiguous [L][H][A or V]; out: one for each query */
     const int64_t *offsets;            /* B + 1 */
+    const int64_t *query_offsets;      /* B + 1, if only the last positions of each row have a query; forward only */
     const int64_t *rows;               /* the rows of the batch to compute */
     const int64_t *key_times_s, *query_times_s;
     const int64_t *bucket_from_s;      /* shortest gap of each bucket, num_buckets + 1, then one that none reaches */
@@ -201,14 +202,20 @@ static void pack_row(const Call *call, const Packed *p, int64_t first, int64_t n
     }
 }
 
+/* A row of n positions, the first packed at `first`. The query of position i is packed at query_base + i; positions
+   before first_query have none. */
+typedef struct {
+    int64_t first, n, query_base, first_query;
+} Row;
+
 /* bias[r][j] of queries i = first_query + r and the keys j <= i, and the bucket of each pair. Going back in time a gap
    hardly ever shrinks, so its bucket is found from the one before it. */
-static void fill_bias(const Call *call, int64_t first, int64_t first_query, int64_t num_queries, REAL *bias,
+static void fill_bias(const Call *call, const Row *row, int64_t first_query, int64_t num_queries, REAL *bias,
                       uint16_t *bucket, int64_t ld)
 {
-    const int64_t *from_s = call->bucket_from_s, *key_s = call->key_times_s + first;
+    const int64_t *from_s = call->bucket_from_s, *key_s = call->key_times_s + row->first;
     for (int64_t r = 0; r < num_queries; r++) {
-        const int64_t i = first_query + r, query_s = call->query_times_s[first + i];
+        const int64_t i = first_query + r, query_s = call->query_times_s[row->query_base + i];
         const REAL *position = call->position_weight + call->max_len - 1 - i;
         int64_t c = 0;
         for (int64_t j = i; j >= 0; j--) {
@@ -328,18 +335,18 @@ typedef struct {
     uint16_t *bucket;
 } Tiles;
 
-static void forward_block(const Call *call, const Packed *p, const Tiles *t, const Block *block, int64_t first)
+static void forward_block(const Call *call, const Packed *p, const Tiles *t, const Block *block, int64_t query_base)
 {
     for (int64_t h = 0; h < call->heads; h++) {
         const int64_t at = h * p->head;
-        scores(block, t->score, call->q + first * call->q_position + h * call->q_head, call->q_position, p->kT + at,
-               call->A);
+        scores(block, t->score, call->q + query_base * call->q_position + h * call->q_head, call->q_position,
+               p->kT + at, call->A);
         if (t->bias)
             weigh(block, t->score, 0, t->bias);
         else
             weigh(block, t->score, 0, 0);
-        sum_over_keys(block, call->out + (first * call->heads + h) * call->V, call->heads * call->V, call->V, t->score,
-                      p->v + at, p->Vp, (REAL)1 / (REAL)call->max_len, t->sums);
+        sum_over_keys(block, call->out + (query_base * call->heads + h) * call->V, call->heads * call->V, call->V,
+                      t->score, p->v + at, p->Vp, (REAL)1 / (REAL)call->max_len, t->sums);
     }
 }
 
@@ -378,8 +385,9 @@ static void put_key_gradients(const Call *call, const Packed *p, int64_t first, 
         }
 }
 
-static void one_row(const Call *call, int64_t first, int64_t n)
+static void one_row(const Call *call, const Row *row)
 {
+    const int64_t first = row->first, n = row->n;
     REAL *next = call->scratch;
     const Packed p = layout(call, n, &next);
     Tiles t = {.score = part(&next, QUERIES * p.np), .sums = part(&next, ROWS * (p.Ap > p.Vp ? p.Ap : p.Vp))};
@@ -395,14 +403,14 @@ static void one_row(const Call *call, int64_t first, int64_t n)
         }
     }
     pack_row(call, &p, first, n);
-    for (int64_t i = 0; i < n; i += QUERIES) {
+    for (int64_t i = row->first_query; i < n; i += QUERIES) {
         const Block block = {.first = i, .num = least(QUERIES, n - i), .np = p.np};
         if (t.bias)
-            fill_bias(call, first, i, block.num, t.bias, t.bucket, p.np);
+            fill_bias(call, row, i, block.num, t.bias, t.bucket, p.np);
         if (call->grad)
             backward_block(call, &p, &t, &block, first);
         else
-            forward_block(call, &p, &t, &block, first);
+            forward_block(call, &p, &t, &block, row->query_base);
     }
     if (!call->grad)
         return;
@@ -424,8 +432,13 @@ int64_t hstu_attention_scratch(int64_t n, int64_t heads, int64_t A, int64_t V, i
 void hstu_attention_run(const Call *call)
 {
     for (int64_t r = 0; r < call->num_rows; r++) {
-        const int64_t first = call->offsets[call->rows[r]], n = call->offsets[call->rows[r] + 1] - first;
-        if (n)
-            one_row(call, first, n);
+        const int64_t b = call->rows[r], first = call->offsets[b], n = call->offsets[b + 1] - first;
+        Row row = {.first = first, .n = n, .query_base = first, .first_query = 0};
+        if (call->query_offsets) {
+            row.first_query = n - (call->query_offsets[b + 1] - call->query_offsets[b]);
+            row.query_base = call->query_offsets[b] - row.first_query;
+        }
+        if (row.first_query < n)
+            one_row(call, &row);
     }
 }

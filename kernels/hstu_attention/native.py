@@ -1,6 +1,7 @@
 """HSTU attention of plain causal rows in C (native.c): what goes in and out, and the division among threads.
 
-Shapes: L packed positions, H heads, A query/key width, V value width, N = max_len, K time buckets.
+Shapes: L packed positions, M packed queries (M = L unless the history is cached), H heads, A query/key width, V value
+width, N = max_len, K time buckets.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class _Call(ctypes.Structure):
     """``Call`` of native.c, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv", "offsets", "rows")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "query_offsets", "rows")),
         *((name, ctypes.c_void_p) for name in ("key_times_s", "query_times_s", "bucket_from_s")),
         *((name, ctypes.c_void_p) for name in ("position_weight", "time_weight", "dposition", "dtime", "scratch")),
         *((name, ctypes.c_int64) for name in ("num_rows", "heads", "A", "V", "max_len")),
@@ -45,21 +47,22 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-def takes(q_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> bool:
-    """Whether the C code is for this problem and can be had here; compiles it the first time."""
-    fits = q_LHA.device.type == "cpu" and problem.all_are_queries and problem.mask.is_causal_only
-    fits = fits and max(q_LHA.shape[2], v_LHV.shape[2]) <= _WIDTH_MAX
+def takes(q_MHA: Tensor, v_LHV: Tensor, problem: AttentionProblem, *, backward: bool) -> bool:
+    """Whether the C code is for this pass of this problem and can be had here; compiles it the first time."""
+    fits = q_MHA.device.type == "cpu" and problem.mask.is_causal_only
+    fits = fits and (problem.all_are_queries or not backward)
+    fits = fits and max(q_MHA.shape[2], v_LHV.shape[2]) <= _WIDTH_MAX
     fits = fits and (problem.bias is None or problem.bias.num_buckets <= _BUCKETS_MAX)
-    return fits and _library(q_LHA.dtype) is not None
+    return fits and _library(q_MHA.dtype) is not None
 
 
-def forward(q_LHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> Tensor:
-    """o_LHV of ``hstu_attention``."""
-    dtype = _computed_in(q_LHA.dtype)
-    out_LHV = torch.empty(v_LHV.shape, dtype=dtype)
-    shared = _Shared.of(q_LHA, k_LHA, v_LHV, problem)
-    _run(shared, problem, out=out_LHV)
-    return out_LHV.to(v_LHV.dtype)
+def forward(q_MHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> Tensor:
+    """o_MHV of ``hstu_attention``."""
+    dtype = _computed_in(q_MHA.dtype)
+    out_MHV = torch.empty((q_MHA.shape[0], *v_LHV.shape[1:]), dtype=dtype)
+    shared = _Shared.of(q_MHA, k_LHA, v_LHV, problem)
+    _run(shared, problem, out=out_MHV)
+    return out_MHV.to(v_LHV.dtype)
 
 
 def backward(
@@ -97,6 +100,8 @@ class _Shared:
         dtype = _computed_in(q_LHA.dtype)
         q_LHA, k_LHA, v_LHV = (_readable(x.to(dtype)) for x in (q_LHA, k_LHA, v_LHV))
         read = {"q": q_LHA, "k": k_LHA, "v": v_LHV, "offsets": problem.offsets.contiguous()}
+        if not problem.all_are_queries:
+            read["query_offsets"] = problem.query_offsets.contiguous()
         if (bias := problem.bias) is not None:
             read |= {
                 "key_times_s": bias.timestamps_s_L.contiguous(),

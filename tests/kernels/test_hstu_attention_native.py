@@ -126,13 +126,11 @@ def test_it_is_the_form_that_plain_causal_rows_in_single_precision_take() -> Non
     assert not torch.equal(case.run("auto"), case.run("cpu"))  # which rounds in another order
 
 
-def test_other_masks_and_cached_histories_are_refused_by_name_and_go_to_the_tiles_by_themselves() -> None:
+def test_other_masks_are_refused_by_name_and_go_to_the_tiles_by_themselves() -> None:
     window = make_case([5, 9, 30], dtype=torch.float32, mask=AttentionMask(max_attn_len=4))
-    cached = make_case([5, 9, 30], dtype=torch.float32, num_queries=[1, 9, 2])
-    for case in (window, cached):
-        with pytest.raises(KernelUnavailableError, match="plain causal rows"):
-            case.run("native")
-        assert torch.equal(case.run("auto"), case.run("cpu"))
+    with pytest.raises(KernelUnavailableError, match="plain causal rows"):
+        window.run("native")
+    assert torch.equal(window.run("auto"), window.run("cpu"))
 
 
 SOURCE = Path(native.__file__).with_name("native.c")
@@ -186,3 +184,61 @@ def test_a_source_is_compiled_once_for_all_processes_and_anew_when_it_changes(
     assert native_library(source, ("ANSWER=43",)) is None
     assert len(list(fresh_machine.iterdir())) == 1
     assert native_build._folder() == fresh_machine
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("num_heads", "widths"), [(1, (50, 50)), (2, (32, 32)), (3, (5, 19))])
+def test_queries_of_cached_histories_get_what_the_reference_computes(
+    *, num_heads: int, widths: tuple[int, int], with_bias: bool
+) -> None:
+    leaves, given = arguments(torch.float32, num_heads=num_heads, widths=widths, times="any order")
+    num_queries = torch.tensor([1, 3, 48, 1, 0, 0, 97, 2, 50, 1, 6])
+    offsets, query_offsets = given["offsets"], torch.cat([torch.zeros(1, dtype=torch.int64), num_queries.cumsum(0)])
+    index_M = torch.cat([torch.arange(end - num, end) for end, num in zip(offsets[1:], num_queries, strict=True)])
+    # Rows of a wider table, as keys and values are kept: not contiguous.
+    kept = torch.cat([leaves["k"].flatten(1), leaves["v"].flatten(1)], 1).detach()
+    k = kept[:, : num_heads * widths[0]].view(-1, num_heads, widths[0])
+    v = kept[:, num_heads * widths[0] :].view(-1, num_heads, widths[1])
+    bias = RelativeBias(
+        position_weight=leaves["position"].detach(),
+        time_weight=leaves["time"].detach(),
+        timestamps_s_L=given["timestamps_s_L"],
+        query_timestamps_s_M=given["query_timestamps_s_M"][index_M],
+    )
+
+    def attend(kernel: Any) -> Tensor:
+        return hstu_attention(
+            leaves["q"].detach()[index_M],
+            k,
+            v,
+            offsets,
+            max_len=200,
+            alpha=0.3,
+            bias=bias if with_bias else None,
+            query_offsets=query_offsets,
+            kernel=kernel,
+        )
+
+    torch.testing.assert_close(attend("native"), attend("reference"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(attend("native"), attend("cpu"), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_cached_histories_are_left_to_the_other_form() -> None:
+    leaves, given = arguments(torch.float32, num_heads=2, widths=(32, 32))
+    offsets = given["offsets"]
+    query_offsets = torch.arange(len(LENGTHS) + 1) - (torch.arange(len(LENGTHS) + 1) > LENGTHS.index(0)).long()
+    found = {}
+    for kernel in ("auto", "reference"):
+        q = leaves["q"].detach()[: int(query_offsets[-1])].requires_grad_()
+        out = hstu_attention(
+            q,
+            leaves["k"],
+            leaves["v"],
+            offsets,
+            max_len=200,
+            query_offsets=query_offsets,
+            kernel=kernel,
+        )
+        found[kernel] = (out, *torch.autograd.grad(out.square().sum(), [q, leaves["k"], leaves["v"]]))
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
