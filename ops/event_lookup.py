@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -23,6 +24,7 @@ from ops.event_path import (
     hops_of,
     replica_hops,
 )
+from ops.readable import utc_time
 from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.event_search import Announced, find_announced, find_refused, find_sent
@@ -31,6 +33,9 @@ from stream.tracing import trace_id_of
 
 _CLOCKS_APART_MS: Final = 60_000
 """How far the clocks of broker, ingest and trainer may be apart: what comes next is looked for from so much before."""
+_UPDATE_STAMPED_BEFORE_MS: Final = (2_000, 600_000)
+"""An update bears the time of the ingest worker that noted the arrival, a little later; or that of a broker whose clock
+is behind. The second is tried when the first finds nothing: it reads more."""
 _SNAPSHOTS_PER_READ: Final = 100
 _LOG_PROBLEMS: Final = (LogUnavailableError, LogResetError, MessageFormatError)
 
@@ -46,6 +51,8 @@ class LookupParts:
     clock: Clock
     replica_timeout_ms: int
     """A replica whose lease is older than this is not running."""
+    say: Callable[[str], None]
+    """Hears that something is going to take long."""
     quiet_ms: int = 500
     """How long a poll of the log waits before it counts as empty."""
 
@@ -83,14 +90,17 @@ class _Lookup:
         def is_same(one: Announced) -> bool:
             return (one.user_id, one.event_time_ms) == (event.user_id, event.event_time_ms)
 
-        told = await find_announced(
-            self.parts.log,
-            event_key(self.event_id),
-            since_ms=event.arrival_ms - _CLOCKS_APART_MS,
-            is_it=lambda one: is_same(one) and one.arrival_ms == event.arrival_ms,
-            quiet_ms=self.parts.quiet_ms,
-        )
-        return next((one for one in reversed(told) if is_same(one)), None)
+        for before_ms in _UPDATE_STAMPED_BEFORE_MS:
+            told = await find_announced(
+                self.parts.log,
+                event_key(self.event_id),
+                since_ms=event.arrival_ms - before_ms,
+                is_it=lambda one: is_same(one) and one.arrival_ms == event.arrival_ms,
+                quiet_ms=self.parts.quiet_ms,
+            )
+            if found := next((one for one in reversed(told) if is_same(one)), None):
+                return found
+        return None
 
     async def _hops(self, place: Announced) -> list[Hop]:
         try:
@@ -104,30 +114,30 @@ class _Lookup:
         except _LOG_PROBLEMS as error:
             self.notes.append(f"the producer's record cannot be read: {error}")
             record = None
-        snapshots = await asyncio.to_thread(self._until_containing, place)
-        hops = hops_of(place, snapshots, None if record is None else trace_id_of(record.headers))
-        if snapshots and contains(snapshots[-1], place):
-            version = snapshots[-1].version
+        snapshot = await asyncio.to_thread(self._containing_or_newest, place)
+        hops = hops_of(place, snapshot, None if record is None else trace_id_of(record.headers))
+        if snapshot is not None and contains(snapshot, place):
+            version = snapshot.version
             answers = await asyncio.to_thread(self.parts.store.first_answers, self.parts.model, version)
             hops += replica_hops(place, version, answers, await asyncio.to_thread(self._leases))
         return hops
 
-    def _until_containing(self, place: Announced) -> list[PublishedSnapshot]:
-        """At most one: the first snapshot that contains the event, else the newest. Blocking."""
-        newest: list[PublishedSnapshot] = []
+    def _containing_or_newest(self, place: Announced) -> PublishedSnapshot | None:
+        """The first snapshot that contains the event, else the newest since it arrived. Blocking."""
+        newest: PublishedSnapshot | None = None
         while True:
             read = self.parts.store.published_snapshots(
                 self.parts.model,
-                newest[-1].version if newest else 0,
+                0 if newest is None else newest.version,
                 created_from_ms=place.arrival_ms - _CLOCKS_APART_MS,
                 limit=_SNAPSHOTS_PER_READ,
             )
             for snapshot in read:
                 if contains(snapshot, place):
-                    return [snapshot]
+                    return snapshot
             if not read:
                 return newest
-            newest = read[-1:]
+            newest = read[-1]
 
     def _leases(self) -> list[ReplicaLease]:
         """Of the replicas that run. Blocking."""
@@ -157,6 +167,7 @@ class _Lookup:
     async def not_stored(self, since_ms: int) -> Traced:
         """What log and dead letters know of an event that no history holds."""
         log, quiet_ms = self.parts.log, self.parts.quiet_ms
+        self.parts.say(f"no history holds the event: searching dead letters, and the log since {utc_time(since_ms)}")
         letters = await find_refused(log, self.parts.clock, self.event_id, quiet_ms=quiet_ms)
         places = [SourcePlace(one.source_topic, one.source_partition, one.source_offset) for one in letters]
         sent_back = await asyncio.to_thread(self.parts.store.redriven_among, log.log_id, places)

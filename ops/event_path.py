@@ -116,8 +116,11 @@ class Traced:
         return {"is_complete": self.is_complete, **asdict(self)}
 
 
-def hops_of(place: Announced, snapshots: Sequence[PublishedSnapshot], sent_trace_id: str | None) -> list[Hop]:
-    """The hops up to the first snapshot that contains the event at `place`; `snapshots` as `until_containing` ends."""
+def hops_of(place: Announced, snapshot: PublishedSnapshot | None, sent_trace_id: str | None) -> list[Hop]:
+    """The hops of the event at `place` up to the first snapshot that contains it, or as far as it has come.
+
+    `snapshot`: that one; if there is none yet, the newest; None if nothing was published since it arrived.
+    """
     source = f"interactions {place.partition}:{place.offset}"
     hops = [
         _reached(place, "appended", place.append_ms, source, trace_id=sent_trace_id),
@@ -129,18 +132,24 @@ def hops_of(place: Announced, snapshots: Sequence[PublishedSnapshot], sent_trace
             trace_id=trace_id_of(place.headers),
         ),
     ]
-    containing = snapshots[-1] if snapshots and contains(snapshots[-1], place) else None
-    if containing is None:
-        newest = "no snapshot has been published since it arrived"
-        if snapshots:
-            ends = f"{place.partition}:{_end(snapshots[-1].lineage, place.partition)}"
-            newest = f"version {snapshots[-1].version}, the newest, ends before interactions {ends}"
-        step = "which step learned it, a snapshot tells"
-        return [*hops, _waiting("learned", step), _waiting("published", newest)]
-    what = f"version {containing.version}, {containing.kind}"
-    trace_id = None if containing.traceparent is None else _trace_id(containing.traceparent)
-    published = _reached(place, "published", containing.published_at_ms, what, trace_id=trace_id)
-    return [*hops, _learned(place, containing), published]
+    if snapshot is None or not contains(snapshot, place):
+        return [*hops, *_not_published(place, snapshot)]
+    what = f"version {snapshot.version}, {snapshot.kind}"
+    trace_id = None if snapshot.traceparent is None else _trace_id(snapshot.traceparent)
+    published = _reached(place, "published", snapshot.published_at_ms, what, trace_id=trace_id)
+    return [*hops, _learned(place, snapshot), published]
+
+
+def _not_published(place: Announced, newest: PublishedSnapshot | None) -> list[Hop]:
+    waits_for = "no snapshot has been published since it arrived"
+    if newest is not None and newest.lineage.get("log_id") == place.log_id:
+        ends = f"{place.partition}:{_end(newest.lineage, place.partition)}"
+        waits_for = f"version {newest.version}, the newest, ends before interactions {ends}"
+    elif newest is not None and newest.created_at_ms >= place.arrival_ms:
+        # What is left of a log is learned under the name of the next, whose positions tell nothing of it.
+        what = f"version {newest.version}, the newest, tells positions of another log"
+        return [Hop(name="published", state=HopState.UNKNOWN, what=what)]
+    return [_waiting("learned", "which step learned it, a snapshot tells"), _waiting("published", waits_for)]
 
 
 def contains(snapshot: PublishedSnapshot, place: Announced) -> bool:

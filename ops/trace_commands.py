@@ -50,6 +50,7 @@ def trace(
             model=settings.get(HeadraceConfig).model,
             clock=clock,
             replica_timeout_ms=round(settings.get(TrainerConfig).replica_timeout_s * 1000),
+            say=lambda text: say(f"headrace: {text}"),
         )
         users = None if user is None else user_ids_meant(user)
         traced = asyncio.run(look_up(parts, event_id, users, since_ms=since_ms))

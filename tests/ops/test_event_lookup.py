@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class World:
             decoder=EventDecoder(EventRules()),
             clock=self.clock,
         )
+        self.said: list[str] = []
         self._next = 0
 
     def send(self, event_id: str, *, user: int | str = 7, age_ms: int = 500, action: str = "view") -> None:
@@ -74,7 +76,9 @@ class World:
         message = HistoryUpdate.forgetting(self.log.log_id, 0, (user_id,))
         await acknowledged([await writer.send(topic, message.encode(), partition=0)])
 
-    def publish(self, version: int, *, up_to: int, steps: list[dict[str, Any]] | None = None) -> None:
+    def publish(
+        self, version: int, *, up_to: int, steps: list[dict[str, Any]] | None = None, log_id: str = "memory"
+    ) -> None:
         self.store.record_published(
             PublishedSnapshot(
                 model="default",
@@ -84,7 +88,7 @@ class World:
                 created_at_ms=self.clock.now_ms(),
                 published_at_ms=self.clock.now_ms() + 20,
                 watermark_ms=NOW_MS,
-                lineage={"log_id": self.log.log_id, "positions": {"0": up_to}},
+                lineage={"log_id": log_id, "positions": {"0": up_to}},
                 traceparent=PUBLISHER,
                 steps=steps,
             )
@@ -102,6 +106,7 @@ class World:
             "model": "default",
             "clock": self.clock,
             "replica_timeout_ms": 60_000,
+            "say": self.said.append,
             "quiet_ms": 1,
         }
         return await look_up(LookupParts(**(parts | changes)), event_id, users, since_ms=self.clock.now_ms() - DAY_MS)
@@ -298,6 +303,26 @@ async def test_what_the_log_no_longer_holds_is_unknown_and_not_guessed(world: Wo
     assert not path.is_complete
 
 
+async def test_positions_of_a_log_that_was_made_anew_tell_nothing_of_the_one_before(world: World) -> None:
+    await world.arrive("wanted")
+    world.publish(1, up_to=1_000, log_id="memory~1")
+    path = await world.path("wanted")
+    assert states(path) == {"appended": "reached", "stored": "reached", "published": "unknown"}
+    world.publish(2, up_to=1)
+    assert states(await world.path("wanted"))["published"] == "reached"
+
+
+async def test_a_broker_whose_clock_is_behind_is_looked_for_further_back(world: World) -> None:
+    world.send("wanted")
+    arrived = world.clock.now_ms() + 60_000
+    world.clock.advance(60_000)
+    await world.ingest()
+    topic = world.log.topics.history_updates
+    (told,) = world.log.records((topic, 0))
+    world.log.records((topic, 0))[0] = replace(told, timestamp_ms=arrived - 60_000)
+    assert (await world.path("wanted")).hops[0].what == "interactions 0:0"
+
+
 async def test_without_a_broker_the_store_still_tells_what_it_knows(world: World) -> None:
     await world.arrive("wanted")
     away = KafkaLog(KafkaConfig(bootstrap_servers="127.0.0.1:9", request_timeout_ms=500))
@@ -309,3 +334,5 @@ async def test_without_a_broker_the_store_still_tells_what_it_knows(world: World
 async def test_an_event_that_nobody_sent_is_nowhere(world: World) -> None:
     await world.arrive("another")
     assert await world.trace("wanted") == Traced(event_id="wanted")
+    assert len(world.said) == 1
+    assert "searching dead letters, and the log since" in world.said[0]
