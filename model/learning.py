@@ -78,31 +78,31 @@ def _full_pass(
     generator: torch.Generator,
     on_logits: OnLogits | None,
 ) -> SupervisedPass:
-    items = recommender.items
+    items, send = recommender.items, recommender.compute.send
     read = items.activate(batch.rows_L)
-    u_PD = recommender.encode(batch, read, dropout=generator)[targets.positions_P]
-    catalogue = recommender.catalogue()
+    u_PD = recommender.encode(batch, read, dropout=generator)[send(targets.positions_P)]
+    catalogue, shares_P = recommender.catalogue(), targets.shares()
     formed = form_catalogue_softmax(
         u_PD.detach(),
         catalogue.unit_VD,
-        targets.rows_P,
+        send(targets.rows_P),
         scale=recommender.scale.detach(),
         offset_V=catalogue.offset_V,
-        weights_P=targets.shares(),
+        weights_P=None if shares_P is None else send(shares_P),
         positions_per_chunk=loss_config.positions_per_chunk,
         on_logits=on_logits,
     )
     # Only the rows that will be stepped take part in the backward pass; all the rest is exact over the catalogue.
-    active = items.activate(
-        torch.cat([batch.rows_L, targets.rows_P, _hardest(formed.offset_V, loss_config.num_hard_negatives)])
-    )
+    hardest = recommender.compute.bring(_hardest(formed.offset_V, loss_config.num_hard_negatives))
+    active = items.activate(torch.cat([batch.rows_L, targets.rows_P, hardest]))
+    stepped_R = send(active.rows_R)
     loss = attach_gradients(
         formed.loss,
         (u_PD, formed.u_PD),
         (recommender.scale, formed.scale),
-        (recommender.trend_coefficient, formed.offset_V @ items.log_popularity()),
-        (functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS), formed.item_gradient(active.rows_R)),
-        (active.bias_R, formed.offset_V[active.rows_R]),
+        (recommender.trend_coefficient, formed.offset_V @ send(items.log_popularity())),
+        (functional.normalize(send(active.weight_RD), dim=1, eps=NORM_EPS), formed.item_gradient(stepped_R)),
+        (send(active.bias_R), formed.offset_V[stepped_R]),
     )
     return SupervisedPass(loss=loss, active=active, summary=formed.summary, read=read)
 
@@ -120,36 +120,38 @@ def _sampled_pass(
     generator: torch.Generator,
     on_logits: OnLogits | None,
 ) -> SupervisedPass:
-    items = recommender.items
+    items, send = recommender.items, recommender.compute.send
     log_popularity_V = items.log_popularity()
     chance_V = draw_distribution(log_popularity_V, loss_config)
     negatives = draw_negatives(chance_V, loss_config.num_negatives, generator)
     candidates_C = torch.unique(torch.cat([targets.rows_P, negatives]))
     active = items.activate(torch.cat([batch.rows_L, candidates_C]))
-    u_PD = recommender.encode(batch, active, dropout=generator)[targets.positions_P]
+    u_PD = recommender.encode(batch, active, dropout=generator)[send(targets.positions_P)]
     summary = None
     if on_logits is not None:
-        summary = _show_logits(recommender, u_PD.detach(), targets.rows_P, loss_config.positions_per_chunk, on_logits)
+        summary = _show_logits(
+            recommender, u_PD.detach(), send(targets.rows_P), loss_config.positions_per_chunk, on_logits
+        )
     catalogue = recommender.active_catalogue(active)
     # Rows that are active only as inputs are no candidates: they were not drawn for this loss.
-    index_C = active.index_of(candidates_C)
+    index_C = send(active.index_of(candidates_C))
     log_q_C = candidate_log_q(
         torch.softmax(log_popularity_V, 0)[candidates_C],
         chance_V[candidates_C],
         num_negatives=loss_config.num_negatives,
         num_targets=targets.rows_P.shape[0],
     )
-    target_index_P = torch.searchsorted(candidates_C, targets.rows_P)
+    target_index_P, shares_P = torch.searchsorted(candidates_C, targets.rows_P), targets.shares()
     found = sampled_softmax_loss(
         u_PD,
         catalogue.unit_VD[index_C],
-        target_index_P,
-        torch.arange(candidates_C.shape[0]),
+        send(target_index_P),
+        send(torch.arange(candidates_C.shape[0])),
         scale=recommender.scale,
         offset_V=catalogue.offset_V[index_C],
-        weights_P=targets.shares(),
-        log_q_C=log_q_C,
-        log_q_target_P=log_q_C[target_index_P],
+        weights_P=None if shares_P is None else send(shares_P),
+        log_q_C=send(log_q_C),
+        log_q_target_P=send(log_q_C[target_index_P]),
     )
     return SupervisedPass(loss=found.loss, active=active, summary=summary)
 

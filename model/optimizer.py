@@ -132,7 +132,8 @@ class RecommenderOptimizer:
         """Copies of every moment and count, as plain tensors; rows up to num_items only."""
         state = {"step": torch.tensor([self._step], dtype=torch.int64)}
         for name, (first, second) in self._dense.items():
-            state[f"dense.first.{name}"], state[f"dense.second.{name}"] = first.clone(), second.clone()
+            state[f"dense.first.{name}"] = first.to("cpu", copy=True)
+            state[f"dense.second.{name}"] = second.to("cpu", copy=True)
         num_items = self.recommender.items.num_items
         return state | {f"rows.{name}": column[:num_items].clone() for name, column in self._rows.items()}
 
@@ -153,7 +154,11 @@ class RecommenderOptimizer:
             raise StateMismatchError(f"optimiser state differs in name or shape: {', '.join(differing)}")
         self._step = int(state["step"])
         self._dense = {
-            name: (state[f"dense.first.{name}"].clone(), state[f"dense.second.{name}"].clone()) for name in self._dense
+            name: (
+                state[f"dense.first.{name}"].to(first.device, copy=True),
+                state[f"dense.second.{name}"].to(first.device, copy=True),
+            )
+            for name, (first, _) in self._dense.items()
         }
         self._rows = {name.removeprefix("rows."): column for name, column in rows.items()}
         if not is_other:

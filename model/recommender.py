@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from kernels.implementations import KernelName
 from model.batch import HistoryBatch
+from model.compute import HOST, Compute
 from model.config import ModelConfig
 from model.encoder import build_encoder
 from model.errors import StateMismatchError
@@ -42,12 +43,14 @@ class Recommender(nn.Module):
     """Dense parameters (``encoder``, scale, trend coefficient, ``ranking``) and ``items``, the table of all per item.
 
     ranking: the ranking head of a RankingModelConfig, else None; it reads the embeddings of ``items``.
-    snapshot_version: the snapshot whose weights these are, None before the first one is applied.
+    snapshot_version: the snapshot whose weights these are, None before the first one is applied. compute: where encoder
+    and scores compute; the table and the ranking head are on the host.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute = HOST
         generator = torch.Generator().manual_seed(config.seed)
         self.encoder = build_encoder(config, generator)
         # The logarithm of the scale is learned: steps are relative, and it stays positive.
@@ -59,6 +62,13 @@ class Recommender(nn.Module):
             RankingNetwork(config, config.ranking, generator) if isinstance(config, RankingModelConfig) else None
         )
         self.snapshot_version: int | None = None
+
+    def use(self, compute: Compute) -> None:
+        """Compute there from now on. Before an optimiser is made: its state lies where the parameters are."""
+        self.compute = compute
+        self.encoder.to(compute.device)
+        for parameter in (self.log_scale, self.trend_coefficient):
+            parameter.data = compute.send(parameter.data)
 
     @property
     def scale(self) -> Tensor:
@@ -78,16 +88,17 @@ class Recommender(nn.Module):
         active: the leaves of a training step, holding at least every known row of the batch; None reads the table
         (inference). dropout: generator of a training pass, None for inference.
         """
+        send = self.compute.send
         known_L = batch.rows_L >= 0
         rows_L = batch.rows_L.clamp(min=0)
         if active is not None:
             index_L = active.index_of(rows_L).clamp(max=max(active.rows_R.shape[0] - 1, 0))
-            item_LD = take_items(active.weight_RD, index_L)
+            item_LD = take_items(send(active.weight_RD), send(index_L))
         else:
-            item_LD = take_items(self.items.weight, rows_L)
-        times_ms = (batch.timestamps_ms_L, batch.query_times_ms_L)
-        encoded: Tensor = self.encoder(item_LD, known_L, batch.offsets, times_ms, dropout=dropout, kernel=kernel)
-        return encoded
+            item_LD = send(take_items(self.items.weight, rows_L))
+        times_ms = (send(batch.timestamps_ms_L), send(batch.query_times_ms_L))
+        read = (send(known_L), send(batch.offsets), times_ms)
+        return self.compute.call(self.encoder, item_LD, *read, dropout=dropout, kernel=kernel)
 
     def scores(self, u_PD: Tensor, rows: Tensor | None = None, *, catalogue: Catalogue | None = None) -> Tensor:
         """float32[P, V] over the live catalogue, or [P, R] over ``rows`` (int64[R], all >= 0).
@@ -103,17 +114,18 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def catalogue(self, rows: Tensor | None = None) -> Catalogue:
         """The live catalogue (or only ``rows``) ready for scoring."""
-        part = slice(0, self.items.num_items) if rows is None else rows
+        part, send = slice(0, self.items.num_items) if rows is None else rows, self.compute.send
         return Catalogue(
-            unit_VD=functional.normalize(self.items.weight[part], dim=1, eps=NORM_EPS),
-            offset_V=self.items.bias[part] + self.trend_coefficient * self.items.log_popularity(rows),
+            unit_VD=functional.normalize(send(self.items.weight[part]), dim=1, eps=NORM_EPS),
+            offset_V=send(self.items.bias[part]) + self.trend_coefficient * send(self.items.log_popularity(rows)),
         )
 
     def active_catalogue(self, active: ActiveRows) -> Catalogue:
         """The active rows ready for scoring, differentiable in them and in the trend coefficient."""
+        send = self.compute.send
         return Catalogue(
-            unit_VD=functional.normalize(active.weight_RD, dim=1, eps=NORM_EPS),
-            offset_V=active.bias_R + self.trend_coefficient * self.items.log_popularity(active.rows_R),
+            unit_VD=functional.normalize(send(active.weight_RD), dim=1, eps=NORM_EPS),
+            offset_V=send(active.bias_R) + self.trend_coefficient * send(self.items.log_popularity(active.rows_R)),
         )
 
     def retrieval_parameters(self) -> dict[str, nn.Parameter]:
@@ -125,18 +137,18 @@ class Recommender(nn.Module):
         return {name: one for name, one in self.named_parameters() if name.startswith(_RANKING)}
 
     def dense_state(self) -> dict[str, Tensor]:
-        """Copies of the dense parameters by name."""
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        """Copies of the dense parameters by name, on the host."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.named_parameters()}
 
     def load_dense_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take these tensors as the dense parameters, without copying; returns the ones replaced.
+        """Take these tensors as the dense parameters, without copying on the host; returns the ones replaced.
 
         StateMismatchError (and nothing replaced) unless names, shapes and dtypes are equal.
         """
         replaced = {}
         for name, (parameter, tensor) in self.match_dense_state(state).items():
             replaced[name] = parameter.data
-            parameter.data = tensor
+            parameter.data = tensor.to(parameter.device)
         return replaced
 
     def match_dense_state(self, state: dict[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from model.config import DeviceChoice, Precision
+
 LagPolicy = Literal["fall_behind", "larger_batches", "thin"]
 LAG_POLICIES: Final[tuple[LagPolicy, ...]] = get_args(LagPolicy)
 
@@ -37,6 +39,12 @@ class TrainerConfig:
     """Update messages taken per poll."""
     seed: int = 42
     """Seeds initial weights, dropout and sampled negatives."""
+    device: DeviceChoice = "auto"
+    """Where the encoder, its loss and the scores over the catalogue are computed. auto: on a CUDA device where there is
+    one, else on the CPU. Items' rows and all that is kept of them stay in host memory."""
+    precision: Precision = "auto"
+    """Of the encoder; parameters, their gradients and the loss are float32 always. auto: bfloat16 on a CUDA device,
+    float32 on the CPU."""
     num_threads: int = 1
     """CPU threads of the numerical library; 0 leaves its default."""
     metrics_window: int = 5_000
@@ -113,6 +121,9 @@ class TrainerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         self._check_lag()
+        for name, choices in (("device", get_args(DeviceChoice)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"trainer.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")
         if not 0 <= self.replay_share <= 0.95:
             raise ValueError(f"trainer.replay_share = {self.replay_share}: must lie between 0 (off) and 0.95")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:

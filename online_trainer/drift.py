@@ -33,7 +33,7 @@ def signals_of(summary: LogitSummary, *, num_items: int) -> Signals:
     loss_P = summary.loss_P / math.log(max(num_items, 2))
     is_top_P = (summary.target_P == summary.top_P).to(loss_P.dtype)
     calibration_P = (summary.top_P - summary.log_sum_P).exp() - is_top_P
-    return {"loss": loss_P.double().numpy(), "calibration": calibration_P.double().numpy()}
+    return {"loss": loss_P.double().cpu().numpy(), "calibration": calibration_P.double().cpu().numpy()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

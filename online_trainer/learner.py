@@ -15,6 +15,7 @@ from torch import Tensor
 from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
+from model.compute import Compute
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import SupervisedPass, supervised_pass
 from model.manifest import Lineage
@@ -92,6 +93,7 @@ class OnlineLearner:
             torch.set_num_threads(config.trainer.num_threads)
         self.ledger = Ledger(log_id)
         self.model = Recommender(config.model)
+        self.model.use(Compute.chosen(config.trainer.device, config.trainer.precision))
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
         self.drift = DriftMonitor(config.drift)
@@ -312,7 +314,7 @@ class OnlineLearner:
         """Step the weights; False, and nothing changed, where a gradient is no finite number."""
         learned.backward()
         tensors = [*self.model.parameters(), learned.active.weight_RD, learned.active.bias_R]
-        sums = [tensor.grad.sum() for tensor in tensors if tensor.grad is not None]
+        sums = [tensor.grad.sum().cpu() for tensor in tensors if tensor.grad is not None]
         if not torch.isfinite(torch.stack(sums)).all():
             self._optimizer.zero_grad()
             return False
