@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-content bench-store bench-swap bench-publish bench-drift bench-freshness bench-recommend bench-ranking bench-serving docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-content bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ bench-publish: $(STAMP) ## bytes of deltas against anchors, and what publishing 
 
 bench-drift: $(STAMP) ## drift on simulated streams: delay, false alarms, recovery with and without reaction; ARGS=--quick
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_drift.py $(ARGS)
+
+bench-backtest: $(STAMP) ## what a backtest costs: stream and store alone, one online arm, the eight-point freshness curve
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_backtest.py $(ARGS)
 
 bench-freshness: $(STAMP) ## age of events at each hop, all processes and 1,000 events a second on this machine; ARGS="--rate 500"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_freshness.py $(ARGS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.leave_one_out import NextItemModel, Windows
-from model.hstu import HSTULayer
+from model.hstu import HSTU, HSTULayer
 from model.initial import NORM_EPS
 
 COLLISION_LOGIT = -5e4
@@ -34,6 +34,7 @@ def padded_loss(model: NextItemModel, batch: Windows, negative_rows_LC: Tensor, 
     x_BND = x_BND + model.encoder.input.position_embedding
     x_BND = functional.dropout(x_BND, config.input_dropout, training=dropout) * inside_BN[:, :, None]
     causal_NN = torch.ones(num_places, num_places).tril()
+    assert isinstance(model.encoder, HSTU)
     for layer in model.encoder.layers:
         assert isinstance(layer, HSTULayer)
         x_BND = padded_layer(layer, x_BND, times_BN, query_times_BN, causal_NN, dropout=dropout)

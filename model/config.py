@@ -15,8 +15,9 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class ModelConfig:
     """What the model is. Two models exchange weights only if all of this but max_items is equal (``config_hash``)."""
 
-    kind: Literal["hstu", "sasrec"] = "hstu"
-    """Encoder of histories. hstu: pointwise attention. sasrec: a softmax Transformer, to compare with."""
+    kind: Literal["hstu", "sasrec", "gru"] = "hstu"
+    """Encoder of histories. hstu: pointwise attention. To compare with: sasrec, a softmax Transformer, and gru, a
+    recurrent net."""
     embedding_dim: int = 64
     """Width D of item embeddings and of the residual stream."""
     num_layers: int = 2
@@ -75,7 +76,7 @@ class ModelConfig:
     """Seed of all initial weights; what is random in a new item's embedding is a function of this seed and its id."""
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "kind", ("hstu", "sasrec"))
+        _require_one_of(self, "kind", ("hstu", "sasrec", "gru"))
         _require_one_of(self, "attention_activation", ("silu", "softmax"))
         if self.attention_activation == "softmax" and self.relative_bias:
             raise ValueError("attention_activation is softmax, which has no relative bias: set relative_bias to false")

@@ -167,6 +167,7 @@ def dense_encoder(encoder: HSTU | SASRec) -> Tensor:
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_states_and_gradients_are_those_of_the_formulas(options: dict[str, Any], kernel: KernelName) -> None:
     encoder = far_from_start(build_encoder(replace(RESEARCH, **options), seeded()))
+    assert isinstance(encoder, HSTU | SASRec)
     got = encoder(*inputs(), kernel=kernel)
     want = dense_encoder(encoder)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
