@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backtest.queries import Queries, Ranked, ShownLists
-from backtest.run_files import ArmCosts, RunWriter
+from backtest.run_files import UNKNOWN, ArmCosts, RunWriter
 from model.ranking import MISS_RANK
 
 Int64s = NDArray[np.int64]
@@ -48,15 +48,18 @@ class Answers:
     def ranks(self, who: Answerer, queries: Queries, rank_P: Int64s, num_candidates: int) -> None:
         """Ranks of one arm."""
         count = len(queries)
-        history_age_P = np.where(queries.history_ms_P >= 0, queries.asked_ms_P - queries.history_ms_P, -1)
         self.writer.add_ranks(
             who.arm,
             event=queries.event_P,
             rank=rank_P,
             num_candidates=np.full(count, num_candidates, np.int32),
             version=np.full(count, who.number, np.int32),
-            weights_age_ms=[None] * count if who.watermark_ms is None else queries.asked_ms_P - who.watermark_ms,
-            history_age_ms=[age if age >= 0 else None for age in history_age_P.tolist()],
+            weights_age_ms=np.full(count, UNKNOWN)
+            if who.watermark_ms is None
+            else queries.asked_ms_P - who.watermark_ms,
+            history_age_ms=np.where(
+                queries.history_ms_P >= 0, queries.asked_ms_P - queries.history_ms_P, np.int64(UNKNOWN)
+            ),
         )
 
     def nothing(self, arm: str, queries: Queries) -> None:

@@ -62,6 +62,8 @@ class BatchTraining:
         self._late_ms = late_ms
         self._window = _NOTHING
         """User, item, time it happened, time it arrived: int64[4, N]."""
+        self._added: list[Int64s] = []
+        """What has come since, likewise."""
         self._boundary_ms: int | None = None
         self._model = Recommender(learner.model)
         self._optimizer = RecommenderOptimizer(self._model, learner.optimizer)
@@ -72,8 +74,7 @@ class BatchTraining:
 
     def note(self, events: EventColumns) -> None:
         """Take in the accepted events of a batch, before it is asked about."""
-        added = np.stack([events.user_id, events.item_id, events.event_time_ms, events.arrival_ms])
-        self._window = np.concatenate([self._window, added], 1)
+        self._added.append(np.stack([events.user_id, events.item_id, events.event_time_ms, events.arrival_ms]))
         if self._boundary_ms is None:
             self._boundary_ms = (int(events.arrival_ms[0]) // self.arm.every_ms + 1) * self.arm.every_ms
 
@@ -117,6 +118,7 @@ class BatchTraining:
     def _train(self, boundary_ms: int) -> None:
         """On what happened in the window and had arrived by the boundary."""
         since_ms = boundary_ms - self.arm.window_ms
+        self._join()
         has_arrived_N = self._window[3] <= boundary_ms
         is_recent_N = self._window[2] > since_ms
         users, items, times_ms, _ = self._window[:, has_arrived_N & is_recent_N]
@@ -136,6 +138,10 @@ class BatchTraining:
                 self._step(histories, since_ms, generator)
         self._model.eval()
         self._publish(boundary_ms, len(users), int(times_ms.max()))
+
+    def _join(self) -> None:
+        self._window = np.concatenate([self._window, *self._added], 1)
+        self._added.clear()
 
     def _histories(self, users: Int64s, boundary_ms: int, generator: torch.Generator) -> Iterator[JaggedHistories]:
         """Of all users, in random order, some at a time."""
@@ -195,6 +201,7 @@ class BatchTraining:
         tensors = {f"items.{name}": tensor for name, tensor in self._model.items.state_dict().items()}
         tensors |= {f"dense.{name}": tensor for name, tensor in self._model.dense_state().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
+        self._join()
         tensors["window"] = torch.from_numpy(self._window.copy())
         state = {
             "boundary_ms": self._boundary_ms,

@@ -51,6 +51,8 @@ Int64s = NDArray[np.int64]
 
 STORE_FILE: Final = "store.db"
 CHECKPOINTS: Final = "checkpoints"
+_REPORT_STEPS: Final = 20
+_USERS_UNJOINED: Final = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +188,7 @@ class Backtest:
             for poll in self._polled():
                 self._polls.first_offsets.append(self._ingest.num_committed)
                 self._polls.events.append(poll)
-                self._users.append(np.unique(poll.user_id))
+                self._note_users(poll.user_id)
                 for offset, update in await self._ingest.commit(poll):
                     for closed in feed.batches(update, offset):
                         self._step(closed)
@@ -195,7 +197,7 @@ class Backtest:
                 if self._parts.stopping():
                     is_whole = False
                     break
-                self._report(poll)
+                self._report(int(poll.arrival_ms[-1]))
             if is_whole:
                 for closed in feed.rest():
                     self._step(closed)
@@ -205,6 +207,12 @@ class Backtest:
         finally:
             self._ingest.close()
             self._store.close()
+
+    def _note_users(self, user_ids: Int64s) -> None:
+        """Who has a history, each once but for a bounded number of repeats."""
+        self._users.append(np.unique(user_ids))
+        if sum(map(len, self._users)) > 2 * len(self._users[0]) + _USERS_UNJOINED:
+            self._users = [np.unique(np.concatenate(self._users))]
 
     def _polled(self) -> Iterator[EventColumns]:
         batches = self._parts.source.batches(self._config.poll_events, end=self._num_events)
@@ -242,6 +250,8 @@ class Backtest:
         decisions = self._first.learner.take_drift_decisions()
         self._timeline.look(closed, self._first.learner, self._ingest.counts, decisions)
         done = self._first.learner.ledger.num_interactions // self._config.checkpoint_events
+        if self._first.learner.ledger.num_steps % _REPORT_STEPS == 0:
+            self._report(closed.closed_ms)
         if done > self._num_checkpoints:
             self._num_checkpoints = done
             self._checkpoint()
@@ -326,12 +336,12 @@ class Backtest:
 
         return own
 
-    def _report(self, poll: EventColumns) -> None:
+    def _report(self, time_ms: int) -> None:
         done = self._first.learner.ledger.num_interactions
         progress = Progress(
             num_done=max(done, 0),
             num_events=self._num_events,
-            time_ms=int(poll.arrival_ms[-1]),
+            time_ms=time_ms,
             is_catching_up=self._ingest.num_committed < self._resumed_at,
         )
         self._parts.on_progress(progress)

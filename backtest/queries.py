@@ -25,6 +25,8 @@ Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 LIST_LEN: Final = 10
+SAMPLED_TOGETHER: Final = 64
+"""Consecutive events whose lists are wanted: many at once cost little more than one."""
 _LOGITS_MAX: Final = 1 << 23
 """Scores that exist at once; bounds memory."""
 
@@ -69,7 +71,7 @@ class Queries:
             asked_ms_P=examples.query_time_ms[positions_P],
             history_ms_P=examples.event_time_ms[positions_P],
             is_repeat_P=is_repeat_P,
-            is_sampled_P=event_P % sample_every == 0,
+            is_sampled_P=event_P // SAMPLED_TOGETHER % sample_every == 0,
         )
 
     @staticmethod

@@ -170,8 +170,8 @@ class BacktestConfig:
     """Events replayed at most; 0: all."""
     warm_up_share: float = 0.1
     """Share of the events that is learned from before evaluation begins. Arms that publish once publish then."""
-    poll_events: int = 5_000
-    """Events of one commit to the store."""
+    poll_events: int = 20_000
+    """Events of one commit to the store. Larger ones cost less an event; nothing else depends on it."""
     batch_wait: str = "never"
     """Event time after which a batch is closed that is not full, since its first event; `never`: only full batches,
     as of a trainer that has something to do all the time."""
@@ -183,7 +183,7 @@ class BacktestConfig:
     timeline_every: str = "1h"
     """Event time between two looks at the catalogue."""
     sample_every: int = 16
-    """Of every n-th event the list that each arm would have shown is kept."""
+    """Of every n-th stretch of 64 events the lists that each arm would have shown are kept."""
     late: str = "0s"
     """With late events: how long answers wait for events that happened before. Longer costs memory; what comes later
     still is answered by newer weights than it should be. 0s: the log is in event-time order, and nothing is late."""

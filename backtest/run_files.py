@@ -3,7 +3,7 @@
     <run>/run.json                       RunManifest: configuration, lineage, arms, costs, fingerprints
           queries/part-00000.parquet     one row an evaluated interaction, in the order of the stream
           ranks/<arm>/part-00000.parquet the same rows for every arm: where it ranked what came next
-          lists/<arm>/part-00000.parquet every n-th of them: what the arm would have shown
+          lists/<arm>/part-00000.parquet of some of them: what the arm would have shown
           publications/part-00000.parquet what each arm published when
           timeline/part-00000.parquet    the catalogue as the stream went on
           drift/part-00000.parquet       what the drift detectors decided
@@ -23,10 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import polars as pl
 
 from backtest.errors import RunFolderError
 
+UNKNOWN: Final = np.iinfo(np.int64).min
+"""In an array of ages that is handed to a writer: null."""
 RUN_SCHEMA: Final = 1
 """Of everything in a run's folder; raised when a reader of before could not read it."""
 
@@ -237,7 +240,7 @@ class RunWriter:
 
     def __init__(self, root: Path, *, num_parts: int = 0) -> None:
         self._root, self.num_parts = root, num_parts
-        self._rows: dict[str, list[pl.DataFrame]] = {}
+        self._rows: dict[str, list[dict[str, Any]]] = {}
         root.mkdir(parents=True, exist_ok=True)
         self._drop_parts_from(num_parts)
 
@@ -273,14 +276,12 @@ class RunWriter:
 
     def _add(self, table: str, schema: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
         assert columns.keys() == schema.keys(), f"{table}: {sorted(columns)} instead of {sorted(schema)}"
-        self._rows.setdefault(table, []).append(
-            pl.DataFrame({name: columns[name] for name in schema}, schema=dict(schema))
-        )
+        self._rows.setdefault(table, []).append({name: columns[name] for name in schema})
 
     def end_part(self) -> int:
         """Write what was added, the ranks of every arm in the order of their events; how many parts there are now."""
-        for table, frames in sorted(self._rows.items()):
-            rows = pl.concat(frames)
+        for table, parts in sorted(self._rows.items()):
+            rows = _joined(parts, _schema_of(table))
             if "arm" not in rows.columns:
                 rows = rows.sort("event", maintain_order=True)
             path = self._root / table / _part(self.num_parts)
@@ -309,6 +310,33 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     text = json.dumps(content, indent=1) + "\n"
     _replace(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+_TABLES: Final = {
+    "queries": QUERIES,
+    "ranks": RANKS,
+    "lists": LISTS,
+    "publications": PUBLICATIONS,
+    "timeline": TIMELINE,
+    "drift": DRIFT,
+}
+
+
+def _schema_of(table: str) -> Mapping[str, Any]:
+    return _TABLES[table.split("/", maxsplit=1)[0]]
+
+
+def _joined(parts: Sequence[Mapping[str, Any]], schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Columns of many small parts, arrays or lists, as one table; UNKNOWN becomes null."""
+    columns = {}
+    for name, kind in schema.items():
+        pieces = [part[name] for part in parts]
+        if all(isinstance(piece, np.ndarray) for piece in pieces):
+            column = pl.Series(name, np.concatenate(pieces)).cast(kind)
+            columns[name] = column.set(column == UNKNOWN, None) if kind == pl.Int64 else column
+        else:
+            columns[name] = pl.Series(name, [value for piece in pieces for value in piece], dtype=kind)
+    return pl.DataFrame(columns)
 
 
 def _part(number: int) -> str:

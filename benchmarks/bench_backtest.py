@@ -36,7 +36,8 @@ from online_trainer.learner import LearnerConfig
 from stream.events import EventRules
 
 EIGHT = ("batch", "1s", "10s", "1m", "10m", "1h", "1d", "never")
-POLL_EVENTS = 5_000
+POLL_RECORDS = 65_536
+"""Of stream and store alone: what ingest takes in one poll when it catches up."""
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def _stream_alone(source: Recording, root: Path, num_events: int) -> float:
     async def replayed() -> float:
         await stage.start()
         started_s = time.process_time()
-        for batch in source.batches(POLL_EVENTS, end=num_events):
+        for batch in source.batches(POLL_RECORDS, end=num_events):
             await stage.commit(EventColumns.of(batch))
         return num_events / (time.process_time() - started_s)
 
@@ -107,7 +108,7 @@ def _run(source: Recording, root: Path, num_events: int, **options: Any) -> RunO
     trainer = replace(TrainerConfig(), baseline_half_life_h=1.0)
     parts = EngineParts(
         source=source,
-        config=BacktestConfig(limit=num_events, keep_weights_every="never", poll_events=POLL_EVENTS, **options),
+        config=BacktestConfig(limit=num_events, keep_weights_every="never", **options),
         arrivals=ArrivalConfig(),
         rules=EventRules(),
         store=FeatureStoreConfig(url="sqlite:///unused.db"),
