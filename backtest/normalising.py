@@ -41,6 +41,8 @@ REASONS: Final = {
 _EARLIEST_MS: Final = 631_152_000_000  # 1990
 _LATEST_MS: Final = 4_102_444_800_000  # 2100
 _PER_MS: Final[dict[str, float]] = {"s": 1e-3, "ms": 1.0, "us": 1e3, "ns": 1e6}
+_OFFSET: Final = r"(?i)(z|[+-]\d\d:?\d\d)$"
+"""How a time ends that names its offset from UTC."""
 _FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
 
 
@@ -66,6 +68,9 @@ class Normalised:
 
 def settle(path: Path, frame: pl.DataFrame, mapping: ColumnMapping) -> Kinds:
     """What the columns hold, judged by the first rows; raises RecordedStreamError naming the option to give."""
+    for name in mapping.wanted:
+        if frame.schema[name].is_nested() or frame.schema[name] in {pl.Binary, pl.Object, pl.Duration, pl.Time}:
+            raise RecordedStreamError(f"{path}: column {name} holds {frame.schema[name]}: give one of numbers or text")
     return Kinds(
         user=_id_kind(path, frame, mapping.user, mapping.user_ids, "user_ids"),
         item=_id_kind(path, frame, mapping.item, mapping.item_ids, "item_ids"),
@@ -138,9 +143,15 @@ def _time_unit(path: Path, times: pl.Series, mapping: ColumnMapping) -> TimeUnit
         return "text"
     known = times.drop_nulls()
     numbers = known.cast(pl.Float64, strict=False).drop_nulls()
-    are_numbers = len(numbers) > len(known) / 2
+    numbers = numbers.filter(numbers.is_finite())
+    are_numbers = times.dtype.is_numeric() or len(numbers) > len(known) / 2
     unit = mapping.time_unit
     if unit == "text" or (unit is None and not are_numbers):
+        if mapping.time_format is None and len(known) and not known.cast(pl.String).str.contains(_OFFSET).any():
+            raise RecordedStreamError(
+                f"{path}: column {times.name} holds {known[0]!r}, which names no offset from UTC: give time_format "
+                "(such as %Y-%m-%d %H:%M:%S) if it is UTC"
+            )
         return "text"
     if not are_numbers and len(known):
         raise RecordedStreamError(
@@ -214,7 +225,8 @@ def _time_ms(name: str, dtype: pl.DataType, unit: TimeUnit, written: str | None)
     if unit == "text":
         text = column.cast(pl.String)
         if written is None:
-            return text.str.to_datetime(time_unit="ms", time_zone="UTC", strict=False).dt.epoch("ms")
+            parsed = text.str.to_datetime(time_unit="ms", time_zone="UTC", strict=False).dt.epoch("ms")
+            return pl.when(text.str.contains(_OFFSET)).then(parsed)
         parsed = text.str.to_datetime(written, time_unit="ms", strict=False)
         return parsed.dt.replace_time_zone(None).dt.epoch("ms") if "%z" not in written else parsed.dt.epoch("ms")
     whole = column if dtype.is_integer() else _integer(column.cast(pl.String))

@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -301,7 +302,7 @@ def blocks(path: Path, member: str | None, *, quote: bool) -> Iterator[bytes]:
                 rest = block[cut:]
                 if cut:
                     yield block[:cut]
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise RecordedStreamError(f"{path} cannot be read: {error}") from error
     if rest:
         yield rest

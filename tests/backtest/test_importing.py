@@ -139,6 +139,51 @@ def test_a_unit_is_asked_for_and_never_guessed(
     assert not [word for word in words if word not in str(refused.value)], refused.value
 
 
+@pytest.mark.parametrize("time", ["2013-02-28", "2013-02-28 14:38:27"])
+def test_a_written_time_without_an_offset_is_asked_about(tmp_path: Path, time: str) -> None:
+    path = _csv(tmp_path, f"1,1,{time}")
+    with pytest.raises(RecordedStreamError, match="names no offset from UTC: give time_format"):
+        _import(path, time_unit=None)
+    written = "%Y-%m-%d" if len(time) == 10 else "%Y-%m-%d %H:%M:%S"
+    (batch,) = _import(path, time_unit=None, time_format=written).batches(9)
+    assert batch.event_time_ms.tolist() == [1_362_009_600_000 if len(time) == 10 else T0 * 1000]
+    mixed = _csv(tmp_path, "1,1,2013-02-28T14:38:27Z", f"1,1,{time}")
+    report = validate_files(files_of("csv", [mixed]), ImportConfig())
+    assert [(one.reason, one.examples[0].row) for one in report.refusals] == [("wrong_type", 1)]
+
+
+@pytest.mark.parametrize("odd", [[[1]], [{"a": 1}], [b"x"]], ids=["list", "struct", "bytes"])
+@pytest.mark.parametrize("place", ["user_id", "item_id", "event_time", "value", "action", "id"])
+def test_a_column_of_another_kind_is_refused_by_name(tmp_path: Path, odd: list[Any], place: str) -> None:
+    columns = {"user_id": [1], "item_id": [1], "event_time": [T0], "value": [1.0], "action": ["view"], "id": ["e"]}
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({**columns, place: odd}).write_parquet(path)
+    with pytest.raises(RecordedStreamError, match=f"column {place} holds .*: give one of numbers or text"):
+        _import(path, "parquet", value="value", action="action", event_id="id")
+
+
+def test_a_time_that_is_no_number_is_refused_by_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    times = [float("nan"), float(T0), float("inf"), T0 + 0.5]
+    pl.DataFrame({"user_id": [1, 2, 3, 4], "item_id": [1] * 4, "event_time": times}).write_parquet(path)
+    recording = _import(path, "parquet", on_error="skip")
+    assert _users(recording) == [2, 4]
+    assert [example.row for one in recording.manifest.report.refusals for example in one.examples] == [0, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other"])
+def test_a_damaged_archive_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "log.csv.gz"
+    rows = "".join(f"{n},{n * n},{T0 + n}\n" for n in range(5_000))
+    whole = gzip.compress(f"user_id,item_id,event_time\n{rows}".encode())
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes(255 - byte for byte in whole[half : half + 64]) + whole[half + 64 :]
+    path.write_bytes({"cut": whole[:half], "flipped": flipped, "other": b"no archive"}[damage])
+    with pytest.raises(RecordedStreamError, match=r"log\.csv\.gz"):
+        _import(path)
+    assert not (tmp_path / "recording").exists()
+
+
 def test_times_from_an_origin_of_their_own_are_taken_as_they_are(tmp_path: Path) -> None:
     (batch,) = _import(_csv(tmp_path, "1,1,0", "1,2,5"), relative_time=True).batches(10)
     assert batch.event_time_ms.tolist() == [0, 5000]
