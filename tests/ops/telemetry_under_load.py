@@ -39,7 +39,7 @@ def one_round() -> float:
 
 
 def main() -> None:
-    config = TelemetryConfig(export_timeout_ms=500, metric_export_interval_ms=300, shutdown_timeout_ms=500)
+    config = TelemetryConfig(export_timeout_ms=5_000, metric_export_interval_ms=300, shutdown_timeout_ms=500)
     signals = telemetry.start(config, daemon="test", mode="live")
     before_mib, cpu_s = rss_mib(), time.process_time()
     slowest_s = one_round()
