@@ -50,6 +50,7 @@ NUM_ITEMS = 20_000
 ROWS_OF_A_DELTA = 1_400
 SWAP_EVERY_S = 2.0
 STORM_EVERY_S = 0.05
+STORM_ROUNDS_MAX = 5
 VERSIONS_KEPT = 20
 PAUSE_BOUNDS_MS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SAMPLE_S = 0.05
@@ -247,8 +248,12 @@ def measure(args: argparse.Namespace, folder: Path, bootstrap_servers: str) -> d
         for _ in range(args.rounds):
             run_phase(worker, snapshots, load, phases["no swaps"], seconds=args.seconds, swap_every_s=None)
             run_phase(worker, snapshots, load, phases["every 2 s"], seconds=args.seconds, swap_every_s=SWAP_EVERY_S)
-        storm_s = args.storm * STORM_EVERY_S + 1
-        run_phase(worker, snapshots, load, phases["storm"], seconds=storm_s, swap_every_s=STORM_EVERY_S)
+        storm = phases["storm"]
+        for _ in range(STORM_ROUNDS_MAX):  # a busy machine swaps more slowly than asked for
+            storm_s = (args.storm - len(storm.pauses_ms)) * STORM_EVERY_S + 1
+            run_phase(worker, snapshots, load, storm, seconds=storm_s, swap_every_s=STORM_EVERY_S)
+            if len(storm.pauses_ms) >= args.storm:
+                break
         peak_mib = worker.rss_mib("VmHWM")
     return report(phases, peak_mib)
 

@@ -26,6 +26,7 @@ _AT_LEAST_ONE: Final = (
     "broker_check_ms",
     "impressions_queue_max",
     "body_timeout_ms",
+    "keep_alive_s",
     "drain_timeout_ms",
     "num_threads",
 )
@@ -109,6 +110,9 @@ class ServingConfig:
     """Write what every answer showed to the `impressions` topic."""
     impressions_queue_max: int = 10_000
     """Impressions that may wait for the log; beyond it they are dropped and counted, never delaying an answer."""
+    keep_alive_s: int = 75
+    """How long (s) an idle connection is kept. Longer than your load balancer keeps its own (most: 60): a connection
+    that is closed here while a request is on its way fails that request."""
     drain_notice_ms: int = 200
     """Time (ms) after SIGTERM in which /readyz says 503 and requests are still answered, each connection being closed
     after its answer. Longer than the interval in which your load balancer looks: then no request is lost."""

@@ -84,6 +84,7 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
         uvicorn.Config(
             _ClosingWhenLeaving(build_api(worker), worker),
             http="httptools",
+            timeout_keep_alive=parts.config.keep_alive_s,
             lifespan="off",
             access_log=False,
             log_config=None,
