@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,10 +31,11 @@ from backtest.fingerprints import histories_fingerprint, learner_fingerprints
 from backtest.ingest_stage import IngestStage
 from backtest.kept_weights import KeptWeights
 from backtest.online_arms import OwnHistories
-from backtest.queries import Queries
+from backtest.queries import Queries, repeats
 from backtest.run_config import BacktestConfig
 from backtest.run_files import ArmCosts, RunWriter
 from backtest.run_setup import build_batch_trained, build_trainings
+from backtest.run_state import PolledEvents, Progress, RunOutcome, SoFar
 from backtest.timeline import Timeline
 from backtest.training import Training
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
@@ -72,69 +73,6 @@ class EngineParts:
     on_progress: Callable[[Progress], None] = lambda _: None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a run is."""
-
-    num_done: int
-    """Events learned from."""
-    num_events: int
-    time_ms: int
-    """The run's clock."""
-    is_catching_up: bool
-    """The store is being built again up to the checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOutcome:
-    """What the engine knows at the end, for the manifest."""
-
-    is_complete: bool
-    num_events: int
-    num_evaluated: int
-    first_event_time_ms: int | None
-    last_event_time_ms: int | None
-    evaluated_from_ms: int | None
-    counts: dict[str, int]
-    metrics: dict[str, float]
-    fingerprints: dict[str, str]
-    wall_s: float
-    cpu_s: float
-    costs: dict[str, ArmCosts]
-    num_parts: int
-
-
-@dataclass(slots=True)
-class _Sofar:
-    """What goes from one session to the next, JSON-ready."""
-
-    num_evaluated: int = 0
-    first_ms: int | None = None
-    last_ms: int | None = None
-    evaluated_from_ms: int | None = None
-    is_evaluating: bool = False
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    num_parts: int = 0
-
-
-@dataclass(slots=True)
-class _Polls:
-    """Events behind the offsets that wait for a batch: numbers, times and users, poll by poll."""
-
-    first_offsets: list[int] = field(default_factory=list)
-    events: list[EventColumns] = field(default_factory=list)
-
-    def of(self, offsets: Int64s) -> EventColumns:
-        """The events at ascending offsets; what lies below is dropped."""
-        while len(self.events) > 1 and offsets[0] >= self.first_offsets[1]:
-            self.first_offsets.pop(0)
-            self.events.pop(0)
-        last = int(np.searchsorted(self.first_offsets, offsets[-1], side="right"))
-        joined = EventColumns.concat(self.events[:last])
-        return joined.take(offsets - self.first_offsets[0])
-
-
 @dataclass(frozen=True, slots=True)
 class _AskedStep:
     queries: Queries
@@ -149,7 +87,7 @@ class Backtest:
         self._parts, self._config = parts, parts.config
         config_hash = parts.learner.model.config_hash()
         checkpoint = read_newest_checkpoint(parts.root / CHECKPOINTS, config_hash=config_hash)
-        self._sofar = _Sofar(**checkpoint.state["sofar"]) if checkpoint is not None else _Sofar()
+        self._sofar = SoFar(**checkpoint.state["sofar"]) if checkpoint is not None else SoFar()
         self._writer = RunWriter(parts.root, num_parts=self._sofar.num_parts)
         self._answers = Answers(self._writer)
         self._store = _empty_store(parts)
@@ -166,7 +104,7 @@ class Backtest:
         self._baselines = {name: build_baseline(name, seed) for name in parts.config.baselines if name in LEARNING}
         self._kept = KeptWeights(parts.root, parts.config, parts.learner.trainer, self._store)
         self._timeline = Timeline(self._writer, duration_ms(parts.config.timeline_every, "timeline_every"))
-        self._polls = _Polls()
+        self._polls = PolledEvents()
         self._queries: _AskedStep | None = None
         num_events = len(parts.source)
         self._num_events = min(num_events, parts.config.limit) if parts.config.limit else num_events
@@ -300,7 +238,7 @@ class Backtest:
         queries = Queries.of_examples(
             examples,
             of_target.event,
-            is_repeat_P=_repeats(measured),
+            is_repeat_P=repeats(measured.examples),
             sample_every=self._config.sample_every,
         )
         asked = _AskedStep(queries, of_target.user_id, self._own_histories(queries, of_target))
@@ -379,7 +317,7 @@ class Backtest:
         sofar = replace(self._sofar, wall_s=wall_s, cpu_s=cpu_s)
         whole: dict[str, Any] = {
             "trainings": state,
-            "sofar": {name: getattr(sofar, name) for name in _Sofar.__dataclass_fields__},
+            "sofar": {name: getattr(sofar, name) for name in SoFar.__dataclass_fields__},
             "timeline": self._timeline.state(),
             "kept": self._kept.state(),
             "costs": {
@@ -452,18 +390,6 @@ class Backtest:
             costs={"shared": ArmCosts(cpu_s=round(shared_s, 3)), **costs},
             num_parts=sofar.num_parts,
         )
-
-
-def _repeats(measured: MeasuredStep) -> NDArray[np.bool_]:
-    """bool[P]: whether the user had had the item within the history that the trainer reads."""
-    examples = measured.examples
-    starts_P = examples.offsets[np.searchsorted(examples.offsets, examples.positions, side="right") - 1]
-    lengths_P = examples.positions + 1 - starts_P
-    place_S = np.repeat(np.arange(len(starts_P)), lengths_P)
-    first_S = np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
-    items_S = examples.item_id[np.repeat(starts_P, lengths_P) + np.arange(len(place_S)) - first_S]
-    is_same_S = items_S == examples.target_item_id[place_S]
-    return np.bincount(place_S[is_same_S], minlength=len(starts_P)) > 0
 
 
 def _empty_store(parts: EngineParts) -> FeatureStore:

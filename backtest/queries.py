@@ -293,3 +293,14 @@ def joined_lists(lists: Sequence[ShownLists]) -> ShownLists:
         )
     names = ShownLists.__dataclass_fields__
     return ShownLists(**{name: np.concatenate([getattr(one, name) for one in lists]) for name in names})
+
+
+def repeats(examples: Examples) -> Bools:
+    """bool[P]: whether the user had had the item within the history that the trainer reads."""
+    starts_P = examples.offsets[np.searchsorted(examples.offsets, examples.positions, side="right") - 1]
+    lengths_P = examples.positions + 1 - starts_P
+    place_S = np.repeat(np.arange(len(starts_P)), lengths_P)
+    first_S = np.repeat(np.cumsum(lengths_P) - lengths_P, lengths_P)
+    items_S = examples.item_id[np.repeat(starts_P, lengths_P) + np.arange(len(place_S)) - first_S]
+    is_same_S = items_S == examples.target_item_id[place_S]
+    return np.bincount(place_S[is_same_S], minlength=len(starts_P)) > 0

@@ -16,12 +16,13 @@ from typing import Any, Final
 import msgspec
 
 from backtest.arrivals import ArrivalConfig
-from backtest.engine import Backtest, EngineParts, Progress, remove_run
+from backtest.engine import Backtest, EngineParts, remove_run
 from backtest.errors import RunFolderError
 from backtest.recording import Recording
 from backtest.run_config import BacktestConfig
 from backtest.run_files import RUN_SCHEMA, ArmInfo, RunFolder, RunManifest, write_json, write_manifest
 from backtest.run_setup import with_seed, with_settings
+from backtest.run_state import Progress
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from online_trainer.learner import LearnerConfig
 from online_trainer.prequential import RankMetrics

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from backtest.arrivals import ArrivalConfig
-from backtest.engine import Backtest, EngineParts, RunOutcome
+from backtest.engine import Backtest, EngineParts
 from backtest.event_columns import EventColumns
 from backtest.ingest_stage import IngestStage
 from backtest.recording import Recording
 from backtest.run_config import BacktestConfig
+from backtest.run_state import RunOutcome
 from backtest.sources import SourceConfig, open_source
 from benchmarks.environment import environment
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ from rich.progress import (
 )
 
 from backtest.arrivals import ArrivalConfig
-from backtest.engine import Progress as RunProgress
 from backtest.recording import Recording
 from backtest.run import Hooks, RunSettings, run_all, summary_of
 from backtest.run_config import BacktestConfig
 from backtest.run_files import RunFolder
 from backtest.run_setup import with_seed
+from backtest.run_state import Progress as RunProgress
 from backtest.sources import SourceConfig, open_source
 from backtest.through_broker import fingerprints_through_broker, refuse_what_differs
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
@@ -55,6 +56,7 @@ BACKTEST_SECTIONS: Final = (
 )
 """Tables of a run's configuration beside those of `headrace.toml`."""
 _BROKER_TIMEOUT_S: Final = 86_400.0
+_LINE_EVERY_S: Final = 30.0
 _SHOWN: Final = ("hr_at_10", "ndcg_at_20", "mrr")
 
 
@@ -109,7 +111,7 @@ def run_backtest(asked: Asked, *, say: Callable[[str], None], show: Callable[[st
         if asked.through_broker:
             refuse_what_differs(wanted)
         recording = open_source(settings.get(SourceConfig), cache, say=say)
-        with _stop_on_signal() as is_stopping, _progress() as on_progress:
+        with _stop_on_signal() as is_stopping, _progress(say) as on_progress:
             hooks = Hooks(stopping=is_stopping, on_progress=on_progress, say=say)
             is_complete = run_all(wanted, recording, root, hooks, restart=asked.restart)
     except ValueError as error:
@@ -168,7 +170,8 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, RunProgress], None]]:
+def _progress(say: Callable[[str], None]) -> Iterator[Callable[[str, RunProgress], None]]:
+    """A bar on a terminal, else a line every `_LINE_EVERY_S` seconds."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -182,6 +185,7 @@ def _progress() -> Iterator[Callable[[str, RunProgress], None]]:
         disable=not console.is_terminal,
     )
     tasks: dict[str, Any] = {}
+    said_s = time.monotonic()
 
     def show(name: str, progress: RunProgress) -> None:
         if name not in tasks:
@@ -189,6 +193,10 @@ def _progress() -> Iterator[Callable[[str, RunProgress], None]]:
         reached = datetime.fromtimestamp(progress.time_ms / 1000, UTC)
         what = "building the store again" if progress.is_catching_up else f"event time {reached:%Y-%m-%d %H:%M}"
         bar.update(tasks[name], completed=progress.num_done, description=f"{name}: {what}")
+        nonlocal said_s
+        if bar.disable and time.monotonic() - said_s >= _LINE_EVERY_S:
+            said_s = time.monotonic()
+            say(f"headrace: {name}: {progress.num_done:,} of {progress.num_events:,} events, {what}")
 
     with bar:
         yield show

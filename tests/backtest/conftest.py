@@ -13,9 +13,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from backtest.arrivals import ArrivalConfig
-from backtest.engine import Backtest, EngineParts, RunOutcome
+from backtest.engine import Backtest, EngineParts
 from backtest.recording import EventBatch
 from backtest.run_config import BacktestConfig
+from backtest.run_state import RunOutcome
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import TrainerConfig

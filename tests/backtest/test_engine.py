@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from backtest.arrivals import ArrivalConfig
-from backtest.engine import RunOutcome
 from backtest.run_config import ArmConfig
 from backtest.run_setup import with_seed
+from backtest.run_state import RunOutcome
 from feature_store.store import FeatureStore
 from model.ranking import MISS_RANK
 from online_trainer.prequential import RankMetrics
