@@ -146,7 +146,11 @@ def manifest_text(manifest: Manifest) -> str:
         ("model", f"{manifest.model}, configuration {manifest.config_hash[:12]}, {manifest.num_items:,} items"),
         ("created", utc_time(manifest.created_at_ms)),
         ("watermark", utc_time(manifest.watermark_ms)),
-        ("learned", f"{lineage.num_interactions:,} interactions, fingerprint {lineage.fingerprint}"),
+        (
+            "learned",
+            f"{lineage.num_interactions:,} interactions, fingerprint {lineage.fingerprint}"
+            + (f", {lineage.num_labels:,} labels by the ranking head" if lineage.num_labels else ""),
+        ),
         (
             "log",
             f"{lineage.log_id!r}, next offsets {' '.join(f'{p}:{o}' for p, o in sorted(lineage.positions.items()))}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from online_trainer.gate import HeldEpisode, write_held
 from ops.cli import app
 from ops.errors import OpsError
 from ops.settings_template import template
-from ops.snapshot_report import age_text, read_listing
+from ops.snapshot_report import age_text, manifest_text, read_listing
 from tests.serving.building import Publisher, ages, flip_last_byte
 
 NAME = "hstu"
@@ -106,6 +107,13 @@ def test_show_prints_the_manifest(root: Path, run: Any) -> None:
     missing = run("show", "9")
     assert isinstance(missing.exception, OpsError)
     assert "there is no snapshot" in str(missing.exception)
+
+
+def test_show_says_how_many_labels_the_ranking_head_has_learned_from(root: Path) -> None:
+    manifest = read_manifest(root, NAME, 2)
+    assert "labels" not in manifest_text(manifest)
+    learned = replace(manifest, lineage=replace(manifest.lineage, num_labels=12_345))
+    assert "12,345 labels by the ranking head" in manifest_text(learned)
 
 
 def test_verify_finds_what_is_damaged_and_what_builds_on_it(root: Path, run: Any) -> None:
