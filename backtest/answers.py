@@ -39,6 +39,8 @@ class Answers:
 
     writer: RunWriter
     _spent: dict[str, _Spent] = field(default_factory=dict)
+    _inner_s: float = 0.0
+    """CPU time of the blocks that have ended within the one that is open."""
 
     def ranked(self, who: Answerer, queries: Queries, ranked: Ranked) -> None:
         """Ranks and lists of one arm."""
@@ -81,14 +83,15 @@ class Answers:
 
     @contextmanager
     def spending(self, arms: Sequence[str]) -> Iterator[None]:
-        """CPU time of the block is the arms', in equal shares."""
-        started_s = time.process_time()
+        """CPU time of the block is the arms', in equal shares, but for blocks within it: those are their own arms'."""
+        started_s, around_s, self._inner_s = time.process_time(), self._inner_s, 0.0
         try:
             yield
         finally:
-            spent_s = time.process_time() - started_s
+            whole_s = time.process_time() - started_s
             for arm in arms:
-                self._of(arm).cpu_s += spent_s / len(arms)
+                self._of(arm).cpu_s += (whole_s - self._inner_s) / len(arms)
+            self._inner_s = around_s + whole_s
 
     def published(self, arm: str, num_bytes: int) -> None:
         """Count a publication."""

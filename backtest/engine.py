@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -178,7 +179,9 @@ class Backtest:
             arm.note(events)
         for training in self._trainings:
             asking = self._asking(events, is_first=training is self._first)
-            training.step(closed, asking, evaluates_next=evaluates_next)
+            # The first is everybody's: queries and baselines come from it. Others are there for their own arms only.
+            with nullcontext() if training is self._first else self._answers.spending(training.arm_names):
+                training.step(closed, asking, evaluates_next=evaluates_next)
         is_set_aside = bool(self._first.learner.set_aside)
         for training in self._trainings:
             training.learner.set_aside.clear()

@@ -25,6 +25,7 @@ class Training:
     def __init__(self, learner: OnlineLearner, arms: list[OnlineArm], answers: Answers, *, late_ms: int) -> None:
         self.learner = learner
         self.changed = ChangedRows()
+        self.arm_names = [arm.name for arm in arms]
         at_once = [arm for arm in arms if late_ms == 0 and arm.weights_lag_ms == 0]
         self._online = OnlineArms(learner, at_once, self.changed, answers)
         self._delayed = [
