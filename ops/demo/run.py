@@ -226,7 +226,8 @@ class _Demo:
         print_checks(console, checks)
         print_results(console, watcher.newest)
         title = f"headrace demo: {watcher.num_sent:,} events in {self._durations_s['replay']:.0f} s"
-        await asyncio.to_thread(write_curves, options.curves_path, watcher.samples, title=title)
+        # A copy: the watcher goes on while a thread draws.
+        await asyncio.to_thread(write_curves, options.curves_path, list(watcher.samples), title=title)
         self._durations_s["total"] = round(time.monotonic() - self._started_s, 2)
         paths = [options.summary_path, *([options.json_out] if options.json_out else [])]
         facts = await asyncio.to_thread(summary, plan, watcher, change, checks)
