@@ -2,9 +2,10 @@
 
     python benchmarks/bench_survival.py [--limit 40000] [--only poison checkpoint]
 
-*Poison*: movietweetings; in 1 % of the batches of the second half every item is replaced by one drawn at random, as by
-bots. NDCG@20 over the clean batches after the first poisoned one: of the clean stream (three seeds of the model: their
-spread is the noise), of the poisoned one with the guard's defaults, and without it (the yardstick).
+*Poison*: movietweetings; in 1 % of the batches, from the tenth part of the stream on, every item is replaced by one
+that nobody has ever seen, as by bots that make them up. NDCG@20 over the clean batches after the first poisoned one: of
+the clean stream (three seeds of the model: their spread is the noise), of the poisoned one with the guard's defaults,
+and without it (the yardstick).
 *Checkpoint*: CPU time of copying everything a checkpoint holds, which is what training stands still for (the files are
 written by another thread), against that of a step on the same catalogue. One thread; the last line is one JSON object.
 """
@@ -62,12 +63,11 @@ def clean_stream(limit: int) -> Interactions:
 
 
 def poisoned(stream: Interactions) -> tuple[Interactions, NDArray[np.bool_]]:
-    """The stream with items at random in every hundredth batch of its second half; bool[N], where."""
+    """The stream with made-up items in every hundredth batch after its first tenth; bool[N], where."""
     number = np.arange(len(stream)) // BATCH
-    is_bot = (number >= len(stream) // BATCH // 2) & (number % POISONED_EVERY == 0)
-    rng = np.random.default_rng(1)
-    known = np.unique(stream.item_id[: len(stream) // 2])
-    return replace(stream, item_id=np.where(is_bot, rng.choice(known, len(stream)), stream.item_id)), is_bot
+    is_bot = (number >= len(stream) // BATCH // 10) & (number % POISONED_EVERY == POISONED_EVERY - 1)
+    made_up = np.random.default_rng(1).integers(1 << 40, 1 << 41, len(stream))
+    return replace(stream, item_id=np.where(is_bot, made_up, stream.item_id)), is_bot
 
 
 def quality(stream: Interactions, is_bot: NDArray[np.bool_], learning: LearnerConfig) -> dict[str, float]:
