@@ -11,7 +11,7 @@ from feature_store.store import FeatureStore
 from model.config import ModelConfig
 from serving.config import ServingConfig
 from serving.daemon import run_worker
-from serving.worker import ServingParts
+from serving.parts import ServingParts
 from stream.clock import WallClock
 from stream.events import EventRules
 from stream.kafka import KafkaConfig, KafkaLog

@@ -136,7 +136,7 @@ def serve(settings: Settings, port: int) -> int:
     from serving.config import ServingConfig
     from serving.daemon import run_worker
     from serving.guard_config import GuardConfig
-    from serving.worker import ServingParts
+    from serving.parts import ServingParts
     from stream.events import EventRules
 
     config = settings.get(HeadraceConfig)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -149,20 +150,22 @@ def snapshots_shadow(
     worker: Annotated[str, typer.Option("--worker", help="URL of one inference worker.")] = "http://127.0.0.1:8080",
     share: Annotated[float, typer.Option(min=0.0001, max=1, help="Of its requests.")] = 0.05,
     seconds: Annotated[float, typer.Option(min=0, help="How long to compare.")] = 60.0,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token; else $HEADRACE_TOKEN.")] = None,
     ca_file: Annotated[str | None, typer.Option("--ca-file", help="Certificates (PEM) to verify it with.")] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Have VERSION answer a share of a worker's live requests again, aside, and print how far it is off.
 
-    A token with the scope admin comes from $HEADRACE_TOKEN.
+    Its token needs the scope admin.
     """
     from ops.shadowing import ShadowRun, report_text, run_shadow
     from serving.calling import ClientConfig
     from serving.errors import ClientError
 
     try:
-        client = ClientConfig(url=worker, token=os.environ.get("HEADRACE_TOKEN"), ca_file=ca_file, timeout_ms=30_000)
+        token = os.environ.get("HEADRACE_TOKEN") if token_file is None else token_file.read_text().strip()
+        client = ClientConfig(url=worker, token=token, ca_file=ca_file, timeout_ms=30_000)
         report = run_shadow(client, ShadowRun(version=version, share=share, seconds=seconds))
     except (ClientError, ValueError, OSError) as error:
         raise OpsError(f"{worker}: {error}") from error

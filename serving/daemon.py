@@ -20,7 +20,8 @@ from serving.access import require_guarded, tls_context
 from serving.api import build_api
 from serving.config import ServingConfig
 from serving.errors import PortTakenError
-from serving.worker import FLUSH_S, ServingParts, ServingWorker
+from serving.parts import ServingParts
+from serving.worker import FLUSH_S, ServingWorker
 
 logger = logging.getLogger(__name__)
 

@@ -5,30 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client import generate_latest
-
-from feature_store.config import HotHistoriesConfig
-from feature_store.store import FeatureStore
-from model.config import ModelConfig
 from model.file_cache import FileCache
-from model.ranking_settings import RankingSettings
-from model.storage import SnapshotRoot
 from serving.access import Access
-from serving.access_config import AccessConfig
 from serving.answering import Answering, AnswerParts
 from serving.batcher import MicroBatcher, ModelThread
 from serving.broker_watch import BrokerWatch
-from serving.config import ServingConfig
 from serving.event_intake import EventIntake
 from serving.first_answers import FirstAnswers
 from serving.forgetting import UserRemoval
-from serving.guard_config import GuardConfig
 from serving.guardian import SwapGuardian
 from serving.history_reader import HistoryReader
 from serving.impressions import ImpressionLog
@@ -38,6 +26,7 @@ from serving.item_names import ItemNames, WithheldItems
 from serving.item_search import ExactSearch
 from serving.lease import SnapshotLease
 from serving.log_writer import SharedWriter
+from serving.parts import ServingParts
 from serving.popularity import LivePopularity
 from serving.queries import Query, Ranking
 from serving.ranker import Ranker, RankerParts
@@ -51,43 +40,12 @@ from serving.updates import UncoveredUpdates, UpdateFollower, UpdateTargets
 from serving.user_states import UserEncoder
 from serving.version_choice import VersionChoice
 from serving.weights import PreparedSwap, ServedWeights
-from stream.clock import Clock, WatermarkClock
-from stream.events import EventRules
-from stream.log import EventLog
+from stream.clock import WatermarkClock
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S: Final = 1.0
 """Time for each of the things that happen behind the answers to come to an end, when the worker stops."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingParts:
-    """What an inference worker is made of."""
-
-    config: ServingConfig
-    model_config: ModelConfig
-    model_name: str
-    snapshot_root: SnapshotRoot
-    log: EventLog
-    store: FeatureStore
-    hot_config: HotHistoriesConfig
-    rules: EventRules
-    clock: Clock
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    """When to go back to the version before."""
-    access: AccessConfig = field(default_factory=AccessConfig)
-    """Who may use the API; by default everybody who can reach it."""
-    snapshot_cache: Path | None = None
-    """Folder for copies of the files of remote snapshots; None: they are read where they are."""
-    ranking: RankingSettings = field(default_factory=RankingSettings)
-    """How candidates are ranked; `model_config` is `with_ranking_head`."""
-    mode: str = "live"
-    """`live`, or `replay`: then the time of a request is the event time that the stream has come to."""
-    replica: str = "serving"
-    """Name of this worker in the record of first answers; stable over restarts, different for every replica."""
-    metrics_text: Callable[[], bytes] = generate_latest
-    """What `/metrics` answers; by default the process's Prometheus registry."""
 
 
 class ServingWorker:

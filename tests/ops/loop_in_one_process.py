@@ -24,7 +24,8 @@ from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.daemon import TrainerDaemon, TrainerParts
 from serving.api import build_api
 from serving.config import ServingConfig
-from serving.worker import ServingParts, ServingWorker
+from serving.parts import ServingParts
+from serving.worker import ServingWorker
 from stream.clock import WallClock
 from stream.commit import Committer
 from stream.events import EventDecoder, EventRules

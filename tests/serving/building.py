@@ -28,7 +28,8 @@ from model.snapshot import write_snapshot
 from model.swap import take_rows
 from serving.api import build_api
 from serving.config import ServingConfig
-from serving.worker import ServingParts, ServingWorker
+from serving.parts import ServingParts
+from serving.worker import ServingWorker
 from stream.clock import ManualClock
 from stream.events import EventRules
 from stream.freshness import AgeHistogram
