@@ -85,12 +85,12 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
         uvicorn.Config(
             _ClosingWhenLeaving(build_api(worker), worker),
             http="httptools",
-            timeout_keep_alive=parts.config.keep_alive_s,
             lifespan="off",
             access_log=False,
             log_config=None,
             server_header=False,
             ssl_context_factory=None if tls is None else lambda *_: tls,
+            timeout_keep_alive=parts.config.keep_alive_s,
             timeout_graceful_shutdown=math.ceil(parts.config.drain_timeout_ms / 1000),
         )
     )

@@ -22,6 +22,7 @@ from serving.config import ServingConfig
         ("drain_timeout_ms", 7_900),
         ("drain_notice_ms", -1),
         ("body_timeout_ms", 0),
+        ("keep_alive_s", 0),
         ("batch_wait_ms", -1.0),
         ("batch_wait_ms", 1_000.0),
         ("weights_behind_max_ms", -1),

@@ -80,15 +80,29 @@ async def test_a_port_that_is_taken_is_one_clear_sentence(town: Town) -> None:
             await asyncio.to_thread(run_worker, replace(parts, config=ServingConfig(port=port)))
 
 
+async def idle_s(url: str) -> float:
+    """How long a connection is kept after an answer."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: worker\r\n\r\n")
+    answer = await reader.readuntil(b"}")
+    assert b"200 OK" in answer
+    answered_s = time.monotonic()
+    assert await asyncio.wait_for(reader.read(), 30) == b""
+    writer.close()
+    return time.monotonic() - answered_s
+
+
 async def test_sigterm_drains_and_exits_with_0_while_the_broker_is_away(town: Town, tmp_path: Path) -> None:
     async with (
-        process(tmp_path, "127.0.0.1:9") as (running, url),
+        process(tmp_path, "127.0.0.1:9", serving={"keep_alive_s": 1}) as (running, url),
         httpx.AsyncClient(base_url=url) as client,
     ):
         await until_ready(client)
         assert (await client.post("/v1/recommend", json={"user_id": 7})).json()["snapshot_version"] == 1
         assert (await client.post("/v1/events", json={})).status_code == 422
         assert (await client.get("/status")).json()["broker"]["reachable"] is False
+        assert 0.9 < await idle_s(url) < 20, "an idle connection is closed when serving.keep_alive_s says so"
         started_s = time.monotonic()
         running.send_signal(signal.SIGTERM)
         errors = await stderr_of(running)
@@ -102,7 +116,9 @@ async def test_through_swaps_and_sigterm_under_load_no_request_fails(
 ) -> None:
     statuses: list[int] = []
     async with (
-        process(tmp_path, fresh_broker.bootstrap_servers, serving={"drain_notice_ms": 2_000}) as (running, url),
+        process(
+            tmp_path, fresh_broker.bootstrap_servers, serving={"drain_notice_ms": 4_000, "drain_timeout_ms": 4_000}
+        ) as (running, url),
         httpx.AsyncClient(base_url=url, timeout=20) as client,
     ):
         await until_ready(client)
