@@ -19,7 +19,7 @@ import pytest
 from ops.local_broker import LocalBroker
 from tests.faults.installation import Daemon, Installation
 from tests.faults.load import Load
-from tests.faults.observing import all_records, refill
+from tests.faults.observing import all_records, refill, wait_until_applied
 from tests.faults.postgres import OwnPostgres
 from tests.faults.proxy import ProxiedBroker
 from tests.feature_store.databases import migrated_database
@@ -71,7 +71,7 @@ def wait_for_more(installation: Installation, trainer: Daemon) -> None:
 
 def assert_learned_exactly_once(installation: Installation, ingest: Daemon, trainer: Daemon) -> None:
     """Once the stream has ended: everything ingested, everything learned, and the account right."""
-    installation.wait(lambda: ingest.status().get("lag") == 0, "ingesting everything")
+    wait_until_applied(installation)
     num_stored = installation.store.totals().num_interactions
     assert num_stored > 500
     installation.wait(lambda: learned(trainer) == num_stored, "learning everything")
