@@ -205,4 +205,4 @@ async def test_no_request_that_can_be_made_from_the_document_is_answered_5xx_or_
 async def test_no_request_of_very_many_is_answered_5xx_or_otherwise_than_the_document_says(
     town: Town, tmp_path: Path, fresh_broker: LocalBroker
 ) -> None:
-    await fuzzed(town, tmp_path, fresh_broker, 200)
+    await fuzzed(town, tmp_path, fresh_broker, 60)
