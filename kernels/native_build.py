@@ -33,7 +33,7 @@ def native_library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None
     """
     try:
         return ctypes.CDLL(str(_compiled(source, defines)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("%s is not compiled, its kernel takes its slower form: %s", source.name, _reason(error))
         return None
 
@@ -62,6 +62,7 @@ def _compile(source: Path, flags: tuple[str, ...], library: Path) -> None:
 
 
 def _folder() -> Path:
+    """RuntimeError for a user without a home, as containers have them."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "headrace"
 
@@ -75,7 +76,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _reason(error: OSError | subprocess.SubprocessError) -> str:
+def _reason(error: OSError | RuntimeError | subprocess.SubprocessError) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         return f"{error.cmd[0]} says: {error.stderr.strip()[-500:]}"
     return str(error)
