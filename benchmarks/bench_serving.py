@@ -54,6 +54,7 @@ STORM_ROUNDS_MAX = 5
 VERSIONS_KEPT = 20
 PAUSE_BOUNDS_MS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SAMPLE_S = 0.05
+SWAP_S_MAX = 60.0
 
 
 class Snapshots:
@@ -68,7 +69,9 @@ class Snapshots:
         publisher = self._publisher
         with torch.no_grad():
             for parameter in publisher.dense.values():
-                parameter.add_(0.02 * torch.randn(parameter.shape))
+                # About what a second of training moves them: the worker's guards, on as by default, take a version that
+                # scores otherwise for a spoiled one.
+                parameter.add_(0.002 * torch.randn(parameter.shape))
         touched = publisher.rng.choice(NUM_ITEMS, ROWS_OF_A_DELTA, replace=False)
         snapshot = publisher.publish("anchor" if whole else "delta", self._catalogue if whole else touched)
         write_snapshot(self._root, snapshot.manifest, snapshot.dense, snapshot.rows)
@@ -93,7 +96,7 @@ class Worker:
             if found := re.match(r"serving version (\d+) .* pause ([\d.]+) ms", line):
                 self.version = int(found[1])
                 self.pauses_ms.append(float(found[2]))
-            elif "Traceback" in line or "rror" in line:
+            elif "Traceback" in line or "rror" in line or "going back" in line:
                 print(line, end="", file=sys.stderr)
 
     def rss_mib(self, name: str = "VmRSS") -> float:
@@ -102,8 +105,10 @@ class Worker:
         return int(found[1]) / 1024
 
     def until_version(self, version: int) -> None:
+        deadline_s = time.monotonic() + SWAP_S_MAX
         while self.version < version:
             assert self.process.poll() is None, "the worker ended"
+            assert time.monotonic() < deadline_s, f"version {version} is not served after {SWAP_S_MAX:.0f} s"
             time.sleep(0.001)
 
 
