@@ -34,20 +34,25 @@ def run_worker(parts: ServingParts) -> int:
     torch.set_num_threads(parts.config.num_threads)
     require_guarded(parts.access, parts.config.host)
     tls = tls_context(parts.access)
-    listener = _listen(parts.config)
+    listener = listen(parts.config)
     try:
         return asyncio.run(_serve(parts, listener, tls))
     finally:
         listener.close()
 
 
-def _listen(config: ServingConfig) -> socket.socket:
+def listen(config: ServingConfig) -> socket.socket:
+    """The socket that takes connections; PortTakenError if there can be none."""
     try:
-        return socket.create_server((config.host, config.port), backlog=2048)
+        listener = socket.create_server((config.host, config.port), backlog=2048)
     except OSError as error:
         raise PortTakenError(
             f"port {config.port} on {config.host} cannot be used ({error.strerror}): choose another serving.port"
         ) from error
+    # Connections inherit it. The event loop sets it only for sockets it made itself; without it an answer, written as
+    # head and body, waits until the caller acknowledges its head: 40 ms on a connection that is kept.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 class _Server(uvicorn.Server):
