@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 _SEND_MAX = 500
 _PAUSE_S = 1.0
+_GATHER_S = 0.1
+"""Impressions of so long go together: a request to the broker costs more than the records in it, and the event loop
+that waits for it has answers to write."""
 
 
 class ImpressionLog:
@@ -38,16 +41,17 @@ class ImpressionLog:
     async def run(self) -> None:
         """Send what is queued until cancelled."""
         while True:
-            batch = [await self._queue.get()]
-            while len(batch) < _SEND_MAX and not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            await self._send(batch)
+            await asyncio.sleep(_GATHER_S)
+            while not self._queue.empty():
+                await self._send(self._taken())
 
     async def flush(self) -> None:
         """Send what is still queued, when the worker stops."""
         while not self._queue.empty() and self._writer.is_open:
-            batch = [self._queue.get_nowait() for _ in range(min(_SEND_MAX, self._queue.qsize()))]
-            await self._send(batch)
+            await self._send(self._taken())
+
+    def _taken(self) -> list[Impression]:
+        return [self._queue.get_nowait() for _ in range(min(_SEND_MAX, self._queue.qsize()))]
 
     async def _send(self, batch: list[Impression]) -> None:
         try:

@@ -169,7 +169,8 @@ def _draw_freshness(axes: Any, samples: Sequence[Sample]) -> None:
     if recent:
         axes.plot(*zip(*recent, strict=True), color=_GREY, linewidth=0.8, label="F4 p99, last 15 s")
     axes.set(xlabel="seconds", ylabel="seconds since broker append", title="Age of events at each hop, run so far")
-    axes.set_ylim(bottom=0)
+    # Room for the legend above the highest line.
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
     if axes.lines:
         axes.legend(loc="upper left", fontsize=8, ncols=3)
 

@@ -247,13 +247,17 @@ PUBLISH_STAGES = (
 def test_a_trainer_killed_at_each_stage_of_publishing_leaves_whole_snapshots_and_a_whole_account(
     installation: LearningInstallation,
 ) -> None:
-    installation.send(1_500)
+    # Enough for every life to publish twice, however fast it learns.
+    installation.send(6_000)
     ingest_everything(installation)
     snapshots = installation.root / "snapshots"
     for fail_point in PUBLISH_STAGES:
         # The first snapshot of a life is an anchor; once more for a delta, where there is that stage.
         count = 1 if fail_point in {"trainer.snapshots_pruned", "trainer.snapshot_encoded"} else 2
-        installation.start("train", fail_point=f"{fail_point}:{count}").expect_kill(fail_point)
+        trainer = installation.start(
+            "train", fail_point=f"{fail_point}:{count}", HEADRACE_TRAINER__PUBLISH_INTERVAL_MS="10"
+        )
+        trainer.expect_kill(fail_point)
         pointer = read_pointer(snapshots, "default")
         if pointer is not None:
             verify_chain(snapshots, "default", pointer.version)
@@ -263,7 +267,7 @@ def test_a_trainer_killed_at_each_stage_of_publishing_leaves_whole_snapshots_and
     published = installation.store.published_snapshots("default")
     assert [one.version for one in published] == [one.version for one in sorted(published, key=lambda one: one.version)]
     # Each event is in exactly one snapshot's account of how old events were, whatever was cut off where.
-    assert sum(AgeHistogram.from_dict(one.append_age).count for one in published) == 1_500
+    assert sum(AgeHistogram.from_dict(one.append_age).count for one in published) == 6_000
     assert headrace(installation, "verify").returncode == 0
     worker = installation.start_ready("serve")
     versions = list_versions(snapshots, "default")
@@ -294,7 +298,7 @@ def headrace(installation: LearningInstallation, *arguments: str) -> subprocess.
 
 def train_everything(installation: LearningInstallation, data_dir: Path) -> Checkpoint:
     process = installation.start("train", HEADRACE_HEADRACE__DATA_DIR=str(data_dir))
-    installation.wait(lambda: process.status().get("interactions") == 1_500, "learning everything")
+    installation.wait(lambda: process.status().get("interactions") == len(installation.sent), "learning everything")
     process.stop()
     return installation.checkpoint(data_dir)
 
