@@ -64,6 +64,8 @@ async def process(
         *(str(folder), bootstrap_servers, json.dumps(settings)),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
+        # Read on while nobody asks: a worker with much to say would else wait in the middle of an answer.
+        limit=1 << 30,
     )
     assert running.stderr is not None
     try:
