@@ -24,6 +24,7 @@ from backtest.event_columns import EventColumns
 from backtest.online_arms import OwnHistories
 from backtest.queries import Queries, rank_queries
 from backtest.replicas import num_bytes_of
+from backtest.waiting import WaitingQueries
 from feature_store.interactions import JaggedHistories
 from feature_store.store import FeatureStore
 from model.batch import HistoryBatch, Targets
@@ -34,7 +35,6 @@ from online_trainer.learner import LearnerConfig
 
 Int64s = NDArray[np.int64]
 
-_WAITING_MAX: Final = 1_024
 _NOTHING: Final = np.zeros((4, 0), np.int64)
 
 
@@ -69,7 +69,7 @@ class BatchTraining:
         self._optimizer = RecommenderOptimizer(self._model, learner.optimizer)
         self._catalogue: Catalogue | None = None
         self._who = Answerer(arm=arm.name)
-        self._waiting: list[Queries] = []
+        self._waiting = WaitingQueries()
         self._num_trained = 0
 
     def note(self, events: EventColumns) -> None:
@@ -81,7 +81,7 @@ class BatchTraining:
     def ask(self, queries: Queries, own_histories: OwnHistories, at_ms: int) -> None:
         """Take in a step's queries; train, and answer, up to where nothing can come before any more."""
         lag_ms = self.arm.histories_lag_ms
-        self._waiting.append(own_histories(lag_ms) if lag_ms or self._late_ms else queries)
+        self._waiting.add(own_histories(lag_ms) if lag_ms or self._late_ms else queries)
         self.advance(at_ms)
 
     def advance(self, at_ms: int) -> None:
@@ -92,7 +92,7 @@ class BatchTraining:
                 self._answer_before(self._boundary_ms + self.arm.weights_lag_ms + 1)
                 self._train(self._boundary_ms)
                 self._boundary_ms += self.arm.every_ms
-            if sum(len(waiting) for waiting in self._waiting) >= _WAITING_MAX:
+            if self._waiting.are_many:
                 self._answer_before(horizon_ms + 1)
 
     def settle_all(self) -> None:
@@ -101,13 +101,8 @@ class BatchTraining:
             self._answer_before(math.inf)
 
     def _answer_before(self, time_ms: float) -> None:
-        if not self._waiting:
-            return
-        waiting = Queries.concat(self._waiting)
-        is_before_P = waiting.asked_ms_P < time_ms
-        asked = waiting.part(is_before_P)
-        self._waiting = [waiting.part(~is_before_P)] if not is_before_P.all() else []
-        if len(asked) == 0:
+        asked = self._waiting.take_before(time_ms)
+        if asked is None:
             return
         if self._num_trained == 0:
             self._answers.nothing(self.arm.name, asked)

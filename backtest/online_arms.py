@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,11 +24,9 @@ from torch import Tensor
 from backtest.answers import Answerer, Answers
 from backtest.queries import Queries, rank_queries
 from backtest.replicas import ChangedRows, Replica, num_bytes_of, snapshot_in_memory, taken_snapshot
+from backtest.waiting import WAITING_MAX, WaitingQueries
 from model.snapshot import RowBlock, Snapshot
 from online_trainer.learner import MeasuredStep, OnlineLearner
-
-_WAITING_MAX: Final = 1_024
-"""Queries that wait for one copy of the weights; more cost memory and save no time."""
 
 OwnHistories = Callable[[int], Queries]
 """The queries of the present step on histories that are so many milliseconds behind."""
@@ -125,7 +123,7 @@ class OnlineArms:
                 else:
                     shown = self._shown[names[0]]
                     shown.waiting.append((asked, tuple(self._answerer(arm) for arm in arms)))
-                    if sum(len(waiting) for waiting, _ in shown.waiting) >= _WAITING_MAX:
+                    if sum(len(waiting) for waiting, _ in shown.waiting) >= WAITING_MAX:
                         self._settle(shown)
 
     def _answerer(self, arm: OnlineArm) -> Answerer:
@@ -260,13 +258,13 @@ class DelayedArm:
         self._replica = Replica(learner.model.config)
         self._who = Answerer(arm=arm.name)
         self._on_its_way: deque[_OnItsWay] = deque()
-        self._waiting: list[Queries] = []
+        self._waiting = WaitingQueries()
 
     def ask(self, queries: Queries, own_histories: OwnHistories, at_ms: int) -> None:
         """Take in a step's queries and answer those that nothing can come before any more."""
         lag_ms = self.arm.histories_lag_ms
         with self._answers.spending([self.arm.name]):
-            self._waiting.append(own_histories(lag_ms) if lag_ms or self._late_ms else queries)
+            self._waiting.add(own_histories(lag_ms) if lag_ms or self._late_ms else queries)
             self._settle(at_ms - self._late_ms)
 
     def after_step(self, at_ms: int, *, is_evaluating: bool) -> None:
@@ -289,17 +287,12 @@ class DelayedArm:
             self._answer_before(first.visible_ms + 1)
             self._replica.apply(first.snapshot)
             self._who = first.who
-        if sum(len(waiting) for waiting in self._waiting) >= _WAITING_MAX:
+        if self._waiting.are_many:
             self._answer_before(horizon_ms + 1)
 
     def _answer_before(self, time_ms: float) -> None:
-        if not self._waiting:
-            return
-        waiting = Queries.concat(self._waiting)
-        is_before_P = waiting.asked_ms_P < time_ms
-        asked = waiting.part(is_before_P)
-        self._waiting = [waiting.part(~is_before_P)] if not is_before_P.all() else []
-        if len(asked) == 0:
+        asked = self._waiting.take_before(time_ms)
+        if asked is None:
             return
         if self._replica.step is None:
             self._answers.nothing(self.arm.name, asked)
@@ -312,8 +305,7 @@ class DelayedArm:
         A query that comes later still and was asked before is answered by the newest weights of these.
         """
         with self._answers.spending([self.arm.name]):
-            newest_ms = max((int(waiting.asked_ms_P.max(initial=-1)) for waiting in self._waiting), default=-1)
-            self._settle(newest_ms)
+            self._settle(self._waiting.newest_ms)
             self._answer_before(math.inf)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
