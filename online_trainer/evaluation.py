@@ -45,7 +45,14 @@ class StepTest:
     parts: list[Tensor] = field(default_factory=list)
 
     def on_logits(self, part: slice, logits_pV: Tensor) -> None:
-        """Rank listed targets part.start … part.stop - 1 by the model's logits over the whole live catalogue."""
+        """Rank listed targets part.start … part.stop - 1 by the model's logits over the whole live catalogue.
+
+        What a step replays comes behind them, and is not tested.
+        """
+        part = slice(part.start, min(part.stop, self.listed_rows.shape[0]))
+        if part.start >= part.stop:
+            return
+        logits_pV = logits_pV[: part.stop - part.start]
         targets_p = self.listed_rows[part].to(logits_pV.device)
         seen = self.seen.of_targets(part, device=logits_pV.device)
         self.parts.append(ranks(logits_pV, targets_p, seen, num_known=self.tested.num_known))

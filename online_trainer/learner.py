@@ -261,14 +261,8 @@ class OnlineLearner:
         test = self.evaluation.start(examples, rows_L, target_rows, num_known=num_known)
         supervised = self._with_replay(history, targets, examples, weight_L)
         num_tested = targets.rows_P.shape[0]
-
-        def on_logits(part: slice, logits_pV: Tensor) -> None:
-            part = slice(part.start, min(part.stop, num_tested))  # what is replayed comes behind, and is not tested
-            if part.start < part.stop:
-                test.on_logits(part, logits_pV[: part.stop - part.start])
-
         learned = supervised_pass(
-            self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=on_logits
+            self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=test.on_logits
         )
         found = self.evaluation.finish(test)
         if self.on_tested is not None:
