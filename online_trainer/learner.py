@@ -333,8 +333,9 @@ class OnlineLearner:
     def _note_refused(self, refused: RefusedLabels | None, watermark_ms: int) -> None:
         if refused is None:
             return
+        assert self.ranking is not None, "it refused them"
         why = SetAside(
-            step=self.ledger.num_steps + 1,
+            step=self.ranking.account.num_steps,
             reason=RANKING + refused.reason,
             loss=refused.loss if math.isfinite(refused.loss) else None,
             typical_loss=refused.typical_loss,
@@ -343,7 +344,7 @@ class OnlineLearner:
         )
         self.set_aside.append((why, refused.items.as_interactions()))
         logger.error(
-            "step %d: the ranking head does not learn from it (%s): loss %s, typically %s",
+            "step %d of the ranking head is not learned from (%s): loss %s, typically %s",
             why.step,
             refused.reason,
             refused.loss,

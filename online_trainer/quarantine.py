@@ -1,6 +1,7 @@
 """Batches that are not learned from because their loss says they would do harm, kept for somebody to look at.
 
-`<root>/s0000000042.parquet` holds the interactions of step 42, `s0000000042.json` why they were set aside.
+`<root>/s0000000042.parquet` holds the interactions of step 42, `s0000000042.json` why they were set aside;
+`r0000000042` those of the ranking head's step 42, which it counts by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TYPICAL_STEPS_MIN: Final = 50
 _DEVIATIONS_PER_MAD: Final = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation."""
 RANKING: Final = "ranking_"
-_FILE: Final = re.compile(r"s(\d{10})\.json")
+_FILE: Final = re.compile(r"[sr]\d{10}\.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,7 @@ class SetAside:
     """Why one step's batch was set aside."""
 
     step: int
+    """Of the trainer; where it `is_of_ranking`, of the ranking head."""
     reason: str
     """`loss` or `gradient` where that is not a finite number, `spike` where the loss is far above what is typical;
     `ranking_loss` and so on where it is the ranking head's."""
@@ -52,6 +54,11 @@ class SetAside:
     def is_of_ranking(self) -> bool:
         """Whether the ranking head did not learn from it; the rest of the model did, if it concerned it."""
         return self.reason.startswith(RANKING)
+
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix."""
+        return f"{'r' if self.is_of_ranking else 's'}{self.step:010d}"
 
 
 class LossGuard:
@@ -105,12 +112,11 @@ def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, ke
     Raises OSError (disk full, say).
     """
     root.mkdir(parents=True, exist_ok=True)
-    name = f"s{why.step:010d}"
     rows = pl.DataFrame({"user_id": interactions.user_id, **interactions.columns})
     for path, write, stage in (
-        (root / f"{name}.parquet", rows.write_parquet, "trainer.set_aside_rows"),
+        (root / f"{why.name}.parquet", rows.write_parquet, "trainer.set_aside_rows"),
         (
-            root / f"{name}.json",
+            root / f"{why.name}.json",
             lambda at: at.write_text(json.dumps(asdict(why)), encoding="utf-8"),
             "trainer.set_aside_written",
         ),
@@ -121,12 +127,12 @@ def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, ke
         fail_point(stage)
     for old in list_set_aside(root)[:-keep]:
         for suffix in (".json", ".parquet"):
-            (root / f"s{old.step:010d}{suffix}").unlink(missing_ok=True)
+            (root / f"{old.name}{suffix}").unlink(missing_ok=True)
 
 
 def forget_users(root: Path, user_ids: Sequence[int]) -> None:
     """Remove every interaction of these users from what is kept. Raises OSError."""
-    for path in root.glob("s*.parquet"):
+    for path in root.glob("*.parquet"):
         rows = pl.read_parquet(path)
         kept = rows.filter(~pl.col("user_id").is_in(list(user_ids)))
         if len(kept) < len(rows):
@@ -139,10 +145,11 @@ def list_set_aside(root: Path) -> list[SetAside]:
     """What is kept, oldest first."""
     if not root.is_dir():
         return []
-    paths = sorted(path for path in root.iterdir() if _FILE.fullmatch(path.name))
-    return [SetAside(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    paths = (path for path in root.iterdir() if _FILE.fullmatch(path.name))
+    kept = [SetAside(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return sorted(kept, key=lambda why: (why.watermark_ms, why.name))
 
 
-def read_interactions(root: Path, step: int) -> pl.DataFrame:
-    """The interactions of a step that was set aside; FileNotFoundError if there is none."""
-    return pl.read_parquet(root / f"s{step:010d}.parquet")
+def read_interactions(root: Path, why: SetAside) -> pl.DataFrame:
+    """The interactions that were set aside; FileNotFoundError if they are not kept any more."""
+    return pl.read_parquet(root / f"{why.name}.parquet")

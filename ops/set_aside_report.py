@@ -48,4 +48,5 @@ def _line(why: SetAside) -> str:
     loss = "" if why.loss is None else f": {why.loss:.3f}"
     typical = "" if why.typical_loss is None else f", typically {why.typical_loss:.3f}"
     when = utc_time(why.watermark_ms)
-    return f"step {why.step}  {when}  {why.num_interactions} interactions  {_REASONS[why.reason]}{loss}{typical}"
+    step = f"ranking step {why.step}" if why.is_of_ranking else f"step {why.step}"
+    return f"{step}  {when}  {why.num_interactions} interactions  {_REASONS[why.reason]}{loss}{typical}"

@@ -19,6 +19,7 @@ def trainer_inspect(
     step: Annotated[int | None, typer.Argument(help="Step whose interactions to show; none: list all.")] = None,
     config: ConfigOption = None,
     *,
+    ranking: Annotated[bool, typer.Option("--ranking", help="STEP is one of the ranking head's.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List the batches that were not learned from and why, or show the interactions of one."""
@@ -32,10 +33,10 @@ def trainer_inspect(
     if step is None:
         print(json.dumps([asdict(why) for why in kept], indent=2) if as_json else list_text(kept))
         return
-    why = next((why for why in kept if why.step == step), None)
+    why = next((why for why in kept if (why.step, why.is_of_ranking) == (step, ranking)), None)
     if why is None:
         raise OpsError(f"no batch of step {step} is kept in {root}: `headrace trainer inspect` lists those that are")
-    rows = read_interactions(root, step)
+    rows = read_interactions(root, why)
     if as_json:
         print(json.dumps(asdict(why) | {"interactions": rows.fill_nan(None).to_dicts()}))
     else:

@@ -122,8 +122,17 @@ def test_what_is_set_aside_is_written_once_however_often_and_only_the_newest_is_
     for step in (3, 7, 7, 12):
         write_set_aside(tmp_path, why(step), events, keep=2)
     assert list_set_aside(tmp_path) == [why(7), why(12)]
-    assert read_interactions(tmp_path, 12)["item_id"].to_list() == events.item_id.tolist()
+    assert read_interactions(tmp_path, why(12))["item_id"].to_list() == events.item_id.tolist()
     assert sorted(path.name[:11] for path in tmp_path.iterdir()) == ["s0000000007"] * 2 + ["s0000000012"] * 2
+
+
+def test_a_step_of_the_ranking_head_is_kept_beside_the_trainers_of_the_same_number(tmp_path: Path) -> None:
+    events = walks(30)
+    kept = (why(7), why(7, "ranking_spike"))
+    for number, one in enumerate(kept):
+        write_set_aside(tmp_path, one, events.take(slice(number, None)), keep=5)
+    assert sorted(list_set_aside(tmp_path), key=kept.index) == list(kept)
+    assert [len(read_interactions(tmp_path, one)) for one in kept] == [len(events), len(events) - 1]
 
 
 def test_forgotten_users_leave_no_byte_in_it(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_forgotten_users_leave_no_byte_in_it(tmp_path: Path) -> None:
     write_set_aside(tmp_path, why(2), events.take(events.user_id != user), keep=5)
     untouched = (tmp_path / "s0000000002.parquet").stat().st_mtime_ns
     forget_users(tmp_path, (user, 10**12))
-    kept = read_interactions(tmp_path, 1)["user_id"]
+    kept = read_interactions(tmp_path, why(1))["user_id"]
     assert len(kept) == int((events.user_id != user).sum())
     assert user not in kept.to_list()
     assert (tmp_path / "s0000000002.parquet").stat().st_mtime_ns == untouched

@@ -191,7 +191,7 @@ def test_a_trainer_killed_at_each_stage_of_what_it_keeps_ends_with_the_same_bits
     assert killed.state["ledger"]["num_quarantined"] > 0
     assert headrace(installation, "verify").returncode == 0
     of_killed, of_unbroken = (
-        [(one, read_interactions(root, one.step)) for one in list_set_aside(root)]
+        [(one, read_interactions(root, one)) for one in list_set_aside(root)]
         for root in (base / "quarantine" / "default" for base in (installation.root, installation.root / "unbroken"))
     )
     assert [one for one, _ in of_killed] == [one for one, _ in of_unbroken]

@@ -65,5 +65,6 @@ def test_a_step_shows_its_interactions(headrace: Headrace, data_dir: Path) -> No
 def test_nothing_set_aside_and_an_unknown_step_are_said(headrace: Headrace, data_dir: Path, tmp_path: Path) -> None:
     ran = headrace("trainer", "inspect", HEADRACE_HEADRACE__DATA_DIR=str(tmp_path / "none"))
     assert ran.stdout == "no batch was set aside\n"
-    ran = headrace("trainer", "inspect", "13", HEADRACE_HEADRACE__DATA_DIR=str(data_dir))
-    assert_refused(ran, "no batch of step 13 is kept")
+    for arguments, step in ((("13",), 13), (("12", "--ranking"), 12)):
+        ran = headrace("trainer", "inspect", *arguments, HEADRACE_HEADRACE__DATA_DIR=str(data_dir))
+        assert_refused(ran, f"no batch of step {step} is kept")
