@@ -22,7 +22,8 @@ from backtest.run import RunSettings
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from online_trainer.checkpoint import read_newest_checkpoint
-from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.daemon import TrainerDaemon
+from online_trainer.parts import TrainerParts
 from stream.clock import WallClock
 from stream.commit import Committer
 from stream.errors import LogUnavailableError

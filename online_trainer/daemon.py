@@ -8,46 +8,36 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from opentelemetry import metrics, trace
 
-from feature_store.config import HotHistoriesConfig
 from feature_store.errors import StoreUnavailableError
 from feature_store.hot import HotHistories
-from feature_store.store import FeatureStore
-from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.errors import SnapshotError
 from model.manifest import Manifest
-from model.ranking_settings import RankingSettings
-from model.storage import SnapshotRoot
 from online_trainer.batching import LagRule, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
-from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.drift_config import DriftConfig
 from online_trainer.errors import CheckpointError
 from online_trainer.instruments import observe_actions, observe_ranks
 from online_trainer.item_feed import ItemFeed
 from online_trainer.label_feed import LabelFeed
 from online_trainer.lag import LagWatch
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
 from online_trainer.look_ahead import forgotten_ahead
 from online_trainer.metrics_file import MetricsFile
+from online_trainer.parts import TrainerParts
 from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
 from online_trainer.steps import LearnedSteps
-from stream.clock import Clock
 from stream.errors import LogResetError, LogUnavailableError
-from stream.events import EventRules
 from stream.failpoints import fail_point
 from stream.freshness import F2_LEARNED, FreshnessRecorder
 from stream.log import (
     RETRY_FIRST_S,
     RETRY_MAX_S,
-    EventLog,
     LogReader,
     LogWriter,
     PartitionId,
@@ -62,44 +52,6 @@ logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("headrace.online_trainer")
 _Result = TypeVar("_Result")
 _IDLE_POLL_MS = 50
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainerParts:
-    """What the trainer is made of."""
-
-    config: TrainerConfig
-    items_config: ItemsConfig
-    model_config: ModelConfig
-    loss_config: LossConfig
-    optimizer_config: OptimizerConfig
-    model_name: str
-    log: EventLog
-    store: FeatureStore
-    hot_config: HotHistoriesConfig
-    snapshot_root: SnapshotRoot
-    checkpoint_root: Path
-    quarantine_root: Path
-    metrics_root: Path
-    clock: Clock
-    mode: str = "live"
-    drift_config: DriftConfig = field(default_factory=DriftConfig)
-    actions: tuple[str, ...] = EventRules().actions
-    ranking: RankingSettings = field(default_factory=RankingSettings)
-    """Of the ranking head; `model_config` is `with_ranking_head`."""
-
-    def learner_config(self) -> LearnerConfig:
-        """The part of the settings that decides what a step computes."""
-        return LearnerConfig(
-            trainer=self.config,
-            items=self.items_config,
-            model=self.model_config,
-            loss=self.loss_config,
-            optimizer=self.optimizer_config,
-            drift=self.drift_config,
-            actions=self.actions,
-            ranking=self.ranking,
-        )
 
 
 class TrainerDaemon:

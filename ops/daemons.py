@@ -70,8 +70,9 @@ def train(settings: Settings) -> int:
     from model.config import LossConfig, OptimizerConfig
     from model.ranking_settings import RankingSettings
     from online_trainer.config import ItemsConfig, TrainerConfig
-    from online_trainer.daemon import TrainerDaemon, TrainerParts
+    from online_trainer.daemon import TrainerDaemon
     from online_trainer.drift_config import DriftConfig
+    from online_trainer.parts import TrainerParts
     from ops.snapshot_store import snapshot_storage
     from stream.events import EventRules
 

@@ -72,6 +72,20 @@ def add_admin(app: FastAPI, worker: ServingWorker) -> None:
         what = f"version {version} as the candidate"
         return await answer(request, "/admin/snapshots/{version}/candidate", what, operation)
 
+    @app.post("/admin/candidate/promote", **_DONE)
+    async def post_promote(request: Request) -> Response:
+        """Send all workers to the candidate."""
+        return await answer(request, "/admin/candidate/promote", "promote the candidate", promote_candidate)
+
+    @app.delete("/admin/candidate", **_DONE)
+    async def delete_candidate(request: Request) -> Response:
+        """Send canary workers to where the others are."""
+        return await answer(request, "/admin/candidate", "withdraw the candidate", withdraw_candidate)
+
+    _add_shadowing(app, worker)
+
+
+def _add_shadowing(app: FastAPI, worker: ServingWorker) -> None:
     @app.post("/admin/snapshots/{version}/shadow", **_DONE)
     async def post_shadow(request: Request, version: Version, share: Share = 0.01) -> Response:
         """Have a version answer a share of this worker's requests again, aside, and compare."""
@@ -104,13 +118,3 @@ def add_admin(app: FastAPI, worker: ServingWorker) -> None:
             )
 
         return await respond(worker, request, "/admin/shadow", work, scope="admin")
-
-    @app.post("/admin/candidate/promote", **_DONE)
-    async def post_promote(request: Request) -> Response:
-        """Send all workers to the candidate."""
-        return await answer(request, "/admin/candidate/promote", "promote the candidate", promote_candidate)
-
-    @app.delete("/admin/candidate", **_DONE)
-    async def delete_candidate(request: Request) -> Response:
-        """Send canary workers to where the others are."""
-        return await answer(request, "/admin/candidate", "withdraw the candidate", withdraw_candidate)

@@ -82,17 +82,7 @@ class ServingWorker:
             instruments=self.instruments,
         )
         self._categories = ItemCategories(parts.store, config.categories_refresh_ms)
-        search, rows = ExactSearch(self._weights), CategoryRows(self._weights, self._categories)
-        ranker_parts = RankerParts(
-            weights=self._weights,
-            histories=self._histories,
-            live_popularity=live_popularity,
-            encoder=self._encoder,
-            chooser=ItemChooser(config, self._weights, search, rows),
-            categories=self._categories,
-            head=RankingHead(self._weights, parts.ranking),
-            blocking_actions=blocking_mask(config, parts.rules),
-        )
+        ranker_parts = self._ranker_parts(live_popularity)
         ranker = Ranker(ranker_parts)
         self.shadowing = Shadowing(
             ShadowParts(
@@ -127,17 +117,7 @@ class ServingWorker:
             back_to=lambda: self._guardian.good,
         )
         self._swapper = self._build_swapper()
-        targets = UpdateTargets(
-            histories=self._histories,
-            user_states=self._encoder.cache,
-            live_popularity=live_popularity,
-            weights=self._weights,
-            names=self._names,
-            uncovered=self._uncovered,
-            replay_clock=self._replay_clock,
-            snapshot_announced=self._swapper.announce,
-        )
-        self._updates = UpdateFollower(config, parts.log, parts.model_name, self._model_thread, targets, parts.clock)
+        self._updates = self._update_follower(live_popularity)
         self._writer = SharedWriter(parts.log.writer())
         self._impressions = (
             ImpressionLog(self._writer, parts.log.topics.impressions, config.impressions_queue_max, self.instruments)
@@ -149,19 +129,7 @@ class ServingWorker:
         self.admin = SnapshotAdmin(
             parts.snapshot_root, parts.model_name, self._writer, parts.log.topics.snapshots, self._swapper.announce
         )
-        self.answering = Answering(
-            config,
-            AnswerParts(
-                batcher=self._batcher,
-                names=self._names,
-                categories=self._categories,
-                first_answers=self._first_answers,
-                impressions=self._impressions,
-                clock=parts.clock,
-                task_names=parts.ranking.tasks,
-                query_now_ms=self._query_now_ms,
-            ),
-        )
+        self.answering = Answering(config, self._answer_parts())
         self.is_leaving = False
         self._stopping = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
@@ -170,6 +138,45 @@ class ServingWorker:
         self.failure: str | None = None
         """Why only a restart can help; None while all is well."""
         self._observe()
+
+    def _ranker_parts(self, live_popularity: LivePopularity) -> RankerParts:
+        search, rows = ExactSearch(self._weights), CategoryRows(self._weights, self._categories)
+        return RankerParts(
+            weights=self._weights,
+            histories=self._histories,
+            live_popularity=live_popularity,
+            encoder=self._encoder,
+            chooser=ItemChooser(self.config, self._weights, search, rows),
+            categories=self._categories,
+            head=RankingHead(self._weights, self._parts.ranking),
+            blocking_actions=blocking_mask(self.config, self._parts.rules),
+        )
+
+    def _update_follower(self, live_popularity: LivePopularity) -> UpdateFollower:
+        targets = UpdateTargets(
+            histories=self._histories,
+            user_states=self._encoder.cache,
+            live_popularity=live_popularity,
+            weights=self._weights,
+            names=self._names,
+            uncovered=self._uncovered,
+            replay_clock=self._replay_clock,
+            snapshot_announced=self._swapper.announce,
+        )
+        parts = self._parts
+        return UpdateFollower(self.config, parts.log, parts.model_name, self._model_thread, targets, parts.clock)
+
+    def _answer_parts(self) -> AnswerParts:
+        return AnswerParts(
+            batcher=self._batcher,
+            names=self._names,
+            categories=self._categories,
+            first_answers=self._first_answers,
+            impressions=self._impressions,
+            clock=self.clock,
+            task_names=self._parts.ranking.tasks,
+            query_now_ms=self._query_now_ms,
+        )
 
     def _snapshot_reader(self, lease: SnapshotLease | None) -> SnapshotReader:
         parts = self._parts

@@ -22,9 +22,10 @@ from model.recommender import Recommender
 from model.snapshot import chain, list_versions, load_snapshot, read_manifest, read_pointer
 from model.swap import apply_snapshot
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.daemon import TrainerDaemon
 from online_trainer.drift_config import DriftConfig
 from online_trainer.gate import read_held
+from online_trainer.parts import TrainerParts
 from stream.clock import WallClock
 from stream.errors import LogResetError
 from stream.freshness import AgeHistogram

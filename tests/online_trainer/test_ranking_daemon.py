@@ -19,7 +19,8 @@ from model.recommender import Recommender
 from model.snapshot import chain, list_versions, load_snapshot, read_manifest
 from model.swap import apply_snapshot
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.daemon import TrainerDaemon
+from online_trainer.parts import TrainerParts
 from stream.clock import WallClock
 from stream.memory_log import MemoryLog
 from stream.messages import HistoryUpdate, Labels, encode_message

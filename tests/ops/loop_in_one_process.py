@@ -21,7 +21,8 @@ from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.daemon import TrainerDaemon, TrainerParts
+from online_trainer.daemon import TrainerDaemon
+from online_trainer.parts import TrainerParts
 from serving.api import build_api
 from serving.config import ServingConfig
 from serving.parts import ServingParts
