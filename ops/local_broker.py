@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Never, Self
 
 from ops.errors import BrokerBinaryMissingError, LocalBrokerError, PortTakenError
+from ops.ports import free_port, port_taken, require_free_port
 
 _BINARY_VARIABLE = "HEADRACE_TANSU_BIN"
 _PORT_ATTEMPTS_MAX = 5
@@ -162,7 +163,7 @@ class LocalBroker:
             if status is not None:
                 output = log_path.read_text(errors="replace")
                 if "AddrInUse" in output:
-                    raise PortTakenError(_port_taken(self._config.host, self._port))
+                    raise PortTakenError(port_taken(self._config.host, self._port))
                 last = output.strip().splitlines()[-1:] or ["no output"]
                 raise LocalBrokerError(f"the local broker ended with status {status} while starting: {last[0]}")
             # "listening" is printed before the socket exists, "ready" after.
@@ -239,28 +240,6 @@ def find_binary() -> Path:
             f"there is no local broker for this kind of machine: set {_BINARY_VARIABLE} to a Tansu binary, "
             "or run against any Kafka with log.bootstrap_servers"
         ) from error
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise PortTakenError when somebody listens on `host:port`."""
-    with socket.socket() as probe:
-        # Like servers do: connections of an earlier process that linger in TIME_WAIT do not count as listening.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTakenError(_port_taken(host, port)) from error
-
-
-def _port_taken(host: str, port: int) -> str:
-    return f"port {port} on {host} is taken by another process: stop that process or choose another port"
 
 
 def _accepts_connections(host: str, port: int) -> bool:

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from backtest.datasets import Dataset, Title, movietweetings, movietweetings_titles
 from ops.errors import OpsError, PortTakenError
-from ops.local_broker import find_binary, free_port, require_free_port
+from ops.local_broker import find_binary
+from ops.ports import free_port, require_free_port
 from ops.settings import FILE_VARIABLE, Settings, load, variable_of
 from ops.settings_template import toml_value
 from ops.supervisor import Child

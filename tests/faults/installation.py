@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
-from ops.local_broker import free_port
+from ops.ports import free_port
 from stream.kafka import KafkaConfig
 
 START_S_MAX: Final = 180.0

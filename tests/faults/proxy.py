@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Final, Self
 
-from ops.local_broker import LocalBroker, LocalBrokerConfig, free_port
+from ops.local_broker import LocalBroker, LocalBrokerConfig
+from ops.ports import free_port
 from tests.faults.load import OBSERVER
 
 _HOST: Final = "127.0.0.1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +17,10 @@ from feature_store import schema
 from feature_store.config import FeatureStoreConfig, parse_url
 from feature_store.errors import SchemaRevisionError, StoreBusyError, StoreUnavailableError
 from feature_store.store import FeatureStore
+from ops.ports import free_port
 from tests.feature_store.truth import Row, append
 
 USERS = np.arange(3)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def away_urls(directory: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from backtest.datasets import movietweetings
-from ops.local_broker import LocalBroker, free_port
+from ops.local_broker import LocalBroker
+from ops.ports import free_port
 from ops.settings import SECTIONS
 from tests.ops.command_line import Headrace, assert_refused
 

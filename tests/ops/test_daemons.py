@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from feature_store.schema import migrate
-from ops.local_broker import free_port
+from ops.ports import free_port
 
 
 class Daemon:

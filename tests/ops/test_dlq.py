@@ -14,7 +14,8 @@ import pytest
 from feature_store import schema
 from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
-from ops.local_broker import LocalBroker, free_port
+from ops.local_broker import LocalBroker
+from ops.ports import free_port
 from stream.clock import WallClock
 from stream.commit import Committer
 from stream.events import EventDecoder, EventRules

@@ -10,7 +10,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from ops.errors import BrokerBinaryMissingError, LocalBrokerError, PortTakenError
-from ops.local_broker import LocalBroker, LocalBrokerConfig, free_port, require_free_port
+from ops.local_broker import LocalBroker, LocalBrokerConfig
+from ops.ports import free_port, require_free_port
 
 
 async def _write_and_read_back(bootstrap_servers: str) -> bytes | None:

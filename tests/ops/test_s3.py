@@ -21,7 +21,7 @@ from model.pinning import pin_snapshot, roll_back, unpin_snapshot
 from model.retention import ReplicaLease, SnapshotRetention, read_leases, write_lease
 from model.snapshot import chain, list_versions, load_snapshot, read_pointer
 from model.storage import ObjectStorage, SnapshotStorage, open_storage
-from ops.local_broker import free_port
+from ops.ports import free_port
 from serving.config import ServingConfig
 from tests.model.storages import empty, flip_one_bit, remove, truncate
 from tests.serving.building import NAME, SERVING, Publisher, Town, build_town, migrated_database

@@ -17,6 +17,7 @@ import pytest
 
 from feature_store.schema import migrate
 from ops.errors import SettingsError
+from ops.ports import free_port
 from ops.settings import load
 from ops.up import UpOptions, workers
 
@@ -45,7 +46,7 @@ def test_several_workers_need_a_port_that_is_named(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_comes_back_while_the_other_answers(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'store.db'}"
     migrate(url)
-    port = two_free_ports()
+    port = free_port(num=2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")} | {
         "HEADRACE_HEADRACE__DATA_DIR": str(tmp_path),
         "HEADRACE_STORE__URL": url,
@@ -73,18 +74,6 @@ def test_a_worker_that_is_killed_comes_back_while_the_other_answers(tmp_path: Pa
         if running.poll() is None:
             running.kill()
         log.close()
-
-
-def two_free_ports() -> int:
-    """The first of two in a row that nobody listens on."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as one:
-            port: int = one.getsockname()[1]
-            try:
-                socket.create_server(("127.0.0.1", port + 1)).close()
-            except OSError:
-                continue
-            return port
 
 
 def status(port: int) -> dict[str, Any] | None:
