@@ -152,5 +152,5 @@ class Replica:
                 parts[kind][rest] = tensor
         self.model.items.load_state_dict(parts["items"])
         self.model.load_dense_state(parts["dense"])
-        self.model.snapshot_version = int(state["step"])
+        self.model.snapshot_version, self.model.snapshot_hash = int(state["step"]), None
         self._catalogue = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -44,17 +45,19 @@ class Lineage:
 class Manifest:
     """The content of manifest.json; ``files`` is filled in by the writer.
 
-    version: ascending from 1. parent: the version a delta applies to, None for an anchor. created_at_ms,
-    watermark_ms: epoch milliseconds of publishing, and the event time learned up to. event_age, append_age:
-    histograms of the ages of the events newly inside, as stream.freshness writes them. metrics: prequential, at the
-    time of publishing. traceparent: W3C trace context of the publishing span. steps: which steps learned what is newly
-    inside, as online_trainer.steps writes them; None in snapshots of programs that did not tell.
+    version: ascending from 1. parent: the version a delta applies to, None for an anchor. parent_hash: that
+    version's ``content_hash``, None in deltas of programs that did not tell. created_at_ms, watermark_ms: epoch
+    milliseconds of publishing, and the event time learned up to. event_age, append_age: histograms of the ages of
+    the events newly inside, as stream.freshness writes them. metrics: prequential, at the time of publishing.
+    traceparent: W3C trace context of the publishing span. steps: which steps learned what is newly inside, as
+    online_trainer.steps writes them; None in snapshots of programs that did not tell.
     """
 
     model: str
     version: int
     kind: SnapshotKind
     parent: int | None
+    parent_hash: str | None = None
     config_hash: str
     model_config: dict[str, Any]
     num_items: int
@@ -76,8 +79,34 @@ class Manifest:
             raise ValueError(f"version is {self.version}; versions start at 1")
         if (self.kind == "anchor") != (self.parent is None):
             raise ValueError(f"a {self.kind} has parent {self.parent}; exactly deltas have one")
+        if self.parent_hash is not None and self.parent is None:
+            raise ValueError("an anchor has a parent_hash; exactly deltas may have one")
         if self.parent is not None and not 0 < self.parent < self.version:
             raise ValueError(f"parent is {self.parent}; it must be below version {self.version}")
+
+    def content_hash(self) -> str:
+        """sha256 in hex of what the weights are: version, files, and what a delta builds on, down to its anchor.
+
+        Two publishers may give the same number to different weights; they do not come to the same hash.
+        """
+        told = {
+            "model": self.model,
+            "version": self.version,
+            "config_hash": self.config_hash,
+            "parent": self.parent,
+            "parent_hash": self.parent_hash,
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def builds_on(self, version: int | None, content_hash: str | None) -> bool:
+        """Whether it is a delta on this version of this content.
+
+        By the number alone where one of the two hashes is not known: deltas published before there was a hash.
+        """
+        if self.parent is None or self.parent != version:
+            return False
+        return self.parent_hash is None or content_hash is None or self.parent_hash == content_hash
 
     def encode(self) -> bytes:
         """Indented JSON, readable without this program."""

@@ -43,7 +43,8 @@ class Recommender(nn.Module):
     """Dense parameters (``encoder``, scale, trend coefficient, ``ranking``) and ``items``, the table of all per item.
 
     ranking: the ranking head of a RankingModelConfig, else None; it reads the embeddings of ``items``.
-    snapshot_version: the snapshot whose weights these are, None before the first one is applied. compute: where encoder
+    snapshot_version, snapshot_hash: the snapshot whose weights these are and its content hash, None before the first
+    one is applied. compute: where encoder
     and scores compute; the table and the ranking head are on the host.
     """
 
@@ -62,6 +63,7 @@ class Recommender(nn.Module):
             RankingNetwork(config, config.ranking, generator) if isinstance(config, RankingModelConfig) else None
         )
         self.snapshot_version: int | None = None
+        self.snapshot_hash: str | None = None
 
     def use(self, compute: Compute) -> None:
         """Compute there from now on. Before an optimiser is made: its state lies where the parameters are."""

@@ -120,6 +120,13 @@ class Snapshot:
     manifest: Manifest
     dense: dict[str, Tensor]
     rows: RowBlock
+    merged_hash: str | None = None
+    """Of deltas merged into one, the content hash of the last: the manifest names the parent of the first."""
+
+    @property
+    def content_hash(self) -> str:
+        """Which weights it leads to."""
+        return self.merged_hash or self.manifest.content_hash()
 
 
 def model_folder(model: str) -> str:
@@ -272,22 +279,28 @@ def names_in(root: SnapshotRoot, model: str) -> list[str]:
     return [name.removeprefix(f"{folder}/") for name in open_storage(root).find(folder)]
 
 
-def chain(root: SnapshotRoot, model: str, *, have: int | None, want: int) -> list[int]:
+def chain(root: SnapshotRoot, model: str, *, have: int | None, want: int, have_hash: str | None = None) -> list[int]:
     """Versions to apply in order to get from ``have`` (None: nothing) to ``want``; empty if they are equal.
 
     Deltas from ``have`` if there is an unbroken line of them, otherwise the newest anchor at or before ``want`` and
-    its deltas. SnapshotParentError if no line of finished snapshots leads to ``want``.
+    its deltas: also if the line leads to a version of the same number and another content (have_hash: the content
+    hash of ``have``, None: not known). SnapshotParentError if no line of finished snapshots leads to ``want``, each on
+    the content that it says it builds on.
     """
     if have == want:
         return []
     versions: list[int] = []
-    step = want
+    step, child = want, None
     while True:
         manifest = _manifest_in_chain(root, model, step, want)
+        if child is not None and not child.builds_on(step, manifest.content_hash()):
+            raise SnapshotParentError(
+                f"version {child.version} of {model!r} builds on another version {step} than the one that is there"
+            )
         versions.append(step)
-        if manifest.parent is None or manifest.parent == have:
+        if manifest.parent is None or manifest.builds_on(have, have_hash):
             return versions[::-1]
-        step = manifest.parent
+        step, child = manifest.parent, manifest
 
 
 def _manifest_in_chain(root: SnapshotRoot, model: str, version: int, want: int) -> Manifest:

@@ -24,12 +24,13 @@ from model.snapshot import RowBlock, Snapshot
 class UndoDelta:
     """What ``undo_snapshot`` needs: everything a snapshot replaced, once.
 
-    version: the one to go back to, None if there was none. applied: the one to undo. rows: int64[R], the rows that
-    existed before and were exchanged; ids, weight, bias, trend: their content. num_items, trend_as_of_ms: of the
-    table. table: all of what an anchor replaced, None after a delta.
+    version, content_hash: the one to go back to, None if there was none. applied: the one to undo. rows: int64[R],
+    the rows that existed before and were exchanged; ids, weight, bias, trend: their content. num_items,
+    trend_as_of_ms: of the table. table: all of what an anchor replaced, None after a delta.
     """
 
     version: int | None
+    content_hash: str | None
     applied: int
     dense: dict[str, Tensor]
     rows: Tensor
@@ -76,15 +77,16 @@ class PlannedSnapshot:
 
     def fits(self, recommender: Recommender) -> bool:
         """Whether it was planned for this recommender as it is now; then nothing can go wrong in applying it."""
-        return recommender is self.recommender and recommender.snapshot_version == self.undo.version
+        is_same = recommender.snapshot_version == self.undo.version
+        return recommender is self.recommender and is_same and recommender.snapshot_hash == self.undo.content_hash
 
 
 def apply_snapshot(recommender: Recommender, snapshot: Snapshot) -> UndoDelta:
     """Make the recommender's weights those of the snapshot, in place; returns the way back.
 
     Dense tensors change by pointer, rows are exchanged. Refused before anything is touched: SnapshotConfigError for
-    a model of another configuration, SnapshotParentError for a delta on another version than the one loaded,
-    StateMismatchError for tensors of another shape, ItemTableFullError for more items than max_items.
+    a model of another configuration, SnapshotParentError for a delta on another version, or another content of it,
+    than is loaded, StateMismatchError for tensors of another shape, ItemTableFullError for more items than max_items.
     """
     return carry_out(plan_snapshot(recommender, snapshot))
 
@@ -105,6 +107,11 @@ def plan_snapshot(recommender: Recommender, snapshot: Snapshot) -> PlannedSnapsh
             f"version {manifest.version} changes version {manifest.parent}, but version"
             f" {recommender.snapshot_version} is loaded: apply the chain from an anchor"
         )
+    if manifest.kind == "delta" and not manifest.builds_on(recommender.snapshot_version, recommender.snapshot_hash):
+        raise SnapshotParentError(
+            f"version {manifest.version} builds on another version {manifest.parent} than the one that is loaded: apply"
+            " the chain from an anchor"
+        )
     if block.weight.shape[1] != recommender.config.embedding_dim:
         raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {recommender.config.embedding_dim}")
     change, table = None, None
@@ -122,6 +129,7 @@ def plan_snapshot(recommender: Recommender, snapshot: Snapshot) -> PlannedSnapsh
     dense = recommender.match_dense_state(snapshot.dense)
     undo = UndoDelta(
         version=recommender.snapshot_version,
+        content_hash=recommender.snapshot_hash,
         applied=manifest.version,
         dense={name: parameter.data for name, (parameter, _) in dense.items()},
         rows=rows,
@@ -149,6 +157,7 @@ def carry_out(planned: PlannedSnapshot) -> UndoDelta:
         recommender.items.carry_out(planned.change, block.weight, block.bias, block.trend)
         recommender.items.trend_as_of_ms = block.trend_as_of_ms
     recommender.snapshot_version = planned.undo.applied
+    recommender.snapshot_hash = planned.snapshot.content_hash
     return planned.undo
 
 
@@ -176,16 +185,18 @@ def merge_deltas(deltas: Sequence[Snapshot]) -> Snapshot:
     merged = deltas[0]
     for delta in deltas[1:]:
         manifest, before = delta.manifest, merged.manifest.version
-        if manifest.kind != "delta" or manifest.parent != before:
+        if manifest.kind != "delta" or not manifest.builds_on(before, merged.content_hash):
             raise SnapshotParentError(
-                f"version {manifest.version} changes version {manifest.parent}, but version {before} comes before it"
+                f"version {manifest.version} changes version {manifest.parent}, but"
+                f" {'another version' if manifest.parent == before else 'version'} {before} comes before it"
             )
         if _form(delta) != _form(merged):
             raise StateMismatchError(f"version {manifest.version} carries other tensors than version {before}")
         merged = Snapshot(
-            manifest=replace(manifest, parent=merged.manifest.parent),
+            manifest=replace(manifest, parent=merged.manifest.parent, parent_hash=merged.manifest.parent_hash),
             dense=delta.dense,
             rows=_merge_rows(merged.rows, delta.rows),
+            merged_hash=delta.content_hash,
         )
     return merged
 
@@ -236,7 +247,7 @@ def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
     else:
         items.put_back(undo.num_items, undo.rows, undo.ids, (undo.weight, undo.bias, undo.trend))
         items.trend_as_of_ms = undo.trend_as_of_ms
-    recommender.snapshot_version = undo.version
+    recommender.snapshot_version, recommender.snapshot_hash = undo.version, undo.content_hash
 
 
 def _differences(recommender: Recommender, other: dict[str, Any]) -> str:

@@ -269,7 +269,7 @@ class Publisher:
         try:
             manifest = write_snapshot(
                 self._root,
-                captured.manifest,
+                self._told_its_parent(captured.manifest),
                 captured.dense,
                 captured.rows,
                 reached=lambda stage: fail_point(f"trainer.snapshot_{stage}"),
@@ -290,6 +290,14 @@ class Publisher:
         fail_point("trainer.snapshot_recorded")
         self._clean_up(manifest, published_at_ms)
         return self.newest
+
+    def _told_its_parent(self, manifest: Manifest) -> Manifest:
+        """Only now is what comes before finished, and its hash known."""
+        if manifest.parent is None:
+            return manifest
+        assert self.newest is not None, "the first of a life is an anchor"
+        assert self.newest.manifest.version == manifest.parent, "after a failure comes an anchor"
+        return replace(manifest, parent_hash=self.newest.manifest.content_hash())
 
     def _note_in_store(self, manifest: Manifest, published_at_ms: int) -> None:
         self._unrecorded.append((manifest, published_at_ms))

@@ -72,6 +72,11 @@ class ServingInstruments:
         self._refused_snapshots = self._meter.create_counter(
             "headrace.serving.snapshots.refused", unit="{snapshot}", description="Snapshots that could not be used"
         )
+        self._reanchored = self._meter.create_counter(
+            "headrace.serving.snapshots.reanchored",
+            unit="{swap}",
+            description="Times a worker started over from an anchor because deltas build on other weights than its own",
+        )
         self._guard_trips = self._meter.create_counter(
             "headrace.serving.guard.trips", unit="{trip}", description="Times a guard made a worker go back, by guard"
         )
@@ -108,6 +113,10 @@ class ServingInstruments:
     def snapshot_refused(self, error: str) -> None:
         """One more snapshot version could not be used; `error` is the error's class name."""
         self._refused_snapshots.add(1, {"error.type": error})
+
+    def reanchored(self) -> None:
+        """What is published builds on another version of the same number than the one loaded."""
+        self._reanchored.add(1)
 
     def guard_tripped(self, guard: str) -> None:
         """A guard made this worker go back to the version before."""

@@ -73,45 +73,65 @@ class SnapshotReader:
         self._instruments, self._lease, self._cache = instruments, lease, cache
         self._channel = channel
         self.refused: dict[int, str] = {}
+        self.num_reanchored = 0
 
     def pointer(self) -> SnapshotPointer | None:
         """The version to serve. Raises ModelError or OSError."""
         candidate = read_candidate(self._root, self._model) if self._channel == "candidate" else None
         return read_pointer(self._root, self._model) if candidate is None else candidate
 
-    def prepare(self, *, have: int | None, want: int) -> PreparedSwap | None:
+    def prepare(self, *, have: Manifest | None, want: int) -> PreparedSwap | None:
         """Read what leads from `have` to `want`, or as far towards it as usable snapshots go; None: not a step."""
+        have_version = None if have is None else have.version
         target: int | None = want
-        while target is not None and target != have:
+        while target is not None and target != have_version:
             loaded = self._load_chain(have, target)
             if isinstance(loaded, PreparedSwap):
                 return loaded
-            target = self._newest_between(have, loaded)
+            target = self._newest_between(have_version, loaded)
         return None
 
-    def _load_chain(self, have: int | None, target: int) -> PreparedSwap | int:
+    def _load_chain(self, have: Manifest | None, target: int) -> PreparedSwap | int:
         """What is to be applied, or the version that cannot be used."""
         version = target
         try:
-            versions = chain(self._root, self._model, have=have, want=target)
+            versions = self._chain(have, target)
             if self._lease is not None and (have is None or len(versions) > 1):
                 # This may take longer than the versions are kept without anybody who asks for them.
                 self._lease.note_loading(target)
             snapshots: list[Snapshot] = []
             for version in versions:
                 snapshot = load_snapshot(self._root, self._model, version, cache=self._cache)
-                self._check(snapshot, snapshots[-1].manifest.version if snapshots else have)
+                self._check(snapshot, snapshots[-1].manifest if snapshots else have)
                 snapshots.append(snapshot)
             return prepare_swap(self._config, snapshots)
         except _UNUSABLE as error:
             self.refuse(version, error)
             return version
 
-    def _check(self, snapshot: Snapshot, parent: int | None) -> None:
+    def _chain(self, have: Manifest | None, target: int) -> list[int]:
+        if have is None:
+            return chain(self._root, self._model, have=None, want=target)
+        versions = chain(self._root, self._model, have=have.version, want=target, have_hash=have.content_hash())
+        if have.version in versions:
+            self.num_reanchored += 1
+            self._instruments.reanchored()
+            logger.warning(
+                "version %d builds on another version %d than the one that is loaded: starting over from anchor %d",
+                target,
+                have.version,
+                versions[0],
+            )
+        return versions
+
+    def _check(self, snapshot: Snapshot, parent: Manifest | None) -> None:
         manifest = snapshot.manifest
-        if manifest.kind == "delta" and manifest.parent != parent:
+        # Once more what `chain` has seen to: what it read may have been replaced since.
+        if manifest.kind == "delta" and (
+            parent is None or not manifest.builds_on(parent.version, parent.content_hash())
+        ):
             raise SnapshotParentError(
-                f"version {manifest.version} changes version {manifest.parent}, not version {parent}"
+                f"version {manifest.version} changes another version {manifest.parent} than comes before it"
             )
         if manifest.config_hash != self._config.config_hash():
             raise SnapshotConfigError(
@@ -217,11 +237,12 @@ class HotSwapper:
     async def follow(self) -> bool:
         """One look at the pointer; swaps if it points elsewhere. True if the weights changed."""
         loop = asyncio.get_running_loop()
-        have = None if self.held is None else self.held.version
+        held = self.held
+        have = None if held is None else held.version
         want = await loop.run_in_executor(self._aside, lambda: self._wanted(have))
         if want is None or want == have or self._is_backing_off(want):
             return False
-        prepared = await loop.run_in_executor(self._aside, lambda: self._reader.prepare(have=have, want=want))
+        prepared = await loop.run_in_executor(self._aside, lambda: self._reader.prepare(have=held, want=want))
         swapped = prepared is not None and await self._swap(prepared, have)
         self._note_outcome(want, reached=self.held is not None and self.held.version == want)
         return swapped
@@ -313,6 +334,7 @@ class HotSwapper:
             "metrics": {} if held is None else held.metrics,
             "swaps": self.num_swaps,
             "refused": len(self._reader.refused),
+            "reanchored": self._reader.num_reanchored,
             "last_refusal": next(reversed(self._reader.refused.values()), None),
             "pointer_problem": self._pointer_problem,
         }

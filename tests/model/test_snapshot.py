@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -404,6 +405,47 @@ def test_a_broken_chain_is_refused(root: Path) -> None:
     (root / snapshot_folder("hstu", 2) / "READY").unlink()
     with pytest.raises(SnapshotParentError, match="needs version 2"):
         chain(root, "hstu", have=1, want=3)
+
+
+def told(root: Path, version: int, **fields: object) -> Manifest:
+    """A version's manifest, changed and declared anew."""
+    folder = root / snapshot_folder("hstu", version)
+    manifest = dataclasses.replace(read_manifest(root, "hstu", version), **fields)  # type: ignore[arg-type]
+    (folder / "manifest.json").write_bytes(manifest.encode())
+    (folder / "READY").write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    return manifest
+
+
+def test_a_chain_goes_by_content_where_deltas_name_it(root: Path, small_config: ModelConfig) -> None:
+    first = read_manifest(root, "hstu", 1)
+    second = told(root, 2, parent_hash=first.content_hash())
+    third = told(root, 3, parent_hash=second.content_hash())
+    assert chain(root, "hstu", have=2, want=3, have_hash=second.content_hash()) == [3]
+    # Not what is loaded, although it has the number: from the anchor.
+    assert chain(root, "hstu", have=2, want=3, have_hash="0" * 64) == [1, 2, 3]
+    recommender = loaded(root, small_config, 3)
+    assert recommender.snapshot_hash == third.content_hash()
+    told(root, 3, parent_hash=first.content_hash())
+    with pytest.raises(SnapshotParentError, match="builds on another version 2 than the one that is there"):
+        chain(root, "hstu", have=2, want=3, have_hash=second.content_hash())
+    lying = load_snapshot(root, "hstu", 3)
+    with pytest.raises(SnapshotParentError, match="builds on another version 2 than the one that is loaded"):
+        apply_snapshot(loaded(root, small_config, 2), lying)
+    with pytest.raises(SnapshotParentError, match="another version 2 comes before it"):
+        merge_deltas([load_snapshot(root, "hstu", 2), lying])
+
+
+def test_a_merged_delta_leads_to_the_last_and_a_way_back_to_what_was_before(
+    root: Path, small_config: ModelConfig
+) -> None:
+    first = read_manifest(root, "hstu", 1)
+    second = told(root, 2, parent_hash=first.content_hash())
+    third = told(root, 3, parent_hash=second.content_hash())
+    recommender = loaded(root, small_config, 1)
+    undo = apply_snapshot(recommender, merge_deltas([load_snapshot(root, "hstu", v) for v in (2, 3)]))
+    assert recommender.snapshot_hash == third.content_hash()
+    undo_snapshot(recommender, undo)
+    assert recommender.snapshot_hash == first.content_hash()
 
 
 def test_the_pointer_can_go_back(root: Path) -> None:

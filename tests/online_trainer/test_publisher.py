@@ -235,6 +235,15 @@ class AbsentStore:
         return self._store.published_snapshots(model, since_version)
 
 
+def test_a_delta_names_the_content_that_it_builds_on(desk: Desk) -> None:
+    for _ in range(3):
+        desk.publish()
+    first, second, third = (read_manifest(desk.root, "default", version) for version in (1, 2, 3))
+    assert first.parent_hash is None
+    assert (second.parent_hash, third.parent_hash) == (first.content_hash(), second.content_hash())
+    assert len({one.content_hash() for one in (first, second, third)}) == 3
+
+
 def test_what_the_store_was_not_told_is_made_up_for(desk: Desk) -> None:
     desk.publisher = desk.open(AbsentStore(desk.store, num_failures=2))  # type: ignore[arg-type]
     for _ in range(2):
@@ -337,8 +346,13 @@ def test_what_a_checkpoint_contains_and_no_snapshot_does_is_in_the_next_one(desk
     assert AgeHistogram.from_dict(desk.store.published_snapshots("default")[-1].append_age).num_negative == 0
 
 
-def test_ages_of_a_snapshot_that_could_not_be_written_are_in_the_next_one(desk: Desk) -> None:
+def test_ages_of_a_snapshot_that_could_not_be_written_are_in_the_next_one(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     desk.learn()
-    desk.capture()  # and a full disk
+    with monkeypatch.context() as full:
+        full.setattr(Disk, "write", lambda _self, path, content: _full(path, content))
+        with pytest.raises(OSError, match="No space left"):
+            desk.publisher.write(desk.capture())
     desk.publish()
     assert [AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default")] == [32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import shutil
 import time
@@ -90,6 +91,7 @@ class Publisher:
                 "version": self.version,
                 "kind": kind,
                 "parent": parent if kind == "delta" else None,
+                "parent_hash": self.manifests[-1].content_hash() if kind == "delta" else None,
                 "config_hash": self.recommender.config.config_hash(),
                 "model_config": self.recommender.config.as_dict(),
                 "num_items": self.recommender.items.num_items,
@@ -101,6 +103,14 @@ class Publisher:
         )
         self.manifests.append(write_snapshot(self.root, manifest, self.recommender.dense_state(), rows))
         return self.manifests[-1]
+
+    def fork(self, root: Path) -> Publisher:
+        """Another publisher that goes on from here, with all published so far, at a root of its own."""
+        shutil.copytree(self.root, root)
+        other = copy.deepcopy(self)
+        other.root = root
+        other._generator.manual_seed(1)
+        return other
 
     def folder(self, version: int) -> Path:
         return self.root / NAME / f"v{version:08d}"

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 
 from model.file_cache import FileCache
 from model.manifest import FileEntry
-from model.snapshot import load_snapshot
+from model.snapshot import load_snapshot, move_pointer
 from model.storage import LocalStorage
 from serving.instruments import ServingInstruments
 from serving.swap import SnapshotReader
@@ -97,6 +99,23 @@ def state_another_hash(publisher: Publisher) -> None:
     redeclare(publisher.folder(3))
 
 
+def state_another_parent_hash(publisher: Publisher) -> None:
+    """The number of the parent is right, the weights it was made from are not: those of version 1."""
+    lie(publisher.folder(3), parent_hash=publisher.manifests[0].content_hash())
+
+
+def pass_over_the_parent(publisher: Publisher) -> None:
+    """A delta made on version 2 says that it was made on version 1, and leaves the hash as it was."""
+    lie(publisher.folder(3), parent=1)
+
+
+def lie(folder: Path, **fields: Any) -> None:
+    """A whole manifest that says something else."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    redeclare(folder)
+
+
 def state_a_parent(parent: int) -> Callable[[Publisher], None]:
     def change(publisher: Publisher) -> None:
         path = publisher.folder(3) / "manifest.json"
@@ -116,6 +135,8 @@ def lose_the_parent(publisher: Publisher) -> None:
         (exchange, "sha256|size"),
         (exchange_folders, "version"),
         (state_another_hash, "another sha256"),
+        (state_another_parent_hash, "version 3 of .* builds on another version 2 than the one that is there"),
+        (pass_over_the_parent, "version 3 of .* builds on another version 1 than the one that is there"),
         (state_a_parent(3), "parent"),
         (state_a_parent(4), "parent"),
         (lose_the_parent, "needs version 2, which is gone"),
@@ -148,6 +169,84 @@ async def test_what_is_out_of_order_is_refused_with_one_line_and_answers_stay(
         assert all("is refused, what is loaded stays" in line for line in lines)
         assert any(re.search(words, line) for line in lines), caplog.text
         assert served.worker.status()["errors"] == 0
+
+
+@pytest.mark.parametrize("happen", [state_another_parent_hash, pass_over_the_parent])
+async def test_after_a_delta_that_lies_about_its_parent_the_next_anchor_is_taken(
+    town: Town, happen: Callable[[Publisher], None]
+) -> None:
+    async with town.worker(version=1) as served:
+        away, town.publisher.root = town.root, town.root.with_name("elsewhere")
+        shutil.copytree(away, town.publisher.root)
+        for kind in ("delta", "delta", "delta", "anchor", "delta"):
+            town.publisher.learn([1, 2, 30])
+            town.publisher.publish(kind)
+        happen(town.publisher)
+        for version in (2, 3, 4):
+            (town.publisher.folder(version)).replace(away / NAME / f"v{version:08d}")
+        move_pointer(away, town.publisher.manifests[3])
+        await served.until_version(2)
+        await eventually(lambda: served.worker.status()["snapshot"]["refused"])  # type: ignore[index]
+        # Neither version 3 nor what was published on it; after the anchor, deltas again.
+        assert served.worker.snapshot_version == 2
+        for version in (5, 6):
+            (town.publisher.folder(version)).replace(away / NAME / f"v{version:08d}")
+            move_pointer(away, town.publisher.manifests[version - 1])
+            await served.until_version(version)
+        town.publisher.root = away
+        assert scores_of(await served.recommend(7)) == await fresh_scores(town, version=6)
+
+
+async def test_a_delta_on_other_weights_of_the_same_number_makes_the_worker_start_over_from_the_anchor(
+    town: Town, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody published version 2 anew, with other weights, and goes on from that one."""
+    metrics = InMemoryMetricReader()
+    monkeypatch.setattr("opentelemetry.metrics.get_meter", MeterProvider([metrics]).get_meter)
+    async with town.worker(version=1) as served:
+        other = town.publisher.fork(town.root.with_name("elsewhere"))
+        town.publisher.learn([1, 2, 30])
+        town.publisher.publish()
+        await served.until_version(2)
+        other.learn([1, 2, 31])
+        other.publish()
+        other.learn([4, 32])
+        other.publish()
+        shutil.rmtree(town.publisher.folder(2))
+        with caplog.at_level(logging.WARNING):
+            for version in (2, 3):
+                other.folder(version).replace(town.publisher.folder(version))
+            move_pointer(town.root, other.manifests[-1])
+            await served.until_version(3)
+        assert "version 3 builds on another version 2 than the one that is loaded: starting over from anchor 1" in (
+            caplog.text
+        )
+        assert count_of(metrics, "headrace.serving.snapshots.reanchored") == 1
+        assert served.worker.status()["snapshot"]["reanchored"] == 1  # type: ignore[index]
+        assert scores_of(await served.recommend(7)) == await fresh_scores(town, version=3)
+
+
+async def test_deltas_published_before_there_was_a_hash_are_told_by_their_number(town: Town) -> None:
+    async with town.worker(version=1) as served:
+        town.publisher.learn([1, 2, 30])
+        town.publisher.publish(parent_hash=None)
+        await served.until_version(2)
+        town.publisher.learn([1, 3])
+        town.publisher.publish()
+        await served.until_version(3)
+
+
+def count_of(reader: InMemoryMetricReader, name: str) -> float:
+    data = reader.get_metrics_data()
+    assert data is not None
+    found = [one for part in data.resource_metrics[0].scope_metrics for one in part.metrics if one.name == name]
+    return sum(point.value for one in found for point in one.data.data_points if isinstance(point, NumberDataPoint))
+
+
+async def fresh_scores(town: Town, *, version: int) -> dict[int | str, float | None]:
+    """What a worker answers that has never served anything else."""
+    async with town.worker(version=version, replica="fresh") as fresh:
+        return scores_of(await fresh.recommend(7))
 
 
 async def test_deltas_that_arrive_in_another_order_are_served_once_the_line_is_whole(town: Town) -> None:
