@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels.dynamic_embedding import rowwise_adagrad_
 from model.config import ModelConfig, OptimizerConfig
 from model.errors import StateMismatchError
+from model.item_model import ItemModel
 from model.item_table import ActiveRows, RowMoves
 from model.recommender import Recommender
 from model.reserved_memory import reserved_zeros
@@ -29,22 +30,22 @@ logger = logging.getLogger(__name__)
 class RecommenderOptimizer:
     """Steps dense parameters of a recommender and the item rows of each step; marks those rows dirty.
 
-    parameters: those it steps, by name; None: all but the ranking head's, which learns from other labels in steps of
-    its own.
+    parameters: those it steps, by name; None: all, but those of a recommender's ranking head, which learns from other
+    labels in steps of its own.
     """
 
     def __init__(
-        self, recommender: Recommender, config: OptimizerConfig, *, parameters: dict[str, nn.Parameter] | None = None
+        self, recommender: ItemModel, config: OptimizerConfig, *, parameters: dict[str, nn.Parameter] | None = None
     ) -> None:
         self.recommender = recommender
         self.config = config
         self._step = 0
-        self._parameters = recommender.retrieval_parameters() if parameters is None else parameters
+        self._parameters = _own_parameters(recommender) if parameters is None else parameters
         self._dense = {
             name: (torch.zeros_like(parameter), torch.zeros_like(parameter))
             for name, parameter in self._parameters.items()
         }
-        self._rows = _zero_rows(recommender.config, config)
+        self._rows = _zero_rows(recommender.items.config, config)
 
     def zero_grad(self) -> None:
         """Forget the dense gradients; rows are fresh leaves in every step."""
@@ -142,7 +143,9 @@ class RecommenderOptimizer:
 
         The state of another row optimiser is not used: its rows start anew, and the log says so.
         """
-        rows = {f"rows.{name}": column for name, column in _zero_rows(self.recommender.config, self.config).items()}
+        rows = {
+            f"rows.{name}": column for name, column in _zero_rows(self.recommender.items.config, self.config).items()
+        }
         is_other = rows.keys() != {name for name in state if name.startswith("rows.")}
         if is_other:
             logger.warning("the checkpoint is of another optimizer.row_optimizer: moments of item rows start anew")
@@ -164,6 +167,10 @@ class RecommenderOptimizer:
         if not is_other:
             for name, column in rows.items():
                 column[: self.recommender.items.num_items] = state[name]
+
+
+def _own_parameters(model: ItemModel) -> dict[str, nn.Parameter]:
+    return model.retrieval_parameters() if isinstance(model, Recommender) else dict(model.named_parameters())
 
 
 def _zero_rows(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from model.batch import HistoryBatch
 from model.compute import HOST, Compute
 from model.config import ModelConfig
 from model.encoder import build_encoder
-from model.errors import StateMismatchError
 from model.initial import NORM_EPS
+from model.item_model import ItemModel
 from model.item_table import ActiveRows, ItemTable
 from model.ranking_network import RankingModelConfig, RankingNetwork
 
@@ -39,14 +39,14 @@ class Catalogue:
     offset_V: Tensor
 
 
-class Recommender(nn.Module):
+class Recommender(ItemModel):
     """Dense parameters (``encoder``, scale, trend coefficient, ``ranking``) and ``items``, the table of all per item.
 
-    ranking: the ranking head of a RankingModelConfig, else None; it reads the embeddings of ``items``.
-    snapshot_version, snapshot_hash: the snapshot whose weights these are and its content hash, None before the first
-    one is applied. compute: where encoder
-    and scores compute; the table and the ranking head are on the host.
+    ranking: the ranking head of a RankingModelConfig, else None; it reads the embeddings of ``items``. compute: where
+    encoder and scores compute; the table and the ranking head are on the host.
     """
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,8 +62,6 @@ class Recommender(nn.Module):
         self.ranking = (
             RankingNetwork(config, config.ranking, generator) if isinstance(config, RankingModelConfig) else None
         )
-        self.snapshot_version: int | None = None
-        self.snapshot_hash: str | None = None
 
     def use(self, compute: Compute) -> None:
         """Compute there from now on. Before an optimiser is made: its state lies where the parameters are."""
@@ -137,31 +135,6 @@ class Recommender(nn.Module):
     def ranking_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the ranking head; empty without one."""
         return {name: one for name, one in self.named_parameters() if name.startswith(_RANKING)}
-
-    def dense_state(self) -> dict[str, Tensor]:
-        """Copies of the dense parameters by name, on the host."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.named_parameters()}
-
-    def load_dense_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take these tensors as the dense parameters, without copying on the host; returns the ones replaced.
-
-        StateMismatchError (and nothing replaced) unless names, shapes and dtypes are equal.
-        """
-        replaced = {}
-        for name, (parameter, tensor) in self.match_dense_state(state).items():
-            replaced[name] = parameter.data
-            parameter.data = tensor.to(parameter.device)
-        return replaced
-
-    def match_dense_state(self, state: dict[str, Tensor]) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """By name, each dense parameter and the tensor for it; StateMismatchError as ``load_dense_state``."""
-        parameters = dict(self.named_parameters())
-        have = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-        got = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
-        if have != got:
-            differing = sorted(name for name in have.keys() | got.keys() if have.get(name) != got.get(name))
-            raise StateMismatchError(f"dense parameters differ in name, shape or dtype: {', '.join(differing)}")
-        return {name: (parameter, state[name]) for name, parameter in parameters.items()}
 
 
 def take_items(weight_RD: Tensor, index_L: Tensor) -> Tensor:

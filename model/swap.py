@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParentError, StateMismatchError
+from model.item_model import ItemModel
 from model.item_table import Int64s, ItemTable, RowChange
 from model.manifest import SnapshotKind
-from model.recommender import Recommender
 from model.snapshot import RowBlock, Snapshot
 
 
@@ -43,7 +43,7 @@ class UndoDelta:
     table: ItemTable | None
 
 
-def take_rows(recommender: Recommender, kind: SnapshotKind) -> RowBlock:
+def take_rows(recommender: ItemModel, kind: SnapshotKind) -> RowBlock:
     """Copies of the rows a snapshot of this kind carries: every live row, or those changed since ``clear_dirty``.
 
     The dense part is ``recommender.dense_state()``. Call ``items.clear_dirty()`` once the copies are taken.
@@ -68,20 +68,20 @@ def take_rows(recommender: Recommender, kind: SnapshotKind) -> RowBlock:
 class PlannedSnapshot:
     """A snapshot with everything worked out that can be without changing the recommender it is for."""
 
-    recommender: Recommender
+    recommender: ItemModel
     snapshot: Snapshot
     dense: dict[str, tuple[nn.Parameter, Tensor]]
     change: RowChange | None
     """What a delta does to the item table; None for an anchor, whose table is ``undo.table`` until it is exchanged."""
     undo: UndoDelta
 
-    def fits(self, recommender: Recommender) -> bool:
+    def fits(self, recommender: ItemModel) -> bool:
         """Whether it was planned for this recommender as it is now; then nothing can go wrong in applying it."""
         is_same = recommender.snapshot_version == self.undo.version
         return recommender is self.recommender and is_same and recommender.snapshot_hash == self.undo.content_hash
 
 
-def apply_snapshot(recommender: Recommender, snapshot: Snapshot) -> UndoDelta:
+def apply_snapshot(recommender: ItemModel, snapshot: Snapshot) -> UndoDelta:
     """Make the recommender's weights those of the snapshot, in place; returns the way back.
 
     Dense tensors change by pointer, rows are exchanged. Refused before anything is touched: SnapshotConfigError for
@@ -91,7 +91,7 @@ def apply_snapshot(recommender: Recommender, snapshot: Snapshot) -> UndoDelta:
     return carry_out(plan_snapshot(recommender, snapshot))
 
 
-def plan_snapshot(recommender: Recommender, snapshot: Snapshot) -> PlannedSnapshot:
+def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot:
     """The part of ``apply_snapshot`` that only reads the recommender, with all that can be refused.
 
     May run beside threads that read the recommender. What it returns is valid until somebody changes the weights.
@@ -112,17 +112,17 @@ def plan_snapshot(recommender: Recommender, snapshot: Snapshot) -> PlannedSnapsh
             f"version {manifest.version} builds on another version {manifest.parent} than the one that is loaded: apply"
             " the chain from an anchor"
         )
-    if block.weight.shape[1] != recommender.config.embedding_dim:
-        raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {recommender.config.embedding_dim}")
+    if block.weight.shape[1] != items.config.embedding_dim:
+        raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {items.config.embedding_dim}")
     change, table = None, None
     if manifest.kind == "delta":
         change = items.plan(block.removed_ids.numpy(), block.ids.numpy())
         touched = np.concatenate([change.removed_rows, change.rows])
         rows = torch.from_numpy(np.unique(touched[touched < items.num_items]))
     else:
-        if len(block.ids) > recommender.config.max_items:
-            raise ItemTableFullError(f"{len(block.ids)} items exceed max_items ({recommender.config.max_items})")
-        table = ItemTable(recommender.config)
+        if len(block.ids) > items.config.max_items:
+            raise ItemTableFullError(f"{len(block.ids)} items exceed max_items ({items.config.max_items})")
+        table = ItemTable(items.config)
         table.restore(block.ids.numpy(), block.weight, block.bias, block.trend)
         table.trend_as_of_ms = block.trend_as_of_ms
         rows = torch.empty(0, dtype=torch.int64)
@@ -231,7 +231,7 @@ def _form(delta: Snapshot) -> tuple[str, int, dict[str, tuple[torch.Size, torch.
     return delta.manifest.config_hash, delta.rows.weight.shape[1], dense
 
 
-def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
+def undo_snapshot(recommender: ItemModel, undo: UndoDelta) -> None:
     """Go back to exactly the weights before ``apply_snapshot`` returned ``undo``.
 
     SnapshotParentError if another snapshot was applied since (undo the newest first).
@@ -250,7 +250,7 @@ def undo_snapshot(recommender: Recommender, undo: UndoDelta) -> None:
     recommender.snapshot_version, recommender.snapshot_hash = undo.version, undo.content_hash
 
 
-def _differences(recommender: Recommender, other: dict[str, Any]) -> str:
+def _differences(recommender: ItemModel, other: dict[str, Any]) -> str:
     own = recommender.config.as_dict()
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     return ", ".join(f"{name} {other.get(name)} instead of {own.get(name)}" for name in differing)
