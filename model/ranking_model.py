@@ -1,4 +1,4 @@
-"""The model that settings of a ranking head ask for."""
+"""The models that settings of a ranking head ask for: the one it is part of, and the user model upstream of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from model.action_heads import ActionTask
 from model.config import ModelConfig
 from model.ranking_network import RankingConfig, RankingModelConfig
 from model.ranking_settings import RankingSettings
+from model.upstream_config import UpstreamConfig, UpstreamModelConfig
 
 STORED_ACTIONS: Final = 32
 """Bits of an interaction's actions. All have a place in the network from the start, so that an action that is declared
@@ -23,7 +24,38 @@ def with_ranking_head(model: ModelConfig, settings: RankingSettings, actions: Se
     """
     if not settings.tasks:
         return model
-    tasks = tuple(
+    ranking = RankingConfig(
+        tasks=action_tasks(settings, actions),
+        num_actions=STORED_ACTIONS,
+        tokens=settings.tokens,
+        value_thresholds=settings.value_thresholds,
+        task_hidden_dim=settings.task_hidden_dim,
+        max_candidates=settings.max_candidates,
+    )
+    ranking.encoder_config(model)
+    return RankingModelConfig(**{one.name: getattr(model, one.name) for one in fields(model)}, ranking=ranking)
+
+
+def upstream_model_config(
+    upstream: UpstreamConfig, settings: RankingSettings, actions: Sequence[str]
+) -> UpstreamModelConfig:
+    """The upstream user model that learns what the ranking head learns. actions: as declared, in order of their bits.
+
+    ValueError as `RankingSettings.targets`, and without tasks: nobody would read its vectors.
+    """
+    if not settings.tasks:
+        raise ValueError("ranking.tasks is empty: the upstream user model serves the ranker, and learns its tasks")
+    return UpstreamModelConfig(
+        upstream=upstream,
+        tasks=action_tasks(settings, actions),
+        num_actions=STORED_ACTIONS,
+        value_thresholds=settings.value_thresholds,
+    )
+
+
+def action_tasks(settings: RankingSettings, actions: Sequence[str]) -> tuple[ActionTask, ...]:
+    """What the settings ask to be predicted; arguments and errors as ``with_ranking_head``."""
+    return tuple(
         ActionTask(
             name=name,
             kind="bce",
@@ -33,13 +65,3 @@ def with_ranking_head(model: ModelConfig, settings: RankingSettings, actions: Se
         )
         for name, target in zip(settings.tasks, settings.targets(actions), strict=True)
     )
-    ranking = RankingConfig(
-        tasks=tasks,
-        num_actions=STORED_ACTIONS,
-        tokens=settings.tokens,
-        value_thresholds=settings.value_thresholds,
-        task_hidden_dim=settings.task_hidden_dim,
-        max_candidates=settings.max_candidates,
-    )
-    ranking.encoder_config(model)
-    return RankingModelConfig(**{one.name: getattr(model, one.name) for one in fields(model)}, ranking=ranking)
