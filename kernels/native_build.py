@@ -1,8 +1,8 @@
 """C sources of kernels, compiled once per machine with the compiler that is there, and kept.
 
 A machine without a compiler computes the same with torch's operations, slower, and says so once in the log. The binary
-is made for this very processor, so its name carries a checksum of source, flags and processor, and it is put where
-only this user writes: $XDG_CACHE_HOME/headrace, or ~/.cache/headrace.
+is made for this very processor, so its name carries a checksum of source (with the headers beside it), flags and
+processor, and it is put where only this user writes: $XDG_CACHE_HOME/headrace, or ~/.cache/headrace.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def native_library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None
 
 def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     flags = (*_FLAGS, *(f"-D{define}" for define in defines))
-    content = b"\0".join([source.read_bytes(), " ".join(flags).encode(), _processor().encode()])
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    content = b"\0".join([*sources, " ".join(flags).encode(), _processor().encode()])
     digest = hashlib.sha256(content).hexdigest()[:16]
     library = _folder() / f"{source.parent.name}-{digest}.so"
     if not library.is_file():

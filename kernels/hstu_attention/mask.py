@@ -73,6 +73,20 @@ class AttentionMask:
         """int64, shape of lengths_B: targets of each row."""
         return torch.zeros_like(lengths_B) if self.num_targets_B is None else self.num_targets_B
 
+    def num_pairs(self, lengths_B: Tensor, num_queries_B: Tensor) -> Tensor:
+        """int64[B]: about how many pairs of a query and a key it sees each row has; what its attention costs.
+
+        num_queries_B: how many of a row's last positions have a query. Exact for the triangle.
+        """
+        cached_B = lengths_B - num_queries_B
+        causal_B = num_queries_B * (lengths_B + cached_B + 1) // 2
+        contextual_B = (self.contextual_len - cached_B).clamp(min=0) * lengths_B
+        if self.max_attn_len == 0:
+            return causal_B + contextual_B
+        unlimited_B = self.num_targets_in(lengths_B) + self.min_full_attn_len if self.min_full_attn_len else 0
+        limited_B = num_queries_B * (self.max_attn_len + 1 + self.num_oldest_keys) + lengths_B * unlimited_B
+        return torch.minimum(causal_B, limited_B) + contextual_B
+
     def history_end(self, lengths_G: Tensor, num_targets_G: Tensor) -> Tensor:
         """int64[G]: the place behind the history, where the targets stand."""
         return lengths_G - num_targets_G - max(self.contextual_len - 1, 0)

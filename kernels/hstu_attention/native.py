@@ -1,4 +1,4 @@
-"""HSTU attention of plain causal rows in C (native.c): what goes in and out, and the division among threads.
+"""HSTU attention in C (native.c): what goes in and out, and the division among threads.
 
 Shapes: L packed positions, M packed queries (M = L unless the history is cached), H heads, A query/key width, V value
 width, N = max_len, K time buckets.
@@ -27,6 +27,7 @@ _PAIRS_PER_THREAD_MIN = 1 << 16
 _WIDTH_MAX = 1024
 _BUCKETS_MAX = (1 << 16) - 1
 _LONGEST_GAP_S = 1 << 62
+_LIMITS = ("contextual_len", "max_attn_len", "min_full_attn_len", "num_oldest_keys")
 
 
 class _Call(ctypes.Structure):
@@ -34,10 +35,11 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("offsets", "query_offsets", "rows")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "query_offsets", "num_targets", "rows")),
         *((name, ctypes.c_void_p) for name in ("key_times_s", "query_times_s", "bucket_from_s")),
         *((name, ctypes.c_void_p) for name in ("position_weight", "time_weight", "dposition", "dtime", "scratch")),
         *((name, ctypes.c_int64) for name in ("num_rows", "heads", "A", "V", "max_len")),
+        *((name, ctypes.c_int64) for name in _LIMITS),
         *(
             (f"{tensor}_{stride}", ctypes.c_int64)
             for tensor in ("q", "k", "v")
@@ -47,11 +49,9 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-def takes(q_MHA: Tensor, v_LHV: Tensor, problem: AttentionProblem, *, backward: bool) -> bool:
-    """Whether the C code is for this pass of this problem and can be had here; compiles it the first time."""
-    fits = q_MHA.device.type == "cpu" and problem.mask.is_causal_only
-    fits = fits and (problem.all_are_queries or not backward)
-    fits = fits and max(q_MHA.shape[2], v_LHV.shape[2]) <= _WIDTH_MAX
+def takes(q_MHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> bool:
+    """Whether the C code is for this problem and can be had here; compiles it the first time."""
+    fits = q_MHA.device.type == "cpu" and max(q_MHA.shape[2], v_LHV.shape[2]) <= _WIDTH_MAX
     fits = fits and (problem.bias is None or problem.bias.num_buckets <= _BUCKETS_MAX)
     return fits and _library(q_MHA.dtype) is not None
 
@@ -66,20 +66,23 @@ def forward(q_MHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProbl
 
 
 def backward(
-    grad_LHV: Tensor, q_LHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem
+    grad_MHV: Tensor, q_MHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem
 ) -> AttentionGradients:
-    """Gradients of ``forward`` for the upstream gradient grad_LHV."""
-    dtype, bias = _computed_in(q_LHA.dtype), problem.bias
-    dq_LHA, dk_LHA, dv_LHV = (torch.empty(x.shape, dtype=dtype) for x in (q_LHA, k_LHA, v_LHV))
-    shared = _Shared.of(q_LHA, k_LHA, v_LHV, problem)
-    tables = _run(shared, problem, grad=grad_LHV.to(dtype).contiguous(), dq=dq_LHA, dk=dk_LHA, dv=dv_LHV)
+    """Gradients of ``forward`` for the upstream gradient grad_MHV."""
+    dtype, bias = _computed_in(q_MHA.dtype), problem.bias
+    dq_MHA = torch.empty(q_MHA.shape, dtype=dtype)
+    # Rows without a query are not visited: nothing sees their keys.
+    new = torch.empty if problem.all_are_queries else torch.zeros
+    dk_LHA, dv_LHV = (new(x.shape, dtype=dtype) for x in (k_LHA, v_LHV))
+    shared = _Shared.of(q_MHA, k_LHA, v_LHV, problem)
+    tables = _run(shared, problem, grad=grad_MHV.to(dtype).contiguous(), dq=dq_MHA, dk=dk_LHA, dv=dv_LHV)
     if bias is None:
-        dposition, dtime = (torch.empty(0, dtype=q_LHA.dtype) for _ in range(2))
+        dposition, dtime = (torch.empty(0, dtype=q_MHA.dtype) for _ in range(2))
     else:
         dposition = tables[: bias.position_weight.shape[0]].to(bias.position_weight.dtype)
         dtime = tables[bias.position_weight.shape[0] :].to(bias.time_weight.dtype)
     return AttentionGradients(
-        q_MHA=dq_LHA.to(q_LHA.dtype),
+        q_MHA=dq_MHA.to(q_MHA.dtype),
         k_LHA=dk_LHA.to(k_LHA.dtype),
         v_LHV=dv_LHV.to(v_LHV.dtype),
         position_weight=dposition,
@@ -96,12 +99,14 @@ class _Shared:
     dtype: torch.dtype
 
     @staticmethod
-    def of(q_LHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> _Shared:
-        dtype = _computed_in(q_LHA.dtype)
-        q_LHA, k_LHA, v_LHV = (_readable(x.to(dtype)) for x in (q_LHA, k_LHA, v_LHV))
-        read = {"q": q_LHA, "k": k_LHA, "v": v_LHV, "offsets": problem.offsets.contiguous()}
+    def of(q_MHA: Tensor, k_LHA: Tensor, v_LHV: Tensor, problem: AttentionProblem) -> _Shared:
+        dtype, mask = _computed_in(q_MHA.dtype), problem.mask
+        q_MHA, k_LHA, v_LHV = (_readable(x.to(dtype)) for x in (q_MHA, k_LHA, v_LHV))
+        read = {"q": q_MHA, "k": k_LHA, "v": v_LHV, "offsets": problem.offsets.contiguous()}
         if not problem.all_are_queries:
             read["query_offsets"] = problem.query_offsets.contiguous()
+        if mask.num_targets_B is not None:
+            read["num_targets"] = mask.num_targets_B.contiguous()
         if (bias := problem.bias) is not None:
             read |= {
                 "key_times_s": bias.timestamps_s_L.contiguous(),
@@ -111,9 +116,10 @@ class _Shared:
                 "time_weight": bias.time_weight.to(dtype).contiguous(),
             }
         fields: dict[str, int | float] = {name: tensor.data_ptr() for name, tensor in read.items()}
-        for name, tensor in (("q", q_LHA), ("k", k_LHA), ("v", v_LHV)):
+        for name, tensor in (("q", q_MHA), ("k", k_LHA), ("v", v_LHV)):
             fields |= {f"{name}_position": tensor.stride(0), f"{name}_head": tensor.stride(1)}
-        fields |= {"heads": q_LHA.shape[1], "A": q_LHA.shape[2], "V": v_LHV.shape[2]}
+        fields |= {"heads": q_MHA.shape[1], "A": q_MHA.shape[2], "V": v_LHV.shape[2]}
+        fields |= {name: getattr(mask, name) for name in _LIMITS}
         fields |= {"max_len": problem.max_len, "alpha": problem.alpha}
         return _Shared(fields=fields, held=list(read.values()), dtype=dtype)
 
@@ -133,7 +139,8 @@ def _run(shared: _Shared, problem: AttentionProblem, **passed: Tensor) -> Tensor
     sizes = (ctypes.c_int64(int(shared.fields[name])) for name in ("heads", "A", "V", "max_len"))
     scratch_size = library.hstu_attention_scratch(ctypes.c_int64(longest), *sizes)
     calls, held = [], []
-    for rows in _divided(lengths_B, torch.get_num_threads()):
+    pairs_B = problem.mask.num_pairs(lengths_B, problem.query_offsets.diff())
+    for rows in _divided(pairs_B, torch.get_num_threads()):
         tables = torch.zeros(num_weights, dtype=torch.float64)
         scratch = torch.empty(scratch_size, dtype=shared.dtype)
         own = {**passed, "rows": rows, "scratch": scratch, "dposition": tables, "dtime": tables[num_distances:]}
@@ -148,13 +155,13 @@ def _run(shared: _Shared, problem: AttentionProblem, **passed: Tensor) -> Tensor
     return sum((tables for tables, _ in held), torch.zeros(num_weights, dtype=torch.float64))
 
 
-def _divided(lengths_B: Tensor, num_threads: int) -> list[Tensor]:
-    """int64 each: the rows of every thread, neighbours with about as many pairs of query and key."""
-    pairs_B = (lengths_B * (lengths_B + 1) // 2).cumsum(0)
-    total = int(pairs_B[-1]) if pairs_B.numel() else 0
+def _divided(pairs_B: Tensor, num_threads: int) -> list[Tensor]:
+    """int64 each: the rows of every thread, neighbours with about as many of the pairs of query and key."""
+    done_B = pairs_B.cumsum(0)
+    total = int(done_B[-1]) if done_B.numel() else 0
     num_parts = min(num_threads, max(total // _PAIRS_PER_THREAD_MIN, 1))
-    ends = torch.searchsorted(pairs_B, torch.arange(1, num_parts) * total // num_parts).tolist()
-    bounds = [0, *ends, lengths_B.shape[0]]
+    ends = torch.searchsorted(done_B, torch.arange(1, num_parts) * total // num_parts).tolist()
+    bounds = [0, *ends, pairs_B.shape[0]]
     return [torch.arange(start, end) for start, end in pairwise(bounds)]
 
 

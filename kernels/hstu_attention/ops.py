@@ -164,18 +164,15 @@ _ON_HOST = ("host", "cpu", "native")
 is traced."""
 
 
-def _host_form(
-    implementation: str, q: Tensor, v: Tensor, problem: AttentionProblem, *, backward: bool = False
-) -> ModuleType:
+def _host_form(implementation: str, q: Tensor, v: Tensor, problem: AttentionProblem) -> ModuleType:
     """`cpu` or `native`, which have the same two functions. Double precision is left to torch unless asked for."""
     if implementation == "cpu" or (implementation == "host" and q.dtype == torch.float64):
         return cpu
-    if native.takes(q, v, problem, backward=backward):
+    if native.takes(q, v, problem):
         return native
     if implementation == "native":
         raise KernelUnavailableError(
-            "kernel='native' is for plain causal rows on a CPU (with gradients: each position a query), on a machine"
-            " with a C compiler: use kernel='auto'"
+            "kernel='native' is for a CPU, heads up to 1024 wide and a machine with a C compiler: use kernel='auto'"
         )
     return cpu
 
@@ -231,7 +228,7 @@ def attention_backward(
         alpha,
     )  # fmt: skip
     if implementation in _ON_HOST:
-        return _as_tuple(_host_form(implementation, q, v, problem, backward=True).backward(grad, q, k, v, problem))
+        return _as_tuple(_host_form(implementation, q, v, problem).backward(grad, q, k, v, problem))
     from kernels.hstu_attention.triton_kernels import backward  # noqa: PLC0415 - triton is an optional package
 
     return _as_tuple(backward(grad, q, k, v, problem))

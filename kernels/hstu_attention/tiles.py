@@ -221,19 +221,34 @@ def _tiles(group: Group, mask: AttentionMask, num_heads: int, *, first_pair: int
 
 def _key_ranges(group: Group, queries: slice, mask: AttentionMask) -> list[slice]:
     """Key indices that may be seen by these queries of any row: a superset of the mask, in disjoint ranges."""
-    cached_G = group.lengths_G - group.num_queries_G
-    first_G, last_G = cached_G + queries.start, cached_G + queries.stop - 1
-    longest = group.keys.index_Gn.shape[1]
-    stop = min(int(last_G.max()) + 1, longest)
+    reaches = group.num_queries_G > queries.start
+    lengths_G, num_queries_G, end_G = group.lengths_G[reaches], group.num_queries_G[reaches], group.end_G[reaches]
+    history_G = lengths_G - group.num_targets_G[reaches]
+    first_G = lengths_G - num_queries_G + queries.start
+    last_G = torch.minimum(first_G + (queries.stop - queries.start), lengths_G) - 1
+    seen_to = int(torch.minimum(last_G + 1, history_G).max())
+    low = 0
+    if mask.max_attn_len:
+        low_G = mask.places(first_G[:, None], end_G)[:, 0] - mask.max_attn_len + max(mask.contextual_len - 1, 0)
+        if mask.min_full_attn_len:
+            last_place_G = mask.places(last_G[:, None], end_G)[:, 0]
+            low_G = torch.where(last_place_G >= end_G - mask.min_full_attn_len, 0, low_G)
+        low = max(int(low_G.min()), 0)
+    ranges = [slice(0, min(mask.num_oldest_keys, low)), slice(low, seen_to)]
     if mask.contextual_len and int(first_G.min()) < mask.contextual_len:
-        return [slice(0, longest)]
-    if mask.max_attn_len == 0:
-        return [slice(0, stop)]
-    place_G = mask.places(first_G[:, None], group.end_G)[:, 0]
-    low_G = place_G - mask.max_attn_len + max(mask.contextual_len - 1, 0)
-    if mask.min_full_attn_len:
-        last_place_G = mask.places(last_G[:, None], group.end_G)[:, 0]
-        low_G = torch.where(last_place_G >= group.end_G - mask.min_full_attn_len, 0, low_G)
-    low = max(int(low_G.min()), 0)
-    oldest = min(mask.num_oldest_keys, stop)
-    return [slice(0, oldest), slice(low, stop)] if 0 < oldest < low else [slice(0 if oldest else low, stop)]
+        ranges = [slice(0, int(history_G.max()))]
+    if bool((last_G >= history_G).any()):  # targets see themselves
+        own_G = torch.maximum(first_G, history_G)[last_G >= history_G]
+        ranges.append(slice(int(own_G.min()), int(last_G.max()) + 1))
+    return _merged(ranges)
+
+
+def _merged(ranges: list[slice]) -> list[slice]:
+    """The same keys in disjoint ranges, none of them empty."""
+    found: list[slice] = []
+    for each in sorted((each for each in ranges if each.start < each.stop), key=lambda each: each.start):
+        if found and each.start <= found[-1].stop:
+            found[-1] = slice(found[-1].start, max(found[-1].stop, each.stop))
+        else:
+            found.append(each)
+    return found

@@ -14,9 +14,8 @@ from kernels.hstu_attention import AttentionMask, RelativeBias, cpu, hstu_attent
 from tests.kernels.attention_case import MASKED_LENGTHS, MASKS, MAX_LEN, Case, brute_force, double, make_case
 
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-HOST_KERNELS = ("reference", "cpu")
-CAUSAL_KERNELS = (*HOST_KERNELS, "native")
-"""The compiled form is for plain causal rows; a machine that runs this suite has a C compiler."""
+HOST_KERNELS = ("reference", "cpu", "native")
+"""A machine that runs this suite has a C compiler."""
 
 SHAPES = {
     "mixed rows": [5, 0, 1, 17, 37, 8, 9, 3],
@@ -46,7 +45,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(tiles, "KEYS_PER_TILE_MIN", 7)
 
 
-@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("lengths", SHAPES.values(), ids=SHAPES.keys())
 def test_output_and_every_gradient_equal_the_formula(
@@ -55,10 +54,11 @@ def test_output_and_every_gradient_equal_the_formula(
     check(make_case(lengths, with_bias=with_bias, alpha=0.7), kernel)
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("kernel", HOST_KERNELS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_every_mask_equals_the_formula(mask: AttentionMask, kernel: str, small_tiles: None) -> None:
-    check(make_case(MASKED_LENGTHS, mask=mask), kernel)
+def test_every_mask_equals_the_formula(mask: AttentionMask, kernel: str, small_tiles: None, *, with_bias: bool) -> None:
+    check(make_case(MASKED_LENGTHS, mask=mask, with_bias=with_bias), kernel)
 
 
 @pytest.mark.parametrize("kernel", HOST_KERNELS)
@@ -112,7 +112,7 @@ def test_cached_histories_give_what_the_whole_would() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 def test_lower_precision_stays_close_to_double(dtype: torch.dtype, kernel: str) -> None:
     case = make_case(SHAPES["mixed rows"], dtype=dtype)
     got, exact = case.run(kernel), double(case)
@@ -126,7 +126,7 @@ def test_lower_precision_stays_close_to_double(dtype: torch.dtype, kernel: str) 
         assert float((gradient.double() - want_gradients[name]).abs().max()) < 10 * ATOL[dtype] * scale, name
 
 
-@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours(kernel: str) -> None:
     case = make_case([4, 9, 6, 0, 9])
     clean = case.run(kernel)
@@ -146,7 +146,7 @@ def test_a_row_poisoned_with_nan_does_not_reach_its_neighbours(kernel: str) -> N
         assert bool(tensor.grad[others].isfinite().all()), f"gradient of {name} is poisoned"
 
 
-@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 def test_later_positions_do_not_change_earlier_outputs(kernel: str) -> None:
     case = make_case([11, 37])
     clean = case.run(kernel)
@@ -188,7 +188,7 @@ def test_targets_in_any_order_and_number_score_as_they_would_alone() -> None:
         torch.testing.assert_close(alone.run()[8], together[target], atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("kernel", CAUSAL_KERNELS)
+@pytest.mark.parametrize("kernel", HOST_KERNELS)
 def test_slices_of_one_buffer_are_read_in_place(kernel: str) -> None:
     case = make_case([5, 9], widths=(4, 4))
     buffer = torch.cat([case.tensors[n].detach().flatten(1) for n in ("v", "q", "k")], dim=1)

@@ -1,4 +1,7 @@
-"""The compiled form of HSTU attention: rows longer than its blocks, threads, and machines that cannot compile it."""
+"""The compiled form of HSTU attention: rows longer than its blocks, threads, and machines that cannot compile it.
+
+Masks on rows longer than its chunks of keys: test_hstu_attention_semi_local.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from kernels import native_build
 from kernels.errors import KernelUnavailableError
-from kernels.hstu_attention import AttentionMask, RelativeBias, hstu_attention, native, time_bucket
+from kernels.hstu_attention import RelativeBias, hstu_attention, native, time_bucket
 from kernels.native_build import native_library
 from tests.kernels.attention_case import make_case
 
@@ -126,11 +129,11 @@ def test_it_is_the_form_that_plain_causal_rows_in_single_precision_take() -> Non
     assert not torch.equal(case.run("auto"), case.run("cpu"))  # which rounds in another order
 
 
-def test_other_masks_are_refused_by_name_and_go_to_the_tiles_by_themselves() -> None:
-    window = make_case([5, 9, 30], dtype=torch.float32, mask=AttentionMask(max_attn_len=4))
-    with pytest.raises(KernelUnavailableError, match="plain causal rows"):
-        window.run("native")
-    assert torch.equal(window.run("auto"), window.run("cpu"))
+def test_heads_wider_than_it_takes_go_to_the_tiles_and_are_refused_by_name() -> None:
+    wide = make_case([5, 3], dtype=torch.float32, num_heads=1, widths=(4, 1025))
+    with pytest.raises(KernelUnavailableError, match="heads up to 1024 wide"):
+        wide.run("native")
+    assert torch.equal(wide.run("auto"), wide.run("cpu"))
 
 
 SOURCE = Path(native.__file__).with_name("native.c")
@@ -221,24 +224,3 @@ def test_queries_of_cached_histories_get_what_the_reference_computes(
 
     torch.testing.assert_close(attend("native"), attend("reference"), rtol=0, atol=1e-5)
     torch.testing.assert_close(attend("native"), attend("cpu"), rtol=0, atol=1e-5)
-
-
-def test_gradients_of_cached_histories_are_left_to_the_other_form() -> None:
-    leaves, given = arguments(torch.float32, num_heads=2, widths=(32, 32))
-    offsets = given["offsets"]
-    query_offsets = torch.arange(len(LENGTHS) + 1) - (torch.arange(len(LENGTHS) + 1) > LENGTHS.index(0)).long()
-    found = {}
-    for kernel in ("auto", "reference"):
-        q = leaves["q"].detach()[: int(query_offsets[-1])].requires_grad_()
-        out = hstu_attention(
-            q,
-            leaves["k"],
-            leaves["v"],
-            offsets,
-            max_len=200,
-            query_offsets=query_offsets,
-            kernel=kernel,
-        )
-        found[kernel] = (out, *torch.autograd.grad(out.square().sum(), [q, leaves["k"], leaves["v"]]))
-    for one, other in zip(*found.values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
