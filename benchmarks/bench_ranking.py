@@ -30,9 +30,9 @@ from benchmarks.environment import environment
 from benchmarks.in_process import batches, learner_with_store
 from feature_store.interactions import Interactions
 from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.ranker import rank_candidates
 from model.ranking_model import with_ranking_head
 from model.ranking_network import Engagements
-from model.ranking_scores import score_candidates
 from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from model.sequence import Candidates
@@ -238,10 +238,10 @@ def _scoring(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _scoring_of(settings: RankingSettings, length: int, *, num_candidates: int = 256) -> dict[str, float]:
-    network = Recommender(with_ranking_head(ModelConfig(max_len=length), settings, ACTIONS)).ranking
+    recommender = Recommender(with_ranking_head(ModelConfig(max_len=length), settings, ACTIONS))
+    network, width = recommender.ranking, recommender.config.embedding_dim
     assert network is not None
     generator = torch.Generator().manual_seed(0)
-    width = network.encoder.config.embedding_dim
     history = Engagements(
         item_LD=torch.randn(length, width, generator=generator),
         actions_L=torch.ones(length, dtype=torch.int64),
@@ -264,9 +264,9 @@ def _scoring_of(settings: RankingSettings, length: int, *, num_candidates: int =
             ]
         )
 
-    together_s = min(_cpu_s(lambda: score_candidates(network, history, shown)) for _ in range(20))
+    together_s = min(_cpu_s(lambda: rank_candidates(network, history, shown)) for _ in range(20))
     alone_s = min(_cpu_s(alone) for _ in range(3))
-    differs = (score_candidates(network, history, shown) - alone()).abs().max()
+    differs = (rank_candidates(network, history, shown) - alone()).abs().max()
     assert differs < 1e-5, f"scores differ by {differs:.2g} from those of one at a time"
     return {"together_ms": 1e3 * together_s, "one_at_a_time_ms": 1e3 * alone_s, "ratio": alone_s / together_s}
 

@@ -53,3 +53,62 @@ class LlatteConfig:
         else:
             kept = [0 for _ in inner]
         return (*kept, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlatteSettings:
+    """The online ranker of LLaTTE, where `ranking.kind` is "llatte"; tokens are as wide as `model.embedding_dim`, and
+    `model.max_len` interactions are read.
+    """
+
+    num_layers: int = 2
+    """Layers over history, query tokens and candidates."""
+    num_heads: int = 4
+    """Attention heads of a layer; all read the same latent keys."""
+    latent_dim: int = 32
+    """Width of those keys."""
+    head_dim: int = 32
+    """Width of a head, were its projections not absorbed."""
+    ffn_dim: int = 128
+    """Width inside the feed-forward part of a layer."""
+    num_queries: int = 2
+    """Query tokens of the request, besides the one of the user's vector and each candidate's own."""
+    trimming: Trimming = "pyramid"
+    """What layers still compute. full: every interaction. pyramid: half as many, the newest, from layer to layer.
+    cross_attention: only what is not history. The last layer leaves the history out in any case."""
+    readout_rank: int = 32
+    """Narrow middle of the map from query tokens to the summary of the sequence."""
+    sequence_dim: int = 32
+    """Width of that summary."""
+    backbone_dim: int = 64
+    """Width of the layers that join candidate, user, request and sequence."""
+    backbone_layers: int = 2
+    """How many they are."""
+    upstream_dropout: float = 0.1
+    """Share of what is learned from, from which the user's vector is withheld: the ranker learns to do without, for the
+    users who have none and for hours when nobody makes them."""
+
+    def __post_init__(self) -> None:
+        for name in ("readout_rank", "sequence_dim", "backbone_dim", "backbone_layers"):
+            if not 1 <= getattr(self, name) <= 1 << 20:
+                raise ValueError(f"llatte.{name} = {getattr(self, name)}: must be between 1 and {1 << 20}")
+        if not 0 <= self.upstream_dropout < 1:
+            raise ValueError(f"llatte.upstream_dropout = {self.upstream_dropout}: must be a share from 0 to below 1")
+        try:
+            self.network(width=1, max_len=1)
+        except ValueError as error:
+            raise ValueError(f"llatte.{error}") from error
+
+    def network(self, *, width: int, max_len: int) -> LlatteConfig:
+        """The layers, over tokens of this width and histories of this length."""
+        return LlatteConfig(
+            width=width,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            latent_dim=self.latent_dim,
+            head_dim=self.head_dim,
+            ffn_dim=self.ffn_dim,
+            num_queries=self.num_queries,
+            max_len=max_len,
+            trimming=self.trimming,
+        )

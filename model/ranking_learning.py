@@ -13,9 +13,11 @@ from torch import Tensor
 from kernels.implementations import KernelName
 from model.action_heads import ActionLabels
 from model.item_table import ActiveRows
-from model.ranking_network import Engagements, RankingNetwork
+from model.ranker import predict
+from model.ranking_network import Engagements
 from model.recommender import Recommender, take_items
 from model.sequence import Candidates
+from model.upstream_input import UpstreamVectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +26,8 @@ class ShownBatch:
 
     rows_L: int64[L], item table row, -1 for an item the table does not hold. actions_L: int64[L], a bit for each kind.
     values_L: float32[L], NaN where unknown. timestamps_ms_L: int64[L]. offsets: int64[R + 1]. shown_rows_C: int64[C],
-    all >= 0. shown_at_ms_R: int64[R]. shown_offsets: int64[R + 1].
+    all >= 0. shown_at_ms_R: int64[R]. shown_offsets: int64[R + 1]. upstream: the users' vectors as they were when the
+    items were shown; None: nobody has one.
     """
 
     rows_L: Tensor
@@ -35,6 +38,7 @@ class ShownBatch:
     shown_rows_C: Tensor
     shown_at_ms_R: Tensor
     shown_offsets: Tensor
+    upstream: UpstreamVectors | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,15 +61,17 @@ def ranking_pass(
     generator: torch.Generator,
     kernel: KernelName = "auto",
 ) -> RankingPass:
-    """Run the ranking head once and form its loss; labels: of the C items shown. generator: dropout."""
-    network = _network(recommender)
+    """Run the ranking head once and form its loss; labels: of the C items shown. generator: what is dropped."""
+    ranker = recommender.ranking
+    assert ranker is not None, "this model has no ranking head"
     active = recommender.items.activate(torch.cat([batch.rows_L, batch.shown_rows_C]))
 
     def embedding(rows: Tensor) -> Tensor:
         index = active.index_of(rows.clamp(min=0)).clamp(max=max(active.rows_R.shape[0] - 1, 0))
         return take_items(active.weight_RD, index) * (rows >= 0)[:, None]
 
-    predictions = network(
+    predictions = predict(
+        ranker,
         Engagements(
             item_LD=embedding(batch.rows_L),
             actions_L=batch.actions_L,
@@ -78,16 +84,12 @@ def ranking_pass(
             request_times_ms_B=batch.shown_at_ms_R,
             offsets=batch.shown_offsets,
         ),
+        batch.upstream,
         dropout=generator,
         kernel=kernel,
     )
     return RankingPass(
-        loss=network.loss(predictions, candidates=labels),
+        loss=ranker.loss(predictions, candidates=labels),
         predictions_CK=predictions.candidates_CK.detach(),
         active=active,
     )
-
-
-def _network(recommender: Recommender) -> RankingNetwork:
-    assert recommender.ranking is not None, "this model has no ranking head"
-    return recommender.ranking

@@ -8,6 +8,8 @@ from typing import Final
 
 from model.action_heads import ActionTask
 from model.config import ModelConfig
+from model.llatte_config import LlatteSettings
+from model.llatte_ranking_config import LlatteRankingConfig
 from model.ranking_network import RankingConfig, RankingModelConfig
 from model.ranking_settings import RankingSettings
 from model.upstream_config import UpstreamConfig, UpstreamModelConfig
@@ -17,13 +19,33 @@ STORED_ACTIONS: Final = 32
 later needs no new model."""
 
 
-def with_ranking_head(model: ModelConfig, settings: RankingSettings, actions: Sequence[str]) -> ModelConfig:
+def with_ranking_head(
+    model: ModelConfig,
+    settings: RankingSettings,
+    actions: Sequence[str],
+    llatte: LlatteSettings | None = None,
+    *,
+    upstream_width: int = UpstreamConfig().width,
+) -> ModelConfig:
     """The model with the head that the settings describe, if they do. actions: as declared, in order of their bits.
 
-    ValueError as `RankingSettings.targets`, and for an encoder that cannot rank.
+    llatte, upstream_width: of the ranker if it is LLaTTE's, None: by default. ValueError as `RankingSettings.targets`,
+    and for an encoder that cannot rank.
     """
     if not settings.tasks:
         return model
+    ranking: RankingConfig | LlatteRankingConfig
+    if settings.kind == "llatte":
+        ranking = LlatteRankingConfig(
+            tasks=action_tasks(settings, actions),
+            num_actions=STORED_ACTIONS,
+            llatte=LlatteSettings() if llatte is None else llatte,
+            upstream_width=upstream_width,
+            value_thresholds=settings.value_thresholds,
+            task_hidden_dim=settings.task_hidden_dim,
+            max_candidates=settings.max_candidates,
+        )
+        return _with(model, ranking)
     ranking = RankingConfig(
         tasks=action_tasks(settings, actions),
         num_actions=STORED_ACTIONS,
@@ -33,6 +55,10 @@ def with_ranking_head(model: ModelConfig, settings: RankingSettings, actions: Se
         max_candidates=settings.max_candidates,
     )
     ranking.encoder_config(model)
+    return _with(model, ranking)
+
+
+def _with(model: ModelConfig, ranking: RankingConfig | LlatteRankingConfig) -> RankingModelConfig:
     return RankingModelConfig(**{one.name: getattr(model, one.name) for one in fields(model)}, ranking=ranking)
 
 

@@ -22,6 +22,7 @@ from model.action_heads import ActionHeads, ActionLabels, ActionTask
 from model.config import ModelConfig
 from model.hstu import HSTU
 from model.initial import NORM_EPS
+from model.llatte_ranking_config import LlatteRankingConfig
 from model.sequence import Candidates, Interactions, TokenSequence, interleaved, merged
 
 
@@ -76,8 +77,8 @@ class RankingConfig:
 class RankingModelConfig(ModelConfig):
     """A model that has a ranking head beside retrieval; weights are exchanged only if that is equal, too."""
 
-    ranking: RankingConfig
-    """The head."""
+    ranking: RankingConfig | LlatteRankingConfig
+    """The head: HSTU's, or the ranker of LLaTTE."""
 
     def config_hash(self) -> str:
         """See ModelConfig; the factors of the tasks' losses may differ."""
@@ -230,15 +231,23 @@ class RankingNetwork(nn.Module):
 
     def check_lengths(self, engagements: Engagements, candidates: Candidates | None) -> None:
         """ValueError for a history or a row of candidates that is too long; on the CPU, where reading costs nothing."""
-        _check_longest("interactions", engagements.offsets, "max_len", self.max_len)
+        check_longest("interactions", engagements.offsets, "max_len", self.max_len)
         if candidates is not None:
-            _check_longest("candidates", candidates.offsets, "max_candidates", self.config.max_candidates)
+            check_longest("candidates", candidates.offsets, "max_candidates", self.config.max_candidates)
 
 
-def _check_longest(what: str, offsets: Tensor, setting: str, most: int) -> None:
+def check_longest(what: str, offsets: Tensor, setting: str, most: int) -> None:
+    """ValueError for a row longer than a setting allows; on the CPU, where reading offsets costs nothing."""
     lengths_B = offsets.diff()
     if offsets.device.type == "cpu" and lengths_B.numel() and int(lengths_B.max()) > most:
         raise ValueError(f"a user has {int(lengths_B.max())} {what}; {setting} is {most}")
 
 
-__all__ = ["ActionPredictions", "Engagements", "RankingConfig", "RankingModelConfig", "RankingNetwork"]
+__all__ = [
+    "ActionPredictions",
+    "Engagements",
+    "RankingConfig",
+    "RankingModelConfig",
+    "RankingNetwork",
+    "check_longest",
+]

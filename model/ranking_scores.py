@@ -46,11 +46,11 @@ def score_candidates(
     history = None
     if not network.encoder.config.time_embedding:  # with it, tokens of a history depend on when it is asked about
         history = _read(network, engagements, kernel)
-    parts = _micro_batches(candidates.offsets, network.config.max_candidates)
+    parts = micro_batches(candidates.offsets, network.config.max_candidates)
     found = [
-        _predict_behind(network, history, _of(candidates, part), kernel)
+        _predict_behind(network, history, candidates_of(candidates, part), kernel)
         if history is not None
-        else network(engagements, _of(candidates, part), kernel=kernel).candidates_CK
+        else network(engagements, candidates_of(candidates, part), kernel=kernel).candidates_CK
         for part in parts
     ]
     if len(found) == 1:
@@ -62,14 +62,14 @@ def score_candidates(
 
 
 @dataclass(frozen=True, slots=True)
-class _MicroBatch:
-    """places_M: int64[M], which of the C candidates. offsets: int64[B + 1], how they fall to the users."""
+class CandidatePart:
+    """places_M: int64[M], which of the C candidates. offsets: int64[B + 1], how these fall to the users."""
 
     places_M: Tensor
     offsets: Tensor
 
 
-def _micro_batches(offsets: Tensor, size: int) -> list[_MicroBatch]:
+def micro_batches(offsets: Tensor, size: int) -> list[CandidatePart]:
     """Every candidate once, at most ``size`` of each user at a time, in order; at least one micro-batch."""
     lengths_B = offsets.diff()
     place_C = position_index(offsets, int(offsets[-1]))
@@ -77,7 +77,7 @@ def _micro_batches(offsets: Tensor, size: int) -> list[_MicroBatch]:
     for start in range(0, max(_most(lengths_B), 1), size):
         inside_C = (place_C >= start) & (place_C < start + size)
         counts_B = (lengths_B - start).clamp(0, size)
-        parts.append(_MicroBatch(inside_C.nonzero().flatten(), torch.cat([offsets[:1], counts_B.cumsum(0)])))
+        parts.append(CandidatePart(inside_C.nonzero().flatten(), torch.cat([offsets[:1], counts_B.cumsum(0)])))
     return parts
 
 
@@ -85,7 +85,8 @@ def _most(lengths_B: Tensor) -> int:
     return int(lengths_B.max()) if lengths_B.numel() else 0
 
 
-def _of(candidates: Candidates, part: _MicroBatch) -> Candidates:
+def candidates_of(candidates: Candidates, part: CandidatePart) -> Candidates:
+    """The candidates of one micro-batch."""
     return Candidates(
         item_CD=candidates.item_CD[part.places_M],
         request_times_ms_B=candidates.request_times_ms_B,
@@ -137,19 +138,3 @@ def _predict_behind(
         kernel=kernel,
     )
     return network.predict(x_MD)
-
-
-def score_nothing(network: RankingNetwork) -> None:
-    """Score once, aside: what the numerical library sets up at first use is not the first caller's wait."""
-    width = network.encoder.config.embedding_dim
-    history = Engagements(
-        item_LD=torch.zeros(1, width),
-        actions_L=torch.zeros(1, dtype=torch.int64),
-        timestamps_ms_L=torch.tensor([0]),
-        offsets=torch.tensor([0, 1]),
-        values_L=torch.zeros(1),
-    )
-    shown = Candidates(
-        item_CD=torch.zeros(2, width), request_times_ms_B=torch.tensor([1]), offsets=torch.tensor([0, 2])
-    )
-    score_candidates(network, history, shown)

@@ -25,12 +25,15 @@ class RankingSettings:
     tasks: tuple[str, ...] = ()
     """What is predicted, at most 16: names of actions ("purchase") and values to be reached ("value>=8"). Without any
     there is no head, and candidates are ranked by the retrieval score. Changing it needs a new model."""
+    kind: Literal["hstu", "llatte"] = "hstu"
+    """hstu: the candidate is one more token of the history, all layers of the model's own kind. llatte: the settings of
+    [llatte], which reads the user's vector from upstream as well."""
     learn_from: Literal["impressions", "interactions"] = "impressions"
     """impressions: from the topic `labels`, what became of each item that an answer showed. interactions: from each
     interaction, what was done given that something was: for teams whose answers are not shown by headrace yet."""
     tokens: Literal["interleaved", "merged"] = "merged"
-    """interleaved: item and action of a history are two tokens (HSTU). merged: one, with a quarter of the attention
-    (ULTRA-HSTU)."""
+    """Of kind hstu. interleaved: item and action of a history are two tokens (HSTU). merged: one, with a quarter of the
+    attention (ULTRA-HSTU)."""
     task_weights: dict[str, float] = field(default_factory=dict)
     """Factors of the tasks' losses: {purchase = 3.0}; 1 for those not named."""
     score_weights: dict[str, float] = field(default_factory=dict)
@@ -60,8 +63,12 @@ class RankingSettings:
     def __post_init__(self) -> None:
         if len(self.tasks) > 16 or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"ranking.tasks = {list(self.tasks)}: must be at most 16, each once")
-        for name in ("learn_from", "tokens"):
-            allowed = {"learn_from": ("impressions", "interactions"), "tokens": ("interleaved", "merged")}[name]
+        choices = {
+            "kind": ("hstu", "llatte"),
+            "learn_from": ("impressions", "interactions"),
+            "tokens": ("interleaved", "merged"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ranking.{name} = {getattr(self, name)!r}: must be {' or '.join(allowed)}")
         for name in ("task_weights", "score_weights"):

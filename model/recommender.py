@@ -23,7 +23,8 @@ from model.encoder import build_encoder
 from model.initial import NORM_EPS
 from model.item_model import ItemModel
 from model.item_table import ActiveRows, ItemTable
-from model.ranking_network import RankingModelConfig, RankingNetwork
+from model.ranker import ranker_of
+from model.ranking_network import RankingModelConfig
 
 _RANKING: Final = "ranking."
 
@@ -59,9 +60,7 @@ class Recommender(ItemModel):
         self.trend_coefficient = nn.Parameter(torch.tensor(config.trend_coefficient))
         self.items = ItemTable(config)
         # Last: the other weights start out the same with it and without.
-        self.ranking = (
-            RankingNetwork(config, config.ranking, generator) if isinstance(config, RankingModelConfig) else None
-        )
+        self.ranking = ranker_of(config, generator) if isinstance(config, RankingModelConfig) else None
 
     def use(self, compute: Compute) -> None:
         """Compute there from now on. Before an optimiser is made: its state lies where the parameters are."""

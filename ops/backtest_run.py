@@ -37,8 +37,10 @@ from backtest.through_broker import fingerprints_through_broker, refuse_what_dif
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.llatte_config import LlatteSettings
 from model.ranking_model import with_ranking_head
 from model.ranking_settings import RankingSettings
+from model.upstream_config import UpstreamConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.learner import LearnerConfig
@@ -78,7 +80,13 @@ def run_settings(settings: Settings) -> RunSettings:
             learner=LearnerConfig(
                 trainer=settings.get(TrainerConfig),
                 items=settings.get(ItemsConfig),
-                model=with_ranking_head(settings.get(ModelConfig), ranking, rules.actions),
+                model=with_ranking_head(
+                    settings.get(ModelConfig),
+                    ranking,
+                    rules.actions,
+                    settings.get(LlatteSettings),
+                    upstream_width=settings.get(UpstreamConfig).width,
+                ),
                 loss=settings.get(LossConfig),
                 optimizer=settings.get(OptimizerConfig),
                 drift=settings.get(DriftConfig),

@@ -113,13 +113,19 @@ def train(settings: Settings) -> int:
 def _model_config(settings: Settings) -> ModelConfig:
     """Of the model with its ranking head, if it has one."""
     from model.config import ModelConfig
+    from model.llatte_config import LlatteSettings
     from model.ranking_model import with_ranking_head
     from model.ranking_settings import RankingSettings
+    from model.upstream_config import UpstreamConfig
     from stream.events import EventRules
 
     try:
         return with_ranking_head(
-            settings.get(ModelConfig), settings.get(RankingSettings), settings.get(EventRules).actions
+            settings.get(ModelConfig),
+            settings.get(RankingSettings),
+            settings.get(EventRules).actions,
+            settings.get(LlatteSettings),
+            upstream_width=settings.get(UpstreamConfig).width,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error

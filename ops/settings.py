@@ -68,6 +68,7 @@ SECTIONS: Final = (
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
     Section("ranking", "model.ranking_settings", "RankingSettings"),
+    Section("llatte", "model.llatte_config", "LlatteSettings"),
     Section("upstream", "model.upstream_config", "UpstreamConfig"),
     Section("items", "online_trainer.config", "ItemsConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.ranker import rank_candidates
 from model.ranking_network import Engagements
-from model.ranking_scores import score_candidates
 from model.ranking_settings import RankingSettings
 from model.sequence import Candidates
 from serving.history_reader import UserHistory
@@ -65,7 +65,7 @@ class RankingHead:
         """The candidates of every request, as if each were asked for alone. now_ms: time of the requests."""
         network = self._weights.recommender.ranking
         assert network is not None, "checked by is_in_use"
-        logits_CK = score_candidates(network, self._engagements(requests), self._candidates(requests, now_ms))
+        logits_CK = rank_candidates(network, self._engagements(requests), self._candidates(requests, now_ms))
         probability_CK = torch.sigmoid(logits_CK).numpy()
         known = [one.candidate_rows >= 0 for one in requests]
         bounds = np.cumsum([mask.sum() for mask in known])[:-1]

@@ -24,7 +24,7 @@ from model.errors import ModelError
 from model.initial import NORM_EPS
 from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
-from model.ranking_scores import score_nothing
+from model.ranker import rank_nothing
 from model.recommender import Catalogue, Recommender
 from model.snapshot import Snapshot
 from model.swap import (
@@ -174,7 +174,7 @@ def _warm_up(base: _Base) -> None:
     )
     base.recommender.scores(base.recommender.encode(batch), catalogue=base.catalogue.catalogue)
     if base.recommender.ranking is not None:
-        score_nothing(base.recommender.ranking)
+        rank_nothing(base.recommender.ranking, base.recommender.config.embedding_dim)
 
 
 class ServedWeights:

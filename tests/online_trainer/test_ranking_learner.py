@@ -29,6 +29,9 @@ SETTINGS = RankingSettings(
     tasks=("click",), max_candidates=4, task_hidden_dim=8, batch_items=16, row_learning_rate=1e-2, min_labels=0
 )
 
+FORMS: list[dict[str, Any]] = [{"tokens": "merged"}, {"tokens": "interleaved"}, {"kind": "llatte"}]
+every_form = pytest.mark.parametrize("form", FORMS, ids=["merged", "interleaved", "llatte"])
+
 
 def learner_of(
     stream: RecordedStream,
@@ -105,11 +108,11 @@ def stream(store: FeatureStore) -> RecordedStream:
 
 
 @pytest.mark.parametrize("steps", [1, 6, 14])
-@pytest.mark.parametrize("tokens", ["merged", "interleaved"])
+@every_form
 def test_a_run_continued_from_a_checkpoint_equals_an_unbroken_one(
-    stream: RecordedStream, tmp_path: Path, steps: int, tokens: Any
+    stream: RecordedStream, tmp_path: Path, steps: int, form: dict[str, Any]
 ) -> None:
-    settings = replace(SETTINGS, tokens=tokens)
+    settings = replace(SETTINGS, **form)
     unbroken = run(learner_of(stream, settings), stream)
     write_checkpoint(tmp_path, run(learner_of(stream, settings), stream, to_step=steps).capture_checkpoint(), keep=1)
     continued = learner_of(stream, settings)
@@ -257,10 +260,12 @@ def valued_stream(store: FeatureStore) -> RecordedStream:
     return record_stream(store, interactions)
 
 
-@pytest.mark.parametrize("tokens", ["merged", "interleaved"])
-def test_from_interactions_alone_the_head_learns_what_is_done_and_valued(store: FeatureStore, tokens: Any) -> None:
+@every_form
+def test_from_interactions_alone_the_head_learns_what_is_done_and_valued(
+    store: FeatureStore, form: dict[str, Any]
+) -> None:
     stream = valued_stream(store)
-    learner = learner_of(stream, replace(VALUED, tokens=tokens, row_learning_rate=2e-2))
+    learner = learner_of(stream, replace(VALUED, **form, row_learning_rate=2e-2))
     batcher = stream.batcher(learner)
     while batch := batcher.take():
         learner.step(batch)

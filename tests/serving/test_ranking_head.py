@@ -30,7 +30,12 @@ RANKING = RankingSettings(
     min_labels=100,
 )
 ITEMS: list[int | str] = [*range(10), "film/ten", "film/eleven"]
-both = pytest.mark.parametrize("tokens", ["merged", "interleaved"])
+FORMS = {
+    "merged": RANKING,
+    "interleaved": replace(RANKING, tokens="interleaved"),
+    "llatte": replace(RANKING, kind="llatte"),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
 
 
 USERS: tuple[int | str, ...] = (7, 8, "anna")
@@ -62,9 +67,9 @@ class HeadTown(Town):
         return self.publisher.publish(kind, lineage=lineage).version
 
 
-async def head_town(tmp_path: Path, database: Path, tokens: Any) -> HeadTown:
+async def head_town(tmp_path: Path, database: Path, form: str = "merged") -> HeadTown:
     plain = build_town(tmp_path, database)
-    ranking = replace(RANKING, tokens=tokens)
+    ranking = FORMS[form]
     publisher = Publisher(tmp_path / "snapshots", with_ranking_head(MODEL, ranking, ACTIONS))
     town = HeadTown(root=plain.root, store=plain.store, log=plain.log, clock=plain.clock, publisher=publisher)
     town.ranking = ranking
@@ -101,11 +106,11 @@ def expected_probabilities(town: HeadTown, history: list[int | str], times_ms: l
     return torch.sigmoid(found.predictions_CK[0]).tolist()
 
 
-@both
+@every_form
 async def test_an_answer_is_what_training_computes_of_each_candidate_alone(
-    tmp_path: Path, database: Path, tokens: str
+    tmp_path: Path, database: Path, form: str
 ) -> None:
-    town = await head_town(tmp_path, database, tokens)
+    town = await head_town(tmp_path, database, form)
     town.publish("anchor")
     async with town.worker(version=1, **town.ranked()) as served:
         answer = await served.rank(7, [*ITEMS, "film/unheard-of"])
@@ -151,11 +156,9 @@ async def test_without_a_history_candidates_are_ranked_by_popularity(tmp_path: P
     assert (answer["ranked_by"], answer["fallback_reason"]) == ("popularity", "no_history")
 
 
-@both
-async def test_after_every_swap_the_head_answers_like_a_fresh_worker(
-    tmp_path: Path, database: Path, tokens: str
-) -> None:
-    town = await head_town(tmp_path, database, tokens)
+@every_form
+async def test_after_every_swap_the_head_answers_like_a_fresh_worker(tmp_path: Path, database: Path, form: str) -> None:
+    town = await head_town(tmp_path, database, form)
     town.publish("anchor")
     async with town.worker(version=1, **town.ranked()) as served:
         told = [scores_of(await served.rank(user, ITEMS)) for user in USERS]
