@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 
 from sqlalchemy import Connection, case, func, select
 
 from feature_store.errors import PositionError
-from feature_store.records import FirstServed, LogPosition, PublishedSnapshot
-from feature_store.tables import first_served, log_position, published_snapshot
+from feature_store.records import FirstServed, LogPosition, PublicationFloor, PublishedSnapshot
+from feature_store.tables import first_served, log_position, publication_floor, published_snapshot
 from feature_store.values import insert_missing, upsert
 
 
@@ -140,3 +141,47 @@ def load_first_answers(connection: Connection, model: str, version: int) -> list
     # Versions that were passed over have the time of the answer that made up for them: its version is the last.
     found = {row["replica"]: FirstServed(**row) for row in connection.execute(query).mappings()}
     return list(found.values())
+
+
+def load_floor(connection: Connection, model: str) -> PublicationFloor:
+    """What has been removed of a model's publications."""
+    query = select(publication_floor.c.version, publication_floor.c.newest_ms).filter_by(model=model)
+    row = connection.execute(query).one_or_none()
+    return PublicationFloor() if row is None else PublicationFloor(version=row.version, newest_ms=row.newest_ms)
+
+
+def prune(connection: Connection, model: str, *, before_ms: int, kept: Collection[int], limit: int) -> int:
+    """Remove rows of the oldest versions, and raise the floor with them; see `FeatureStore.prune_publications`."""
+    columns = published_snapshot.c
+    is_young = (columns.model == model) & (columns.created_at_ms >= before_ms)
+    # By version, not by time alone: a clock that was set back must leave no gap above the floor.
+    end = connection.execute(select(func.min(columns.version)).where(is_young)).scalar_one()
+    if end is None:
+        end = connection.execute(select(func.max(columns.version)).where(columns.model == model)).scalar_one()
+    if end is None:
+        return 0
+    query = select(columns.version, columns.created_at_ms).where(columns.model == model, columns.version < end)
+    oldest = connection.execute(query.order_by(columns.version).limit(limit + len(kept)))
+    old = [row for row in oldest if row.version not in kept][:limit]
+    if not old:
+        return 0
+    versions = [row.version for row in old]
+    connection.execute(published_snapshot.delete().where(columns.model == model, columns.version.in_(versions)))
+    _raise_floor(connection, model, versions[-1] + 1, max(row.created_at_ms for row in old))
+    served = first_served.c
+    is_known = select(columns.version).where(columns.model == model, columns.version == served.version).exists()
+    # Also those that a worker could only note after their version had been removed.
+    is_left = (served.model == model) & (served.version <= versions[-1]) & ~is_known
+    connection.execute(first_served.delete().where(is_left))
+    return len(versions)
+
+
+def _raise_floor(connection: Connection, model: str, version: int, newest_ms: int) -> None:
+    columns = publication_floor.c
+    statement = upsert(connection.dialect.name, publication_floor)
+    statement = statement.values(model=model, version=version, newest_ms=newest_ms)
+    raised = {
+        name: case((columns[name] < statement.excluded[name], statement.excluded[name]), else_=columns[name])
+        for name in ("version", "newest_ms")
+    }
+    connection.execute(statement.on_conflict_do_update(index_elements=list(publication_floor.primary_key), set_=raised))

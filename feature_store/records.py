@@ -65,6 +65,16 @@ class FirstServed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PublicationFloor:
+    """How much of what was published has been removed from the store."""
+
+    version: int = 0
+    """From this version on, every row is there; below it, those of snapshots that were still stored. 0: all are."""
+    newest_ms: int = 0
+    """When the newest of the removed ones was made, epoch ms."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredEvent:
     """One event as a history holds it."""
 

@@ -31,6 +31,7 @@ from feature_store.records import (
     IdKind,
     Item,
     PruneSlice,
+    PublicationFloor,
     PublishedSnapshot,
     SourcePlace,
     StoredEvent,
@@ -212,6 +213,23 @@ class FeatureStore:
         """Of each replica, its first answer with `version` or a later one, by replica."""
         with read_transaction(self._engine) as connection:
             return publications.load_first_answers(connection, model, version)
+
+    def prune_publications(self, model: str, *, before_ms: int, kept: Collection[int], max_versions: int = 500) -> int:
+        """Remove what the store knows of old versions: that they were published, and who answered with them first.
+
+        Removed are versions below every one that was made at or after `before_ms`, but never the newest and none of
+        `kept` (those whose snapshots are still stored). One short transaction, that also says what has been removed
+        (`publication_floor`): call it again until it removes nothing.
+
+        Returns how many versions were removed, at most `max_versions`. Raises StoreUnavailableError.
+        """
+        with write_transaction(self._engine) as connection:
+            return publications.prune(connection, model, before_ms=before_ms, kept=kept, limit=max_versions)
+
+    def publication_floor(self, model: str) -> PublicationFloor:
+        """From which version on everything that was published is known."""
+        with read_transaction(self._engine) as connection:
+            return publications.load_floor(connection, model)
 
     def find_event(self, key: int, user_ids: Collection[int] | None = None) -> list[StoredEvent]:
         """Everything stored under an event key, expired or not, by user and event time.

@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0006"
+SCHEMA_REVISION: Final = "0007"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -133,4 +133,13 @@ first_served = Table(
     Column("at_ms", BigInteger, nullable=False),
     Column("swapped_at_ms", BigInteger, nullable=True),
     comment="When each replica first answered with a snapshot version.",
+)
+
+publication_floor = Table(
+    "publication_floor",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("newest_ms", BigInteger, nullable=False),
+    comment="Below which version of a model rows of published_snapshot and first_served have been removed.",
 )

@@ -76,6 +76,9 @@ class TrainerConfig:
     """Every n-th snapshot is an anchor (everything); those between are deltas on their parent."""
     keep_anchors: int = 2
     """Anchors kept, with the deltas that follow them; older ones are deleted unless a replica or a pin needs them."""
+    keep_publications_d: float = 7.0
+    """How many days the database remembers what was published and who first answered with it, for `headrace trace` and
+    `headrace freshness`; about 3 kB a snapshot. What is known of snapshots that are still stored stays."""
     replica_timeout_s: float = 60.0
     """A replica that has not said for this long (s) which version it runs is gone: nothing is kept for it any more."""
     gate_metric: str = "ndcg_at_20"
@@ -128,6 +131,11 @@ class TrainerConfig:
             raise ValueError(f"trainer.replay_share = {self.replay_share}: must lie between 0 (off) and 0.95")
         if self.baseline_half_life_h <= 0 or self.checkpoint_interval_s <= 0:
             raise ValueError("trainer.baseline_half_life_h and trainer.checkpoint_interval_s must be positive")
+        if not 0.05 <= self.keep_publications_d <= 36_500:
+            raise ValueError(
+                f"trainer.keep_publications_d = {self.keep_publications_d}: must lie in 0.05..36500 (days);"
+                " freshness needs the last minutes"
+            )
         if self.replica_timeout_s <= 0 or self.gate_memory_s <= 0:
             raise ValueError("trainer.replica_timeout_s and trainer.gate_memory_s must be positive")
         if self.gate_baseline_min < 0 or not 0 <= self.gate_drop_max < 1:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from opentelemetry import metrics, trace
 from torch import Tensor
 
+from feature_store.errors import StoreUnavailableError
 from feature_store.records import PublishedSnapshot
 from feature_store.store import FeatureStore
 from model.errors import SnapshotError
@@ -324,8 +325,17 @@ class Publisher:
             if manifest.kind == "anchor":
                 self._retention.prune(now_ms)
                 fail_point("trainer.snapshots_pruned")
-        except (SnapshotError, OSError) as error:
+                self._prune_publications(now_ms)
+                fail_point("trainer.publications_pruned")
+        except (SnapshotError, OSError, StoreUnavailableError) as error:
             logger.warning("snapshot %d is published; afterwards: %s", manifest.version, error)
+
+    def _prune_publications(self, now_ms: int) -> None:
+        # After the files: what is still stored may be pinned, served or gone back to, and its rows are asked for.
+        before_ms = now_ms - round(self._config.keep_publications_d * 86_400_000)
+        kept = frozenset(list_versions(self._root, self._model_name))
+        while self._store.prune_publications(self._model_name, before_ms=before_ms, kept=kept):
+            continue
 
     def _record_freshness(self, manifest: Manifest, published_at_ms: int) -> None:
         delay_ms = published_at_ms - manifest.created_at_ms

@@ -20,8 +20,10 @@ from ops.event_path import (
     RefusedEvent,
     SentEvent,
     Traced,
+    arrival_hops,
     contains,
     hops_of,
+    not_remembered,
     replica_hops,
 )
 from ops.readable import utc_time
@@ -55,6 +57,13 @@ class LookupParts:
     """Hears that something is going to take long."""
     quiet_ms: int = 500
     """How long a poll of the log waits before it counts as empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    snapshot: PublishedSnapshot | None
+    may_be_later: bool = False
+    """It contains the event, and so may one before it that the store does not know any more."""
 
 
 @dataclass(slots=True)
@@ -114,29 +123,38 @@ class _Lookup:
         except _LOG_PROBLEMS as error:
             self.notes.append(f"the producer's record cannot be read: {error}")
             record = None
-        snapshot = await asyncio.to_thread(self._containing_or_newest, place)
-        hops = hops_of(place, snapshot, None if record is None else trace_id_of(record.headers))
+        found = await asyncio.to_thread(self._containing_or_newest, place)
+        snapshot, trace_id = found.snapshot, None if record is None else trace_id_of(record.headers)
+        if found.may_be_later:
+            assert snapshot is not None
+            return [*arrival_hops(place, trace_id), not_remembered(snapshot)]
+        hops = hops_of(place, snapshot, trace_id)
         if snapshot is not None and contains(snapshot, place):
             version = snapshot.version
             answers = await asyncio.to_thread(self.parts.store.first_answers, self.parts.model, version)
             hops += replica_hops(place, version, answers, await asyncio.to_thread(self._leases))
         return hops
 
-    def _containing_or_newest(self, place: Announced) -> PublishedSnapshot | None:
+    def _containing_or_newest(self, place: Announced) -> _Found:
         """The first snapshot that contains the event, else the newest since it arrived. Blocking."""
+        since_ms = place.arrival_ms - _CLOCKS_APART_MS
+        floor = self.parts.store.publication_floor(self.parts.model)
+        # An earlier one may have contained it, and is not known any more, until one is seen that does not.
+        may_be_later = floor.version > 0 and floor.newest_ms >= since_ms
         newest: PublishedSnapshot | None = None
         while True:
             read = self.parts.store.published_snapshots(
                 self.parts.model,
-                0 if newest is None else newest.version,
-                created_from_ms=place.arrival_ms - _CLOCKS_APART_MS,
+                max(0, floor.version - 1) if newest is None else newest.version,
+                created_from_ms=since_ms,
                 limit=_SNAPSHOTS_PER_READ,
             )
             for snapshot in read:
                 if contains(snapshot, place):
-                    return snapshot
+                    return _Found(snapshot, may_be_later)
+                may_be_later = False
             if not read:
-                return newest
+                return _Found(newest)
             newest = read[-1]
 
     def _leases(self) -> list[ReplicaLease]:

@@ -116,13 +116,10 @@ class Traced:
         return {"is_complete": self.is_complete, **asdict(self)}
 
 
-def hops_of(place: Announced, snapshot: PublishedSnapshot | None, sent_trace_id: str | None) -> list[Hop]:
-    """The hops of the event at `place` up to the first snapshot that contains it, or as far as it has come.
-
-    `snapshot`: that one; if there is none yet, the newest; None if nothing was published since it arrived.
-    """
+def arrival_hops(place: Announced, sent_trace_id: str | None) -> list[Hop]:
+    """The hops of the event at `place` until a history has it."""
     source = f"interactions {place.partition}:{place.offset}"
-    hops = [
+    return [
         _reached(place, "appended", place.append_ms, source, trace_id=sent_trace_id),
         _reached(
             place,
@@ -132,6 +129,14 @@ def hops_of(place: Announced, snapshot: PublishedSnapshot | None, sent_trace_id:
             trace_id=trace_id_of(place.headers),
         ),
     ]
+
+
+def hops_of(place: Announced, snapshot: PublishedSnapshot | None, sent_trace_id: str | None) -> list[Hop]:
+    """The hops of the event at `place` up to the first snapshot that contains it, or as far as it has come.
+
+    `snapshot`: that one; if there is none yet, the newest; None if nothing was published since it arrived.
+    """
+    hops = arrival_hops(place, sent_trace_id)
     if snapshot is None or not contains(snapshot, place):
         return [*hops, *_not_published(place, snapshot)]
     what = f"version {snapshot.version}, {snapshot.kind}"
@@ -150,6 +155,12 @@ def _not_published(place: Announced, newest: PublishedSnapshot | None) -> list[H
         what = f"version {newest.version}, the newest, tells positions of another log"
         return [Hop(name="published", state=HopState.UNKNOWN, what=what)]
     return [_waiting("learned", "which step learned it, a snapshot tells"), _waiting("published", waits_for)]
+
+
+def not_remembered(snapshot: PublishedSnapshot) -> Hop:
+    """Where the store has forgotten what came before `snapshot`, which contains the event."""
+    what = f"in version {snapshot.version} or one before it, of which nothing is known any more"
+    return Hop(name="published", state=HopState.UNKNOWN, what=f"{what} (trainer.keep_publications_d)")
 
 
 def contains(snapshot: PublishedSnapshot, place: Announced) -> bool:

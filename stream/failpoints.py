@@ -36,6 +36,7 @@ FAIL_POINTS: Final = (
     "trainer.snapshot_written",
     "trainer.snapshot_recorded",
     "trainer.snapshots_pruned",
+    "trainer.publications_pruned",
     "trainer.snapshot_announced",
     "serving.swapped",
 )

@@ -17,6 +17,7 @@ from feature_store.errors import StoreUnavailableError
 from feature_store.records import PublishedSnapshot
 from feature_store.store import FeatureStore
 from model.disk import Disk
+from model.pinning import pin_snapshot, unpin_snapshot
 from model.snapshot import list_versions, read_manifest, read_pointer
 from model.storage import LocalStorage, SnapshotRoot
 from online_trainer.ages import PendingAges
@@ -231,6 +232,9 @@ class AbsentStore:
             raise StoreUnavailableError("away")
         self._store.record_published(snapshot)
 
+    def prune_publications(self, model: str, *, before_ms: int, kept: frozenset[int]) -> int:
+        return self._store.prune_publications(model, before_ms=before_ms, kept=kept)
+
     def published_snapshots(self, model: str, since_version: int = 0) -> list[PublishedSnapshot]:
         return self._store.published_snapshots(model, since_version)
 
@@ -271,8 +275,6 @@ def test_a_snapshot_finished_just_before_a_crash_is_noted_by_the_next_life(desk:
 
 
 def test_after_a_pin_the_next_life_goes_on_behind_the_newest_version(desk: Desk) -> None:
-    from model.pinning import pin_snapshot
-
     desk.publish()
     desk.publish()
     pin_snapshot(desk.root, "default", 1)
@@ -288,6 +290,28 @@ def test_old_versions_go_when_an_anchor_comes(store: FeatureStore, tmp_path: Pat
     for _ in range(8):
         desk.publish()
     assert desk.versions() == [7, 8]
+
+
+def test_what_the_store_knows_of_old_versions_goes_once_they_are_not_stored_any_more(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    desk = Desk(store, tmp_path / "snapshots", {"anchor_every": 2, "keep_anchors": 1, "keep_publications_d": 0.1})
+    desk.publish()
+    desk.publish()
+    pin_snapshot(desk.root, "default", 2)
+    desk.publish()
+    desk.clock.advance(8_640_000 + 1_000)
+    desk.publish()
+    desk.publish()
+    # 1 and 2 are a chain that is pinned; 4 is not stored any more, and young.
+    assert desk.versions() == [1, 2, 5]
+    assert recorded(store) == [1, 2, 4, 5]
+    assert store.publication_floor("default").version == 4
+    unpin_snapshot(desk.root, "default")
+    desk.publish()
+    desk.publish()
+    assert desk.versions() == [7]
+    assert recorded(store) == [4, 5, 6, 7]
 
 
 def test_pruning_that_fails_does_not_undo_publishing(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:

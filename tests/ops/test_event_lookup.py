@@ -336,3 +336,35 @@ async def test_an_event_that_nobody_sent_is_nowhere(world: World) -> None:
     assert await world.trace("wanted") == Traced(event_id="wanted")
     assert len(world.said) == 1
     assert "searching dead letters, and the log since" in world.said[0]
+
+
+async def test_where_earlier_versions_are_not_remembered_it_does_not_name_a_later_one_as_the_first(
+    world: World,
+) -> None:
+    await world.arrive("e1")
+    world.publish(1, up_to=1)
+    world.store.record_first_served("default", 1, "one", world.clock.now_ms())
+    world.clock.advance(DAY_MS)
+    await world.arrive("e2")
+    world.publish(2, up_to=2)
+    world.store.record_first_served("default", 2, "one", world.clock.now_ms())
+    assert world.store.prune_publications("default", before_ms=world.clock.now_ms(), kept=()) == 1
+    first = await world.path("e1")
+    assert [(hop.name, hop.state) for hop in first.hops[2:]] == [("published", HopState.UNKNOWN)]
+    assert "version 2 or one before it" in first.hops[-1].what
+    assert "trainer.keep_publications_d" in first.hops[-1].what
+    assert not first.is_complete
+    # It came after all that is not remembered.
+    second = await world.path("e2")
+    assert [hop.name for hop in second.hops] == ["appended", "stored", "learned", "published", "swapped", "answered"]
+    assert second.hops[3].what == "version 2, delta"
+
+
+async def test_a_remembered_version_that_does_not_contain_it_makes_the_next_one_the_first(world: World) -> None:
+    world.publish(1, up_to=0)
+    world.publish(2, up_to=0)
+    await world.arrive("e1")
+    world.publish(3, up_to=0)
+    world.publish(4, up_to=1)
+    assert world.store.prune_publications("default", before_ms=NOW_MS + 1, kept=()) == 2
+    assert (await world.path("e1")).hops[3].what == "version 4, delta"

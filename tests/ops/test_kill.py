@@ -21,6 +21,7 @@ import polars as pl
 import pytest
 import torch
 
+from feature_store.records import PublishedSnapshot
 from model.config import ModelConfig
 from model.pinning import verify_chain
 from model.snapshot import list_versions, read_manifest, read_pointer
@@ -238,6 +239,7 @@ PUBLISH_STAGES = (
     "trainer.snapshot_written",
     "trainer.snapshot_recorded",
     "trainer.snapshots_pruned",
+    "trainer.publications_pruned",
     "trainer.snapshot_announced",
 )
 
@@ -251,9 +253,16 @@ def test_a_trainer_killed_at_each_stage_of_publishing_leaves_whole_snapshots_and
     installation.send(6_000)
     ingest_everything(installation)
     snapshots = installation.root / "snapshots"
+    # One of long ago, whose snapshot is gone.
+    forgotten = PublishedSnapshot(
+        model="default", version=0, kind="anchor", parent=None, created_at_ms=1, published_at_ms=1, watermark_ms=None
+    )
+    installation.store.record_published(forgotten)
+    installation.store.record_first_served("default", 0, "gone", 2)
     for fail_point in PUBLISH_STAGES:
         # The first snapshot of a life is an anchor; once more for a delta, where there is that stage.
-        count = 1 if fail_point in {"trainer.snapshots_pruned", "trainer.snapshot_encoded"} else 2
+        is_of_anchors = fail_point.endswith("_pruned")
+        count = 1 if is_of_anchors or fail_point == "trainer.snapshot_encoded" else 2
         trainer = installation.start(
             "train", fail_point=f"{fail_point}:{count}", HEADRACE_TRAINER__PUBLISH_INTERVAL_MS="10"
         )
@@ -265,6 +274,9 @@ def test_a_trainer_killed_at_each_stage_of_publishing_leaves_whole_snapshots_and
         assert checked.is_whole, checked.findings
     train_everything(installation, installation.root)
     published = installation.store.published_snapshots("default")
+    assert published[0].version > 0
+    assert installation.store.first_served("default") == []
+    assert installation.store.publication_floor("default").version == 1
     assert [one.version for one in published] == [one.version for one in sorted(published, key=lambda one: one.version)]
     # Each event is in exactly one snapshot's account of how old events were, whatever was cut off where.
     assert sum(AgeHistogram.from_dict(one.append_age).count for one in published) == 6_000
