@@ -8,7 +8,7 @@ Needs torch, triton, numpy and safetensors, and nothing else. Sections, in this 
   without the relative bias; beside it SDPA (FlashAttention-2 and cuDNN), FlexAttention compiled with the same mask and
   bias (a softmax: SiLU cannot be expressed), the eager SiLU form, and that form compiled.
 * *encoder*: HSTU forward and backward against a Transformer of equal width (pre-norm, d_ff = 4 D).
-* *semi-local*: the cost of a windowed mask as rows get longer.
+* *semi-local*: the cost of a window, and of both readings of its global part, as rows get longer; beside the triangle.
 * *input-output*: what one layer keeps for its backward pass, with and without recomputation, and the time of both.
 * *loss*, *top-k*, *embedding*: what touches the whole catalogue.
 
@@ -58,6 +58,8 @@ TARGETS = {"forward_share": 0.60, "backward_share": 0.45, "bias_by_no_bias": 0.7
 COMPILE_PROCESSES_MAX = 12
 COMPILE_SHARE_MAX = 0.3
 """Of the run's time."""
+_BRIEF = ("targets", "speedup", "growth", "local_speedup", "kept")
+"""What a section concludes, for the summary."""
 
 
 def main() -> None:
@@ -106,6 +108,7 @@ def _run_section(bench: Bench, name: str, remaining: Sequence[str], finish: floa
         content["kept"] = {row["arm"]: [row["kept_bytes"], row["ms"]] for row in bench.rows if "error" not in row}
     if name == "semi-local":
         content["growth"] = gpu_attention.growth(bench.rows)
+        content["local_speedup"] = gpu_attention.local_speedup(bench.rows)
     return content | {"tuned": _tuned()}
 
 
@@ -117,7 +120,7 @@ def _brief(content: dict[str, Any]) -> dict[str, Any]:
         "skipped": len(content["skipped"]),
         "seconds": content["seconds"],
     }
-    return brief | {name: content[name] for name in ("targets", "speedup", "growth", "kept") if name in content}
+    return brief | {name: content[name] for name in _BRIEF if name in content}
 
 
 def targets(rows: Sequence[Row]) -> dict[str, Any]:

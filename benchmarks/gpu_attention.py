@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import yardsticks
 from benchmarks.gpu_harness import Arm, Bench, Calls, Case, passes
+from benchmarks.growth import exponent, visible_pairs
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
 from kernels.implementations import KernelName
 from kernels.jagged import JaggedTensor
@@ -265,17 +266,25 @@ def _qkv(bench: Bench, shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def semi_local(bench: Bench) -> None:
-    """A window and a few newest queries that see everything, beside the whole triangle, as rows get longer."""
+    """A window and both readings of its global part, beside the whole triangle, as rows get longer."""
     sizes = bench.sizes
-    mask = AttentionMask(max_attn_len=sizes.max_attn_len, min_full_attn_len=sizes.min_full_attn_len)
+    readings = {
+        "newest see all": AttentionMask(max_attn_len=sizes.max_attn_len, min_full_attn_len=sizes.num_global),
+        "oldest are seen": AttentionMask(max_attn_len=sizes.max_attn_len, num_oldest_keys=sizes.num_global),
+    }
     for length in sizes.local_lengths:
         rows = dense_rows(bench, length, length * sizes.local_rows)
-        packed = functools.partial(_packed, bench, rows, sizes.local_head_dim, bias=False)
-        arms = [_local_arm(bench, rows, "semi-local", mask, functools.partial(packed, mask=mask))]
-        if length <= sizes.full_len_max:
-            arms.append(_local_arm(bench, rows, "causal", CAUSAL, packed))
-        shape = rows.shape(H=sizes.num_heads, A=sizes.local_head_dim, K1=sizes.max_attn_len)
-        bench.run(Case(shape={**shape, "K2": sizes.min_full_attn_len}, arms=arms, work={}))
+        packed = functools.partial(_packed, bench, rows, sizes.local_head_dim)
+        masks = readings | ({"causal": CAUSAL} if length <= sizes.full_len_max else {})
+        arms = [
+            _local_arm(
+                bench, rows, f"{name}{', bias' if bias else ''}", mask, functools.partial(packed, mask=mask, bias=bias)
+            )
+            for name, mask in masks.items()
+            for bias in (False, True)
+        ]
+        shape = rows.shape(H=sizes.num_heads, A=sizes.local_head_dim, K1=sizes.max_attn_len, K2=sizes.num_global)
+        bench.run(Case(shape=shape, arms=arms, work={}))
 
 
 def _local_arm(bench: Bench, rows: Rows, name: str, mask: AttentionMask, make: Callable[[], Calls]) -> Arm:
@@ -284,26 +293,24 @@ def _local_arm(bench: Bench, rows: Rows, name: str, mask: AttentionMask, make: C
     return Arm(name=name, ours=True, make=make, work={"forward": forward, "backward": BACKWARD_BY_FORWARD * forward})
 
 
-def visible_pairs(mask: AttentionMask, length: int) -> int:
-    """Pairs of a query and a key that it sees, in a row without targets or contextual positions."""
-    window = mask.max_attn_len or length
-    return sum(
-        i + 1 if i >= length - mask.min_full_attn_len else min(i, window) + 1  # itself and the window before it
-        for i in range(length)
-    )
-
-
 def growth(rows: list[dict[str, Any]]) -> Mapping[str, float]:
     """By arm and pass: the exponent p of ms ~ N^p by least squares over lengths of 2048 and more; 1 is linear."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "error" not in row and row["shape"]["N"] >= 2048:
-            point = (math.log(row["shape"]["N"]), math.log(row["ms"]))
-            points.setdefault(f"{row['arm']}, {row['pass']}", []).append(point)
-    return {name: round(_slope(known), 3) for name, known in points.items() if len(known) > 1}
+            points.setdefault(f"{row['arm']}, {row['pass']}", []).append((row["shape"]["N"], row["ms"]))
+    return {name: round(exponent(known), 3) for name, known in points.items() if len(known) > 1}
 
 
-def _slope(points: list[tuple[float, float]]) -> float:
-    x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope: float = sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
-    return slope
+def local_speedup(rows: list[dict[str, Any]]) -> Mapping[str, float]:
+    """By arm and pass: how many times as fast as the triangle it is, at the longest rows the triangle was run at."""
+    known = {(row["shape"]["N"], row["arm"], row["pass"]): row["ms"] for row in rows if "error" not in row}
+    whole = {key: ms for key, ms in known.items() if key[1].startswith("causal")}
+    if not whole:
+        return {}
+    longest = max(length for length, _, _ in whole)
+    return {
+        f"{arm}, {name}": round(whole[length, full, name] / ms, 2)
+        for (length, arm, name), ms in known.items()
+        if length == longest and (length, full := f"causal{arm[arm.find(',') :] if ',' in arm else ''}", name) in whole
+    }

@@ -48,7 +48,7 @@ class Sizes:
     local_rows: int = 4
     local_head_dim: int = 64
     max_attn_len: int = 256
-    min_full_attn_len: int = 32
+    num_global: int = 64
     full_len_max: int = 16_384
     # encoder
     width: int = 512
@@ -86,7 +86,7 @@ TINY = Sizes(
     local_rows=1,
     local_head_dim=16,
     max_attn_len=4,
-    min_full_attn_len=2,
+    num_global=2,
     full_len_max=8,
     width=16,
     encoder_heads=1,

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import bench_gpu, environment
-from benchmarks.gpu_attention import growth, stochastic_rows, visible_pairs
+from benchmarks.gpu_attention import growth, local_speedup, stochastic_rows
 from benchmarks.gpu_harness import FULL, TINY, Arm, Bench, Case
+from benchmarks.growth import visible_pairs
 from kernels.hstu_attention import CAUSAL, AttentionMask
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU runs the benchmark itself")
@@ -89,6 +90,27 @@ def test_growth_is_the_exponent_of_the_length() -> None:
         {"arm": "a", "pass": "forward", "shape": {"N": length}, "ms": 3e-9 * length**2} for length in (2048, 4096, 8192)
     ]
     assert growth(rows) == {"a, forward": 2.0}
+
+
+def test_semi_local_arms_are_compared_with_the_triangle_at_its_longest_rows() -> None:
+    rows = [
+        {"arm": arm, "pass": "forward", "shape": {"N": length}, "ms": ms}
+        for arm, length, ms in [
+            ("causal", 8, 4.0),
+            ("causal", 16, 16.0),
+            ("causal, bias", 16, 32.0),
+            ("oldest are seen", 8, 2.0),
+            ("oldest are seen", 16, 4.0),
+            ("oldest are seen, bias", 16, 4.0),
+            ("oldest are seen", 32, 8.0),
+        ]
+    ]
+    assert local_speedup(rows) == {
+        "causal, forward": 1.0,
+        "causal, bias, forward": 1.0,
+        "oldest are seen, forward": 4.0,
+        "oldest are seen, bias, forward": 8.0,
+    }
 
 
 def test_targets_are_read_off_the_rows_they_are_for() -> None:
