@@ -168,6 +168,8 @@ class BatchTraining:
             timestamps_ms_L=torch.from_numpy(histories.event_time_ms[inputs]),
             query_times_ms_L=torch.from_numpy(histories.event_time_ms[inputs + 1]),
             offsets=torch.from_numpy(offsets),
+            actions_L=torch.from_numpy(histories.action[inputs].astype(np.int64)),
+            values_L=torch.from_numpy(histories.value[inputs]),
         )
         targets = Targets(positions_P=positions_P, rows_P=next_rows[positions_P])
         learned = supervised_pass(self._model, batch, targets, self._learner.loss, generator=generator)

@@ -36,14 +36,17 @@ class Queries:
     """P queries on the packed histories that they may use.
 
     positions_P: the newest interaction each may use, -1 for none. next_ms_L: when the next interaction happened, or the
-    query was asked, at each position. event_P: number of the event that came next, in the log. asked_ms_P: when.
-    history_ms_P: event time of the newest interaction used, -1 for none. is_repeat_P: the user had the item before: a
-    miss, whatever history is used. is_sampled_P: the list shown is wanted as well.
+    query was asked, at each position. action_L, value_L: what was done, and its value, NaN without one. event_P: number
+    of the event that came next, in the log. asked_ms_P: when. history_ms_P: event time of the newest interaction used,
+    -1 for none. is_repeat_P: the user had the item before: a miss, whatever history is used. is_sampled_P: the list
+    shown is wanted as well.
     """
 
     item_id_L: Int64s
     event_time_ms_L: Int64s
     next_ms_L: Int64s
+    action_L: NDArray[np.uint32]
+    value_L: NDArray[np.float32]
     offsets: Int64s
     positions_P: Int64s
     target_item_id_P: Int64s
@@ -64,6 +67,8 @@ class Queries:
             item_id_L=examples.item_id,
             event_time_ms_L=examples.event_time_ms,
             next_ms_L=examples.query_time_ms,
+            action_L=examples.action,
+            value_L=examples.value,
             offsets=examples.offsets,
             positions_P=positions_P,
             target_item_id_P=examples.target_item_id,
@@ -82,6 +87,8 @@ class Queries:
             item_id_L=nothing,
             event_time_ms_L=nothing,
             next_ms_L=nothing,
+            action_L=nothing.astype(np.uint32),
+            value_L=nothing.astype(np.float32),
             offsets=np.zeros(1, np.int64),
             positions_P=unknown,
             target_item_id_P=unknown,
@@ -117,6 +124,8 @@ class Queries:
             item_id_L=histories.item_id,
             event_time_ms_L=histories.event_time_ms,
             next_ms_L=next_ms_L[: histories.num_interactions],
+            action_L=histories.action,
+            value_L=histories.value,
             offsets=histories.offsets,
             positions_P=last_P,
             asked_ms_P=asked_ms_P,
@@ -132,15 +141,13 @@ class Queries:
         rows = np.unique(row_P)
         lengths = np.diff(self.offsets)[rows]
         offsets = offsets_of(lengths)
-        columns = (self.item_id_L, self.event_time_ms_L, self.next_ms_L)
-        item_id_L, event_time_ms_L, next_ms_L = copy_ranges(columns, self.offsets[rows], lengths)
+        columns = [getattr(self, name) for name in _OF_HISTORY]
+        copied = copy_ranges(columns, self.offsets[rows], lengths)
         # Each position moves with its row.
         moved = np.searchsorted(rows, row_P)
         kept["positions_P"] = np.full(len(positions_P), -1)
         kept["positions_P"][has_history_P] = positions_P[has_history_P] - self.offsets[row_P] + offsets[moved]
-        return Queries(
-            item_id_L=item_id_L, event_time_ms_L=event_time_ms_L, next_ms_L=next_ms_L, offsets=offsets, **kept
-        )
+        return Queries(**dict(zip(_OF_HISTORY, copied, strict=True)), offsets=offsets, **kept)
 
     @staticmethod
     def concat(parts: Sequence[Queries]) -> Queries:
@@ -151,7 +158,7 @@ class Queries:
         shifted = list(zip(parts, shifts, strict=False))
         joined = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("item_id_L", "event_time_ms_L", "next_ms_L", *_OF_QUERY)
+            for name in (*_OF_HISTORY, *_OF_QUERY)
             if name != "positions_P"
         }
         return Queries(
@@ -163,6 +170,7 @@ class Queries:
         )
 
 
+_OF_HISTORY: Final = ("item_id_L", "event_time_ms_L", "next_ms_L", "action_L", "value_L")
 _OF_QUERY: Final = (
     "positions_P",
     "target_item_id_P",
@@ -216,6 +224,8 @@ def rank_queries(
         timestamps_ms_L=torch.from_numpy(queries.event_time_ms_L),
         query_times_ms_L=torch.from_numpy(queries.next_ms_L),
         offsets=offsets,
+        actions_L=torch.from_numpy(queries.action_L.astype(np.int64)),
+        values_L=torch.from_numpy(queries.value_L),
     )
     positions_P = torch.from_numpy(queries.positions_P)
     u_PD = _states(model, batch, positions_P)

@@ -127,7 +127,7 @@ def fused_layer(
     config, dtype = layer.config, x_LD.dtype
     halves = hstu_input(x_LD, layer.uvqk.to(dtype), split_sizes=layer.split_sizes, recompute=recompute, kernel=kernel)
     bias = None
-    if config.relative_bias:
+    if layer.has_relative_bias:
         bias = RelativeBias(
             position_weight=layer.position_weight,
             time_weight=layer.time_weight,

@@ -31,10 +31,10 @@ def padded_loss(model: NextItemModel, batch: Windows, negative_rows_LC: Tensor, 
     rows_BN = padded(batch.rows_L, inside_BN)
     times_BN, query_times_BN = padded(batch.times_s_L, inside_BN), padded(batch.query_times_s_L, inside_BN)
     x_BND = functional.embedding(rows_BN, model.item_weight) * config.embedding_dim**0.5
+    assert isinstance(model.encoder, HSTU)
     x_BND = x_BND + model.encoder.input.position_embedding
     x_BND = functional.dropout(x_BND, config.input_dropout, training=dropout) * inside_BN[:, :, None]
     causal_NN = torch.ones(num_places, num_places).tril()
-    assert isinstance(model.encoder, HSTU)
     for layer in model.encoder.layers:
         assert isinstance(layer, HSTULayer)
         x_BND = padded_layer(layer, x_BND, times_BN, query_times_BN, causal_NN, dropout=dropout)
@@ -58,7 +58,7 @@ def padded_layer(
     k_BNHA = k_BNE.view(num_rows, num_places, config.num_heads, config.attention_dim)
     v_BNHV = v_BNG.view(num_rows, num_places, config.num_heads, config.hidden_dim)
     score_BHNN = torch.einsum("bnha,bmha->bhnm", q_BNHA, k_BNHA)
-    if config.relative_bias:
+    if layer.has_relative_bias:
         score_BHNN = score_BHNN + relative_bias(layer, times_BN, query_times_BN)[:, None]
     weight_BHNN = functional.silu(score_BHNN) / num_places * causal_NN
     o_BNG = torch.einsum("bhnm,bmhv->bnhv", weight_BHNN, v_BNHV).reshape(num_rows, num_places, -1)

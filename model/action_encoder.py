@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from model.initial import INIT_STD
+
+STORED_ACTIONS: Final = 32
+"""Bits of an interaction's actions. All have a place in the network from the start, so that an action that is declared
+later needs no new model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,12 +21,16 @@ class HistoryBatch:
     timestamps_ms_L: int64[L], when each interaction happened, epoch milliseconds.
     query_times_ms_L: int64[L], when the next one happened, or the time of the request at a newest position.
     offsets: int64[B + 1]. A user without interactions is an empty row and has no output.
+    actions_L: int64[L], a bit for each kind of action; values_L: float32[L], NaN where unknown. For encoders that read
+    actions (ModelConfig.tokens); None for others.
     """
 
     rows_L: Tensor
     timestamps_ms_L: Tensor
     query_times_ms_L: Tensor
     offsets: Tensor
+    actions_L: Tensor | None = None
+    values_L: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows_L", "timestamps_ms_L", "query_times_ms_L", "offsets"):
@@ -35,6 +39,12 @@ class HistoryBatch:
                 raise ValueError(f"{name} must be a flat int64 tensor, got {tensor.dtype} {tuple(tensor.shape)}")
         if not self.rows_L.shape == self.timestamps_ms_L.shape == self.query_times_ms_L.shape:
             raise ValueError("rows_L, timestamps_ms_L and query_times_ms_L must have the same length")
+        for name, dtype in (("actions_L", torch.int64), ("values_L", torch.float32)):
+            given: Tensor | None = getattr(self, name)
+            if given is not None and (given.dtype != dtype or given.shape != self.rows_L.shape):
+                raise ValueError(
+                    f"{name} must be {dtype}[{self.num_positions}], got {given.dtype} {tuple(given.shape)}"
+                )
 
     def checked(self, *, num_items: int, max_len: int) -> HistoryBatch:
         """Return self after reading the tensors (synchronises the device).
@@ -53,6 +63,17 @@ class HistoryBatch:
     def num_positions(self) -> int:
         """L."""
         return self.rows_L.shape[0]
+
+    def take(self, kept_K: Tensor) -> HistoryBatch:
+        """Only these of the L positions, int64[K] ascending."""
+        return HistoryBatch(
+            rows_L=self.rows_L[kept_K],
+            timestamps_ms_L=self.timestamps_ms_L[kept_K],
+            query_times_ms_L=self.query_times_ms_L[kept_K],
+            offsets=torch.searchsorted(kept_K, self.offsets),
+            actions_L=None if self.actions_L is None else self.actions_L[kept_K],
+            values_L=None if self.values_L is None else self.values_L[kept_K],
+        )
 
     def last_positions(self) -> Tensor:
         """int64[B]: the newest position of each user, -1 for an empty history."""

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Final, Literal
 
+from model.encoder_plan import Attention, EncoderPlan, GlobalAttention, Tokens
+
+_NOT_IN_HASH: Final = (
+    "max_items",
+    "tokens",
+    "value_thresholds",
+    "attention",
+    "local_attn_len",
+    "global_attn_len",
+    "global_attn",
+    "truncated_layers",
+    "truncated_len",
+    "truncated_hop",
+)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -15,9 +31,33 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class ModelConfig:
     """What the model is. Two models exchange weights only if all of this but max_items is equal (``config_hash``)."""
 
-    kind: Literal["hstu", "sasrec", "gru"] = "hstu"
-    """Encoder of histories. hstu: pointwise attention. To compare with: sasrec, a softmax Transformer, and gru, a
-    recurrent net."""
+    kind: Literal["hstu", "ultra_hstu", "sasrec", "gru"] = "hstu"
+    """Encoder of histories. hstu: pointwise attention. ultra_hstu: the same for longer histories, with other defaults
+    for tokens, attention, truncated_layers and relative_bias. To compare with: sasrec, a softmax Transformer, and gru,
+    a recurrent net."""
+    tokens: Tokens | None = None
+    """What the encoder reads of an interaction. items: its item. merged: item and action in one token. interleaved: two
+    tokens, item, then action, at four times the attention. Not set: items, and merged for ultra_hstu."""
+    value_thresholds: tuple[float, ...] = ()
+    """Values of interactions (such as seconds watched) that merged and interleaved tokens tell apart, ascending."""
+    attention: Attention | None = None
+    """What a position sees of those before it. full: all. semi_local: the local_attn_len newest, and more by
+    global_attn. Not set: full, and semi_local for ultra_hstu."""
+    local_attn_len: int = 256
+    """Interactions before itself that a position of semi-local attention sees (K1); at least 1."""
+    global_attn_len: int = 64
+    """Interactions of a history that are let off that limit (K2), see global_attn."""
+    global_attn: GlobalAttention = "newest_queries"
+    """What lets them off. newest_queries: the newest interactions of a history see all before them, and so do
+    candidates. oldest_keys: the oldest are seen by all behind them."""
+    truncated_layers: int | None = None
+    """Last layers of the encoder that read only the newest truncated_len interactions. Not set: 0, and half of
+    num_layers, rounded down, for ultra_hstu."""
+    truncated_len: int | None = None
+    """Interactions that the truncated layers read at most. Not set: 512, or max_len if that is less."""
+    truncated_hop: int | None = None
+    """Interactions by which what they read moves on at a time, so that what is kept of a user stays valid meanwhile;
+    1: with each. Not set: an eighth of truncated_len."""
     embedding_dim: int = 64
     """Width D of item embeddings and of the residual stream."""
     num_layers: int = 2
@@ -33,9 +73,9 @@ class ModelConfig:
     attention_activation: Literal["silu", "softmax"] = "silu"
     """What turns a score into a weight. silu: pointwise, so that many related interactions weigh more than few.
     softmax: normalised over the keys, without relative bias; for comparison."""
-    relative_bias: bool = True
+    relative_bias: bool | None = None
     """Add a learned number per distance and per bucket of the time gap to every attention score. Sees when the
-    request happens, so that a cached history stays valid for the next one."""
+    request happens, so that a cached history stays valid for the next one. Not set: on, and off for ultra_hstu."""
     num_time_buckets: int = 128
     """Highest bucket of the relative time bias; each bucket is 1.35 times as long as the one before."""
     time_embedding: bool = False
@@ -76,9 +116,10 @@ class ModelConfig:
     """Seed of all initial weights; what is random in a new item's embedding is a function of this seed and its id."""
 
     def __post_init__(self) -> None:
-        _require_one_of(self, "kind", ("hstu", "sasrec", "gru"))
+        _require_one_of(self, "kind", ("hstu", "ultra_hstu", "sasrec", "gru"))
         _require_one_of(self, "attention_activation", ("silu", "softmax"))
-        if self.attention_activation == "softmax" and self.relative_bias:
+        plan = self.plan()
+        if self.attention_activation == "softmax" and plan.has_relative_bias:
             raise ValueError("attention_activation is softmax, which has no relative bias: set relative_bias to false")
         if self.attention_activation == "softmax" and self.hidden_dim != self.attention_dim:
             raise ValueError(
@@ -96,14 +137,68 @@ class ModelConfig:
             _require(self, name, 1e-9, 1e12)
         _require(self, "trend_coefficient", 0.0, 100.0)
         _require(self, "seed", 0, (1 << 63) - 1)
+        self._check_plan()
+
+    def plan(self) -> EncoderPlan:
+        """What the settings that are left to ``kind``, and those that a short history makes void, come to."""
+        is_ultra = self.kind == "ultra_hstu"
+        attention = self.attention or ("semi_local" if is_ultra else "full")
+        is_local = attention == "semi_local" and self.local_attn_len < self.max_len - 1
+        num_truncated = self.truncated_layers
+        if num_truncated is None:
+            num_truncated = self.num_layers // 2 if is_ultra else 0
+        truncated_len = min(512, self.max_len) if self.truncated_len is None else self.truncated_len
+        return EncoderPlan(
+            tokens=self.tokens or ("merged" if is_ultra else "items"),
+            has_relative_bias=not is_ultra if self.relative_bias is None else self.relative_bias,
+            local_len=self.local_attn_len if is_local else 0,
+            global_len=self.global_attn_len if is_local else 0,
+            global_attn=self.global_attn,
+            num_truncated=num_truncated if truncated_len < self.max_len else 0,
+            truncated_len=truncated_len,
+            truncated_hop=max(1, truncated_len // 8) if self.truncated_hop is None else self.truncated_hop,
+        )
+
+    def _check_plan(self) -> None:
+        _require_one_of(self, "global_attn", ("newest_queries", "oldest_keys"))
+        for name, allowed in (("tokens", ("items", "merged", "interleaved")), ("attention", ("full", "semi_local"))):
+            if getattr(self, name) is not None:
+                _require_one_of(self, name, allowed)
+        _require(self, "local_attn_len", 1, 1 << 20)
+        _require(self, "global_attn_len", 0, 1 << 20)
+        plan = self.plan()
+        if self.kind in ("sasrec", "gru") and (
+            plan.reads_actions or self.attention == "semi_local" or self.truncated_layers
+        ):
+            raise ValueError(f"tokens, attention and truncated_layers are for hstu and ultra_hstu: not for {self.kind}")
+        if self.attention_activation == "softmax" and plan.local_len:
+            raise ValueError("attention is semi_local, which softmax attention is not: set attention to full")
+        if self.truncated_layers is not None:
+            _require(self, "truncated_layers", 0, self.num_layers - 1)
+        if self.truncated_len is not None:
+            _require(self, "truncated_len", 1, self.max_len)
+        if self.truncated_hop is not None:
+            _require(self, "truncated_hop", 1, plan.truncated_len)
+        bounds = (-math.inf, *self.value_thresholds, math.inf)
+        if not all(low < high for low, high in pairwise(bounds)):
+            raise ValueError(f"value_thresholds is {list(self.value_thresholds)}; it must ascend and be finite")
+        if self.value_thresholds and not plan.reads_actions:
+            raise ValueError("value_thresholds is set, but tokens are items alone: set tokens to merged or interleaved")
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as stored in a manifest."""
         return asdict(self)
 
     def config_hash(self) -> str:
-        """sha256 in hex of every field but max_items: equal only for models whose weights are interchangeable."""
-        fields = {name: value for name, value in self.as_dict().items() if name != "max_items"}
+        """sha256 in hex: equal only for models whose weights are interchangeable.
+
+        Of every field but max_items; of those that make a plan, what they come to.
+        """
+        fields = {name: value for name, value in self.as_dict().items() if name not in _NOT_IN_HASH}
+        plan = self.plan()
+        fields |= {"relative_bias": plan.has_relative_bias} | plan.identity()
+        if plan.reads_actions and self.value_thresholds:
+            fields["value_thresholds"] = list(self.value_thresholds)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,11 +1,17 @@
 """HSTU, as in the authors' research code (arXiv 2402.17152), and the production layer's differences as options.
 
-Its attention is in kernels/hstu_attention/README.md.
+Semi-local attention and truncated layers are those of ULTRA-HSTU (arXiv 2602.16986). The attention itself is in
+kernels/hstu_attention/README.md.
 
 Shapes: L packed positions, D model width, H heads, A query/key width, V value width, G = H * V, N = max_len.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +25,7 @@ from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
 from model.history_input import HistoryInput
 from model.initial import NORM_EPS, dropout_seed, normal, xavier
-from model.key_values import KeyValues
+from model.key_values import KeyValues, packed_places
 
 
 class HSTULayer(nn.Module):
@@ -40,7 +46,8 @@ class HSTULayer(nn.Module):
             xavier(generator, gate * (3 if config.concat_output else 1), config.embedding_dim)
         )
         self.output_bias = nn.Parameter(torch.zeros(config.embedding_dim))
-        if config.relative_bias:
+        self.has_relative_bias = config.plan().has_relative_bias
+        if self.has_relative_bias:
             self.position_weight = nn.Parameter(normal(generator, 2 * config.max_len - 1))
             self.time_weight = nn.Parameter(normal(generator, config.num_time_buckets + 1))
         self.input_norm = _Affine(config.embedding_dim) if config.affine_norms else None
@@ -119,7 +126,7 @@ class HSTULayer(nn.Module):
             assert mask.is_causal_only and query_offsets is None, "softmax attention is causal, over all positions"  # noqa: PT018
             return softmax_attention(q_LHA, k_LHA, v_LHV, offsets)
         bias = None
-        if config.relative_bias:
+        if self.has_relative_bias:
             bias = RelativeBias(
                 position_weight=self.position_weight,
                 time_weight=self.time_weight,
@@ -141,13 +148,29 @@ class HSTULayer(nn.Module):
 
 
 class HSTU(nn.Module):
-    """The layers over jagged rows of embeddings, and what comes before the first one."""
+    """The layers over jagged rows of embeddings, and what comes before the first one.
 
-    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
+    With ``truncated_layers`` the last of them read the newest of each history only (ULTRA-HSTU, arXiv 2602.16986,
+    attention truncation); positions before that leave the encoder as the layers before gave them.
+    """
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator, *, num_targets_max: int = 0) -> None:
+        """config: its lengths count positions, whose rows end with at most num_targets_max targets."""
         super().__init__()
-        self.config = config
+        self.config, self.num_targets_max = config, num_targets_max
+        plan = config.plan()
+        assert not plan.reads_actions, "tokens are made by the caller"
+        self.plan = plan
+        self.num_whole = config.num_layers - plan.num_truncated
         self.input = HistoryInput(config, generator)
-        self.layers = nn.ModuleList(HSTULayer(config, generator) for _ in range(config.num_layers))
+        # What sums are divided by is the most that can be summed.
+        truncated = replace(
+            config, max_len=plan.truncated_len, truncated_layers=0, truncated_len=None, truncated_hop=None
+        )
+        self.layers = nn.ModuleList(
+            HSTULayer(config if number < self.num_whole else truncated, generator)
+            for number in range(config.num_layers)
+        )
 
     def forward(
         self,
@@ -176,19 +199,31 @@ class HSTU(nn.Module):
         times_ms: tuple[Tensor, Tensor],
         *,
         places_L: Tensor | None = None,
-        mask: AttentionMask = CAUSAL,
+        num_targets_B: Tensor | None = None,
         dropout: torch.Generator | None = None,
         kernel: KernelName = "auto",
     ) -> Tensor:
         """x_LD behind the last layer, of any length; arguments as ``forward``, known_L None where all are.
 
-        places_L: int64[L], the place of each position in its row, as ``mask`` counts places; None: its index.
+        places_L: int64[L], the place of each position in its row, as the mask counts places; None: its index.
+        num_targets_B: int64[B], targets at the end of each row; None: there are none.
         """
         times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
         x_LD: Tensor = self.input(item_LD, known_L, offsets, times_s, places_L=places_L, dropout=dropout)
-        for layer in self.layers:
+        mask = self._mask(num_targets_B)
+        for layer in self._whole():
             x_LD = layer(x_LD, offsets, times_s, mask=mask, dropout=dropout, kernel=kernel)
-        return x_LD
+        if not self.plan.num_truncated:
+            return x_LD
+        starts_B = self.truncated_starts(offsets.diff() if num_targets_B is None else offsets.diff() - num_targets_B)
+        counts_B = offsets.diff() - starts_B
+        newest_W = packed_places(offsets[:-1] + starts_B, counts_B)
+        newest_offsets = torch.cat([offsets[:1], counts_B.cumsum(0)])
+        x_WD, times_s = x_LD.index_select(0, newest_W), (times_s[0][newest_W], times_s[1][newest_W])
+        mask = self._mask(num_targets_B, longest=self.plan.truncated_len)
+        for layer in self._truncated():
+            x_WD = layer(x_WD, newest_offsets, times_s, mask=mask, dropout=dropout, kernel=kernel)
+        return x_LD.index_copy(0, newest_W, x_WD)
 
     def extended_states(
         self,
@@ -197,19 +232,56 @@ class HSTU(nn.Module):
         times_ms: tuple[Tensor, Tensor],
         kept: KeyValues,
         *,
-        mask: AttentionMask = CAUSAL,
+        num_targets_B: Tensor | None = None,
         kernel: KernelName = "auto",
     ) -> Tensor:
         """x_MD as ``hidden_states``, of the new positions of rows whose other keys and values are kept; inference.
 
-        times_ms: int64[L] of all positions, int64[M] of the new ones' queries. Not with ``time_embedding`` or softmax
-        attention, under which what is kept does not stay valid.
+        times_ms: int64[L] of all positions, and of all positions' queries. Not with ``time_embedding`` or softmax
+        attention, under which what is kept does not stay valid. Where layers are truncated, x of the positions that
+        ``kept.newest.kept`` calls new, among which are the last of each row.
         """
+        mask = self._mask(num_targets_B)
         times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
-        x_MD: Tensor = self.input(item_MD, known_M, kept.offsets, times_s, places_L=kept.places_M, dropout=None)
-        for number, layer in enumerate(self.layers):
-            x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
+        asked_s = (times_s[0], times_s[1][kept.new_M])
+        x_MD: Tensor = self.input(item_MD, known_M, kept.offsets, asked_s, places_L=kept.places_M, dropout=None)
+        for number, layer in enumerate(self._whole()):
+            x_MD = layer(x_MD, kept.offsets, asked_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
+        if not self.plan.num_truncated:
+            return x_MD
+        newest = kept.newest
+        assert newest is not None, "what the truncated layers read"
+        x_MD, own = newest.put(x_MD), newest.kept
+        asked_s = (times_s[0][newest.places_W], times_s[1][newest.places_W[own.new_M]])
+        mask = self._mask(num_targets_B, longest=self.plan.truncated_len)
+        for number, layer in enumerate(self._truncated()):
+            x_MD = layer(x_MD, own.offsets, asked_s, mask=mask, dropout=None, kernel=kernel, kept=(own, number))
         return x_MD
+
+    def truncated_starts(self, lengths_B: Tensor) -> Tensor:
+        """int64[B]: the first place of histories of these lengths that the truncated layers read."""
+        hop = self.plan.truncated_hop
+        beyond_B = (lengths_B - (self.plan.truncated_len - self.num_targets_max)).clamp(min=0)
+        return (beyond_B + hop - 1) // hop * hop
+
+    def _whole(self) -> Iterator[HSTULayer]:
+        return islice(cast("Iterable[HSTULayer]", self.layers), self.num_whole)
+
+    def _truncated(self) -> Iterator[HSTULayer]:
+        return islice(cast("Iterable[HSTULayer]", self.layers), self.num_whole, None)
+
+    def _mask(self, num_targets_B: Tensor | None, *, longest: int | None = None) -> AttentionMask:
+        """longest: positions of a row at most; None: max_len."""
+        plan = self.plan
+        if plan.local_len == 0 or plan.local_len >= (longest or self.config.max_len) - 1:
+            return CAUSAL if num_targets_B is None else AttentionMask(num_targets_B=num_targets_B)
+        is_of_queries = plan.global_attn == "newest_queries"
+        return AttentionMask(
+            num_targets_B=num_targets_B,
+            max_attn_len=plan.local_len,
+            min_full_attn_len=plan.global_len if is_of_queries else 0,
+            num_oldest_keys=0 if is_of_queries else plan.global_len,
+        )
 
 
 class _Affine(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Final
 
+from model.action_encoder import STORED_ACTIONS
 from model.action_heads import ActionTask
 from model.config import ModelConfig
 from model.llatte_config import LlatteSettings
@@ -13,10 +13,6 @@ from model.llatte_ranking_config import LlatteRankingConfig
 from model.ranking_network import RankingConfig, RankingModelConfig
 from model.ranking_settings import RankingSettings
 from model.upstream_config import UpstreamConfig, UpstreamModelConfig
-
-STORED_ACTIONS: Final = 32
-"""Bits of an interaction's actions. All have a place in the network from the start, so that an action that is declared
-later needs no new model."""
 
 
 def with_ranking_head(

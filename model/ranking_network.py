@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels.hstu_attention import AttentionMask
 from kernels.implementations import KernelName
 from model.action_encoder import ActionEncoder, ActionEncoderConfig
 from model.action_heads import ActionHeads, ActionLabels, ActionTask
@@ -64,13 +63,15 @@ class RankingConfig:
 
         ValueError for an encoder that cannot keep candidates from seeing each other.
         """
-        if model.kind != "hstu" or model.attention_activation != "silu":
+        if model.kind not in ("hstu", "ultra_hstu") or model.attention_activation != "silu":
             raise ValueError(
                 f"kind is {model.kind!r} with attention_activation {model.attention_activation!r}; ranking needs hstu"
-                " with silu, whose attention keeps candidates apart"
+                " or ultra_hstu with silu, whose attention keeps candidates apart"
             )
-        tokens_per_interaction = 2 if self.tokens == "interleaved" else 1
-        return replace(model, max_len=tokens_per_interaction * model.max_len + self.max_candidates)
+        # The tokens of the head are its own; how much of them each layer sees is as in the model.
+        plan = replace(model.plan(), tokens=self.tokens)
+        max_len = plan.tokens_per_interaction * model.max_len + self.max_candidates
+        return replace(model, max_len=max_len, **plan.in_tokens(num_targets_max=self.max_candidates))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +133,7 @@ class RankingNetwork(nn.Module):
             ),
             generator,
         )
-        self.encoder = HSTU(config.encoder_config(model), generator)
+        self.encoder = HSTU(config.encoder_config(model), generator, num_targets_max=config.max_candidates)
         self.heads = ActionHeads(
             config.tasks,
             embedding_dim=model.embedding_dim,
@@ -162,7 +163,7 @@ class RankingNetwork(nn.Module):
             # What a token predicts happens at its own time.
             (sequence.timestamps_ms_T, sequence.timestamps_ms_T),
             places_L=sequence.places(),
-            mask=AttentionMask(num_targets_B=sequence.num_targets_B),
+            num_targets_B=sequence.num_targets_B,
             dropout=dropout,
             kernel=kernel,
         )

@@ -8,15 +8,14 @@ kept of a token and layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.hstu_attention import AttentionMask
 from kernels.implementations import KernelName
 from kernels.jagged import position_index, row_index
-from model.key_values import KeyValues
+from model.key_values import KeyValues, NewestStates, packed_places
 from model.ranking_network import Engagements, RankingNetwork
 from model.sequence import Candidates
 
@@ -25,11 +24,20 @@ from model.sequence import Candidates
 class ReadHistories:
     """What the layers keep of B histories.
 
-    layers: float[layers, T, W]. timestamps_ms_T: int64[T]. offsets: int64[B + 1], in tokens.
+    whole: of the layers that read all of the T tokens. truncated: of those that read the newest, where there are any.
+    timestamps_ms_T: int64[T].
     """
 
-    layers: Tensor
+    whole: ReadRows
+    truncated: ReadRows | None
     timestamps_ms_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """layers: float[layers, N, W]. offsets: int64[B + 1], of N tokens."""
+
+    layers: Tensor
     offsets: Tensor
 
 
@@ -95,46 +103,97 @@ def candidates_of(candidates: Candidates, part: CandidatePart) -> Candidates:
 
 
 def _read(network: RankingNetwork, engagements: Engagements, kernel: KernelName) -> ReadHistories:
-    sequence, config = network.tokens(engagements, None), network.encoder.config
-    kept = KeyValues(
-        layers=sequence.x_TD.new_empty(config.num_layers, sequence.num_tokens, KeyValues.width(config)),
-        offsets=sequence.offsets,
-        query_offsets=None,
-        new_M=torch.arange(sequence.num_tokens, device=sequence.offsets.device),
-        places_M=sequence.places(),
-    )
+    encoder, sequence = network.encoder, network.tokens(engagements, None)
+    offsets, width = sequence.offsets, KeyValues.width(encoder.config)
+    x_TD = sequence.x_TD
+
+    def all_new(num_layers: int, offsets: Tensor, num_tokens: int, newest: NewestStates | None = None) -> KeyValues:
+        return KeyValues(
+            layers=x_TD.new_empty(num_layers, num_tokens, width),
+            offsets=offsets,
+            query_offsets=None,
+            new_M=torch.arange(num_tokens, device=offsets.device),
+            places_M=position_index(offsets, num_tokens),
+            newest=newest,
+        )
+
+    newest = None
+    if encoder.plan.num_truncated:
+        starts_B = encoder.truncated_starts(offsets.diff())
+        counts_B = offsets.diff() - starts_B
+        places_W = packed_places(offsets[:-1] + starts_B, counts_B)
+        newest = NewestStates(
+            places_W=places_W,
+            states_WD=x_TD.new_empty(places_W.shape[0], x_TD.shape[1]),
+            from_M=places_W,
+            to_W=torch.arange(places_W.shape[0], device=places_W.device),
+            kept=all_new(encoder.plan.num_truncated, torch.cat([offsets[:1], counts_B.cumsum(0)]), places_W.shape[0]),
+        )
+    kept = all_new(encoder.num_whole, offsets, sequence.num_tokens, newest)
     times_ms_T = sequence.timestamps_ms_T
-    network.encoder.extended_states(sequence.x_TD, None, (times_ms_T, times_ms_T), kept, kernel=kernel)
-    return ReadHistories(layers=kept.layers, timestamps_ms_T=times_ms_T, offsets=sequence.offsets)
+    encoder.extended_states(x_TD, None, (times_ms_T, times_ms_T), kept, kernel=kernel)
+    return ReadHistories(
+        whole=ReadRows(kept.layers, offsets),
+        truncated=None if newest is None else ReadRows(newest.kept.layers, newest.kept.offsets),
+        timestamps_ms_T=times_ms_T,
+    )
 
 
 def _predict_behind(
     network: RankingNetwork, history: ReadHistories, candidates: Candidates, kernel: KernelName
 ) -> Tensor:
     """float[M, K] of one micro-batch."""
-    num_tokens, num_candidates = history.timestamps_ms_T.shape[0], candidates.item_CD.shape[0]
-    row_T, row_M = row_index(history.offsets, num_tokens), row_index(candidates.offsets, num_candidates)
-    # Candidates stand behind their own history, which moves each row back by those of the rows before.
-    moved_T = torch.arange(num_tokens, device=row_T.device) + candidates.offsets[row_T]
-    moved_M = torch.arange(num_candidates, device=row_M.device) + history.offsets[row_M + 1]
-    layers = history.layers.new_empty(history.layers.shape[0], num_tokens + num_candidates, history.layers.shape[2])
-    layers[:, moved_T] = history.layers
-    asked_at_ms_M = candidates.request_times_ms_B[row_M]
-    times_ms = asked_at_ms_M.new_empty(num_tokens + num_candidates)
-    times_ms[moved_T], times_ms[moved_M] = history.timestamps_ms_T, asked_at_ms_M
-    offsets = history.offsets + candidates.offsets
+    behind = _Behind.of(history.whole, candidates.offsets)
+    asked_at_ms_M = candidates.request_times_ms_B[behind.row_M]
+    times_ms = asked_at_ms_M.new_empty(behind.kept.layers.shape[1])
+    times_ms[behind.moved_N], times_ms[behind.kept.new_M] = history.timestamps_ms_T, asked_at_ms_M
+    kept = behind.kept
+    if history.truncated is not None:
+        read = _Behind.of(history.truncated, candidates.offsets)
+        width = candidates.item_CD.shape[1]
+        num_newest = read.kept.layers.shape[1]
+        starts_B = history.whole.offsets.diff() - history.truncated.offsets.diff()
+        newest = NewestStates(
+            places_W=packed_places(kept.offsets[:-1] + starts_B, read.kept.offsets.diff()),
+            states_WD=candidates.item_CD.new_empty(num_newest, width),
+            from_M=torch.arange(asked_at_ms_M.shape[0], device=asked_at_ms_M.device),
+            to_W=read.kept.new_M,
+            kept=read.kept,
+        )
+        kept = replace(kept, newest=newest)
     x_MD = network.encoder.extended_states(
         network.candidate_tokens(candidates.item_CD),
         None,
-        (times_ms, asked_at_ms_M),
-        KeyValues(
-            layers=layers,
-            offsets=offsets,
-            query_offsets=candidates.offsets,
-            new_M=moved_M,
-            places_M=history.offsets.diff()[row_M],
-        ),
-        mask=AttentionMask(num_targets_B=candidates.offsets.diff()),
+        (times_ms, times_ms),
+        kept,
+        num_targets_B=candidates.offsets.diff(),
         kernel=kernel,
     )
     return network.predict(x_MD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """Room for M candidates behind what was read of N tokens. row_M: the row of each. moved_N: where the tokens are."""
+
+    kept: KeyValues
+    row_M: Tensor
+    moved_N: Tensor
+
+    @staticmethod
+    def of(read: ReadRows, candidate_offsets: Tensor) -> _Behind:
+        num_tokens, num_candidates = read.layers.shape[1], int(candidate_offsets[-1])
+        row_N, row_M = row_index(read.offsets, num_tokens), row_index(candidate_offsets, num_candidates)
+        # Candidates stand behind their own history, which moves each row back by those of the rows before.
+        moved_N = torch.arange(num_tokens, device=row_N.device) + candidate_offsets[row_N]
+        moved_M = torch.arange(num_candidates, device=row_M.device) + read.offsets[row_M + 1]
+        layers = read.layers.new_empty(read.layers.shape[0], num_tokens + num_candidates, read.layers.shape[2])
+        layers[:, moved_N] = read.layers
+        kept = KeyValues(
+            layers=layers,
+            offsets=read.offsets + candidate_offsets,
+            query_offsets=candidate_offsets,
+            new_M=moved_M,
+            places_M=read.offsets.diff()[row_M],
+        )
+        return _Behind(kept, row_M, moved_N)

@@ -25,6 +25,7 @@ from model.item_model import ItemModel
 from model.item_table import ActiveRows, ItemTable
 from model.ranker import ranker_of
 from model.ranking_network import RankingModelConfig
+from model.token_hstu import Acts
 
 _RANKING: Final = "ranking."
 
@@ -97,7 +98,14 @@ class Recommender(ItemModel):
             item_LD = send(take_items(self.items.weight, rows_L))
         times_ms = (send(batch.timestamps_ms_L), send(batch.query_times_ms_L))
         read = (send(known_L), send(batch.offsets), times_ms)
-        return self.compute.call(self.encoder, item_LD, *read, dropout=dropout, kernel=kernel)
+        acts = {"acts": self.acts_of(batch)} if self.config.plan().reads_actions else {}
+        return self.compute.call(self.encoder, item_LD, *read, **acts, dropout=dropout, kernel=kernel)
+
+    def acts_of(self, batch: HistoryBatch) -> Acts:
+        """What an encoder that reads actions is told of them. ValueError if the batch does not hold them."""
+        if batch.actions_L is None or batch.values_L is None:
+            raise ValueError("this encoder reads actions (model.tokens): the batch needs actions_L and values_L")
+        return Acts(actions_L=self.compute.send(batch.actions_L), values_L=self.compute.send(batch.values_L))
 
     def scores(self, u_PD: Tensor, rows: Tensor | None = None, *, catalogue: Catalogue | None = None) -> Tensor:
         """float32[P, V] over the live catalogue, or [P, R] over ``rows`` (int64[R], all >= 0).

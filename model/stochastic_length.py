@@ -137,13 +137,7 @@ def shortened(
     always_L = torch.zeros(batch.num_positions, dtype=torch.bool, device=batch.offsets.device)
     always_L[targets.positions_P] = True
     kept_K = kept_positions(rule, batch.offsets, batch.timestamps_ms_L, generator=generator, always_L=always_L)
-    short = HistoryBatch(
-        rows_L=batch.rows_L[kept_K],
-        timestamps_ms_L=batch.timestamps_ms_L[kept_K],
-        query_times_ms_L=batch.query_times_ms_L[kept_K],
-        offsets=torch.searchsorted(kept_K, batch.offsets),
-    )
-    return short, replace(targets, positions_P=torch.searchsorted(kept_K, targets.positions_P))
+    return batch.take(kept_K), replace(targets, positions_P=torch.searchsorted(kept_K, targets.positions_P))
 
 
 def _check_rule(alpha: float, max_len: int) -> None:

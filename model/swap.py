@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParentError, StateMismatchError
 from model.item_model import ItemModel
 from model.item_table import Int64s, ItemTable, RowChange
@@ -252,5 +253,7 @@ def undo_snapshot(recommender: ItemModel, undo: UndoDelta) -> None:
 
 def _differences(recommender: ItemModel, other: dict[str, Any]) -> str:
     own = recommender.config.as_dict()
+    if isinstance(recommender.config, ModelConfig):
+        other = ModelConfig().as_dict() | other  # made before there was a setting: at its default
     differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     return ", ".join(f"{name} {other.get(name)} instead of {own.get(name)}" for name in differing)

@@ -2,18 +2,19 @@
 
 A position of a history is *settled* once the next interaction is known: all that its keys and values depend on (the
 items and times up to it, and when it was followed) is then final. The newest position sees the time of the request, so
-it is computed for every request; so are positions behind the first difference to what was kept.
+it is computed for every request; so are positions behind the first difference to what was kept, and those that see more
+for being among the newest (``EncoderPlan.num_unsettled``).
 
 What is kept says what it was computed from, and is used only where that is the same: a late event, a moved window or a
 forgotten user cannot be mistaken for the history that was kept. The weights are the caller's to compare.
 
-Shapes: B users, L packed positions, M of them computed now, P settled positions of one user, D width.
+Shapes: B users, L packed positions, M of them computed now, P settled positions of one user, D width, W window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,10 +26,12 @@ from torch.nn import functional
 from kernels.implementations import KernelName
 from model.batch import HistoryBatch
 from model.config import ModelConfig
+from model.encoder_plan import EncoderPlan
 from model.hstu import HSTU
 from model.initial import NORM_EPS
-from model.key_values import KeyValues
+from model.key_values import KeyValues, NewestStates, packed_places
 from model.recommender import Recommender, take_items
+from model.token_hstu import Acts, TokenHSTU
 
 Int64s = NDArray[np.int64]
 
@@ -37,22 +40,41 @@ Int64s = NDArray[np.int64]
 class UserState:
     """Keys and values of the P settled positions of one history, and what they were computed from.
 
-    inputs_3P: int64[3, P], item row, time and query time of each position. layers: float[layers, P, W].
+    inputs_IP: int64[I, P], item row, time and query time of each position, and, where they are read, its actions and
+    the bits of its value. layers: float[layers, P, W], of the layers that read all of the history. newest: of those
+    that read the newest of it, where there are any. Two tokens of one position stand side by side.
     """
 
-    inputs_3P: Int64s
+    inputs_IP: Int64s
     layers: Tensor
+    newest: NewestState | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory it takes."""
-        return self.inputs_3P.nbytes + self.layers.nbytes
+        of_newest = 0 if self.newest is None else self.newest.states_ND.nbytes + self.newest.layers.nbytes
+        return self.inputs_IP.nbytes + self.layers.nbytes + of_newest
 
-    def num_reusable(self, inputs_3n: Int64s) -> int:
+    def num_reusable(self, inputs_In: Int64s, plan: EncoderPlan) -> int:
         """Leading positions that are settled in a history with these inputs, and were computed from the same."""
-        settled = min(self.inputs_3P.shape[1], inputs_3n.shape[1] - 1)
-        differs = (self.inputs_3P[:, :settled] != inputs_3n[:, :settled]).any(axis=0)
+        num_interactions = inputs_In.shape[1]
+        settled = max(0, min(self.inputs_IP.shape[1], num_interactions - plan.num_unsettled))
+        if self.newest is not None and (start := plan.truncated_start(num_interactions)) < self.newest.start:
+            settled = min(settled, start)  # what the truncated layers are given is kept from a later one on only
+        differs = (self.inputs_IP[:, :settled] != inputs_In[:, :settled]).any(axis=0)
         return int(differs.argmax()) if differs.any() else settled
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewestState:
+    """What truncated layers read of settled positions, from ``start`` on, N of them, and their keys and values.
+
+    states_ND: float[N, D]. layers: float[layers, N, W]; valid while the truncated layers read from start on.
+    """
+
+    start: int
+    states_ND: Tensor
+    layers: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +90,8 @@ class EncodedUsers:
 
 def keeps_user_states(config: ModelConfig) -> bool:
     """Whether states stay valid from one request to the next: not where every position sees when the history ends."""
-    return config.kind == "hstu" and config.attention_activation == "silu" and not config.time_embedding
+    is_hstu = config.kind in ("hstu", "ultra_hstu")
+    return is_hstu and config.attention_activation == "silu" and not config.time_embedding
 
 
 def window_len(num_interactions: int, *, max_len: int, hop: int) -> int:
@@ -97,79 +120,168 @@ def encode_newest(
     """
     if not keeps_user_states(recommender.config):
         raise ValueError("this encoder's states change with the time of the request (model.time_embedding, kind)")
-    inputs_3L = torch.stack([batch.rows_L, batch.timestamps_ms_L, batch.query_times_ms_L]).numpy()
-    bounds = batch.offsets.tolist()
-    inputs = [inputs_3L[:, start:end] for start, end in pairwise(bounds)]
-    reused = [0 if one is None else one.num_reusable(own) for one, own in zip(known, inputs, strict=True)]
+    encoder = recommender.encoder
+    assert isinstance(encoder, HSTU | TokenHSTU), "checked by keeps_user_states"
+    inputs_IL = _inputs(recommender, batch)
+    inputs = [inputs_IL[:, start:end] for start, end in pairwise(batch.offsets.tolist())]
+    users = [_User.of(one, own, encoder.plan) for one, own in zip(known, inputs, strict=True)]
     u_BD = torch.empty(len(inputs), recommender.config.embedding_dim)
-    states: list[UserState | None] = [None] * len(inputs)
+    states: dict[int, UserState] = {}
     # Rows that are all new are computed apart: attention is faster where every position has a query.
     for has_known in (False, True):
-        users = [user for user, count in enumerate(reused) if (count > 0) == has_known]
-        if users:
-            part = [_User(known[user], reused[user], inputs[user]) for user in users]
-            u_BD[torch.tensor(users)], found = _encode(recommender, part, kernel)
-            for user, state in zip(users, found, strict=True):
-                states[user] = state
-    return EncodedUsers(u_BD=u_BD, states=[state for state in states if state is not None], num_reused_B=reused)
+        places = [place for place, user in enumerate(users) if (user.num_reused > 0) == has_known]
+        if places:
+            part = [users[place] for place in places]
+            u_BD[torch.tensor(places)], found = _encode(recommender, encoder, part, kernel)
+            states |= zip(places, found, strict=True)
+    return EncodedUsers(
+        u_BD=u_BD,
+        states=[states[place] for place in range(len(users))],
+        num_reused_B=[user.num_reused for user in users],
+    )
+
+
+def _inputs(recommender: Recommender, batch: HistoryBatch) -> Int64s:
+    """int64[I, L]: all that the keys and values of a position depend on besides the positions before."""
+    columns = [batch.rows_L, batch.timestamps_ms_L, batch.query_times_ms_L]
+    if recommender.config.plan().reads_actions:
+        acts = recommender.acts_of(batch)
+        columns += [acts.actions_L, acts.values_L.view(torch.int32).long()]
+    return torch.stack(columns).numpy()
+
+
+def _acts(inputs_IL: Tensor) -> Acts:
+    return Acts(actions_L=inputs_IL[3], values_L=inputs_IL[4].int().view(torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
 class _User:
+    """What is known of a user, and from which position on truncated layers read: of num_newest_reused of those, from
+    there on, what they keep is known as well.
+    """
+
     known: UserState | None
+    inputs_In: Int64s
     num_reused: int
-    inputs_3n: Int64s
+    start: int
+    num_newest_reused: int
+
+    @classmethod
+    def of(cls, known: UserState | None, inputs_In: Int64s, plan: EncoderPlan) -> _User:
+        num_reused = 0 if known is None else known.num_reusable(inputs_In, plan)
+        start = plan.truncated_start(inputs_In.shape[1]) if plan.num_truncated else 0
+        is_same = known is not None and known.newest is not None and known.newest.start == start
+        return cls(known, inputs_In, num_reused, start, max(0, num_reused - start) if is_same else 0)
+
+    @property
+    def num_interactions(self) -> int:
+        return len(self.inputs_In[0])
 
 
-def _encode(recommender: Recommender, users: Sequence[_User], kernel: KernelName) -> tuple[Tensor, list[UserState]]:
+def _encode(
+    recommender: Recommender, encoder: HSTU | TokenHSTU, users: Sequence[_User], kernel: KernelName
+) -> tuple[Tensor, list[UserState]]:
     """u_BD and states of users of whom nothing is reused, or something of each."""
-    kept = _key_values(recommender.config, users)
-    rows_L, times_L, query_times_L = torch.from_numpy(np.concatenate([user.inputs_3n for user in users], axis=1))
-    rows_M = rows_L[kept.new_M]
-    encoder = recommender.encoder
-    assert isinstance(encoder, HSTU), "checked by keeps_user_states"
-    x_MD = encoder.extended_states(
-        take_items(recommender.items.weight, rows_M.clamp(min=0)),
-        rows_M >= 0,
-        (times_L, query_times_L[kept.new_M]),
-        kept,
-        kernel=kernel,
+    core, each = (encoder, 1) if isinstance(encoder, HSTU) else (encoder.encoder, encoder.each)
+    kept = _key_values(core, users, each)
+    inputs_IL = torch.from_numpy(np.concatenate([user.inputs_In for user in users], axis=1))
+    num_new_B = torch.tensor([user.num_interactions - user.num_reused for user in users])
+    inputs_IM = inputs_IL[:, kept.new_M[::each] // each]
+    rows_M, times_ms = inputs_IM[0], (inputs_IL[1], inputs_IL[2])
+    x_MD, known_M = take_items(recommender.items.weight, rows_M.clamp(min=0)), rows_M >= 0
+    if isinstance(encoder, TokenHSTU):
+        x_MD, known_M = encoder.tokens(x_MD, _acts(inputs_IM)), known_M.repeat_interleave(each)
+        times_ms = encoder.token_times(times_ms)
+    x_MD = core.extended_states(x_MD, known_M, times_ms, kept, kernel=kernel)
+    if kept.newest is not None:
+        num_new_B = torch.tensor([user.num_interactions - user.start - user.num_newest_reused for user in users])
+    u_BD = functional.normalize(x_MD[each * num_new_B.cumsum(0) - 1], dim=1, eps=NORM_EPS)
+    return u_BD, _settled(users, kept, encoder.plan.num_unsettled, each)
+
+
+def _key_values(core: HSTU, users: Sequence[_User], each: int) -> KeyValues:
+    """Room for the keys and values of all positions, what is known already in place; in tokens, ``each`` a position."""
+    reused = [user.num_reused for user in users]
+    rows = _rows(core, core.num_whole, [user.num_interactions for user in users], reused, each)
+    for user, start in zip(users, rows.offsets.tolist(), strict=False):
+        if user.known is not None:
+            count = each * user.num_reused
+            rows.layers[:, start : start + count] = user.known.layers[:, :count]
+    if not core.plan.num_truncated:
+        return rows
+    lengths = [user.num_interactions - user.start for user in users]
+    newest = _rows(core, core.plan.num_truncated, lengths, [user.num_newest_reused for user in users], each)
+    states_WD = torch.empty(newest.layers.shape[1], core.config.embedding_dim)
+    from_M, to_W, new_start = [], [], 0
+    for user, start in zip(users, newest.offsets.tolist(), strict=False):
+        # Of what truncated layers read, that of the first num_given positions is known.
+        num_given = max(0, user.num_reused - user.start)
+        if user.known is not None and num_given:
+            of_known = user.known.newest
+            assert of_known is not None, "truncated layers keep what they read"
+            at = each * (user.start - of_known.start)
+            count = each * num_given
+            states_WD[start : start + count] = of_known.states_ND[at : at + count]
+            count = each * user.num_newest_reused
+            newest.layers[:, start : start + count] = of_known.layers[:, :count]
+        skipped = max(0, user.start - user.num_reused)
+        num_new = user.num_interactions - user.num_reused
+        from_M.append(torch.arange(each * skipped, each * num_new) + new_start)
+        to_W.append(torch.arange(each * num_given, each * (user.num_interactions - user.start)) + start)
+        new_start += each * num_new
+    first_B = torch.tensor([each * user.start for user in users])
+    given = NewestStates(
+        places_W=packed_places(rows.offsets[:-1] + first_B, newest.offsets.diff()),
+        states_WD=states_WD,
+        from_M=torch.cat(from_M),
+        to_W=torch.cat(to_W),
+        kept=newest,
     )
-    u_BD = functional.normalize(x_MD[_num_new(users).cumsum(0) - 1], dim=1, eps=NORM_EPS)
-    starts = kept.offsets.tolist()
-    return u_BD, [_settled(user, kept.layers[:, start:]) for user, start in zip(users, starts, strict=False)]
+    return replace(rows, newest=given)
 
 
-def _num_new(users: Sequence[_User]) -> Tensor:
-    return torch.tensor([user.inputs_3n.shape[1] - user.num_reused for user in users])
-
-
-def _key_values(config: ModelConfig, users: Sequence[_User]) -> KeyValues:
-    """Room for the keys and values of all positions, what is known already in place."""
-    lengths_B, num_new_B = torch.tensor([user.inputs_3n.shape[1] for user in users]), _num_new(users)
+def _rows(core: HSTU, num_layers: int, lengths: Sequence[int], reused: Sequence[int], each: int) -> KeyValues:
+    """Of rows of so many positions, as many of which are reused."""
+    lengths_B, reused_B = each * torch.tensor(lengths), each * torch.tensor(reused)
     zero = torch.zeros(1, dtype=torch.int64)
     offsets = torch.cat([zero, lengths_B.cumsum(0)])
-    num_positions = int(offsets[-1])
-    layers = torch.empty(config.num_layers, num_positions, KeyValues.width(config))
-    is_new_L = torch.ones(num_positions, dtype=torch.bool)
-    for user, start in zip(users, offsets.tolist(), strict=False):
-        if user.known is not None and user.num_reused:
-            layers[:, start : start + user.num_reused] = user.known.layers[:, : user.num_reused]
-            is_new_L[start : start + user.num_reused] = False
-    new_M = is_new_L.nonzero().flatten()
+    num_new_B = lengths_B - reused_B
+    new_M = packed_places(offsets[:-1] + reused_B, num_new_B)
     return KeyValues(
-        layers=layers,
+        layers=torch.empty(num_layers, int(offsets[-1]), KeyValues.width(core.config)),
         offsets=offsets,
-        query_offsets=None if len(new_M) == num_positions else torch.cat([zero, num_new_B.cumsum(0)]),
+        query_offsets=torch.cat([zero, num_new_B.cumsum(0)]) if any(reused) else None,
         new_M=new_M,
         places_M=new_M - torch.repeat_interleave(offsets[:-1], num_new_B),
     )
 
 
-def _settled(user: _User, layers: Tensor) -> UserState:
-    """What to keep of a user: all positions but the newest. layers: from the user's first position on."""
-    num_settled = user.inputs_3n.shape[1] - 1
-    if user.known is not None and user.num_reused == num_settled == user.known.inputs_3P.shape[1]:
-        return user.known
-    # Copies: a view would keep the memory of the whole batch.
-    return UserState(inputs_3P=user.inputs_3n[:, :num_settled].copy(), layers=layers[:, :num_settled].clone())
+def _settled(users: Sequence[_User], kept: KeyValues, num_unsettled: int, each: int) -> list[UserState]:
+    """What to keep of each user: all positions but the newest."""
+    states = []
+    newest_starts = [0] * len(users) if kept.newest is None else kept.newest.kept.offsets.tolist()
+    for user, start, newest_start in zip(users, kept.offsets.tolist(), newest_starts, strict=False):
+        num_settled = max(0, user.num_interactions - num_unsettled)
+        num_newest = max(0, num_settled - user.start)
+        is_known = user.known is not None and user.num_reused == num_settled == user.known.inputs_IP.shape[1]
+        if is_known and (kept.newest is None or user.num_newest_reused == num_newest):
+            assert user.known is not None, "it is known"
+            states.append(user.known)
+            continue
+        # Copies: a view would keep the memory of the whole batch.
+        newest = None
+        if kept.newest is not None:
+            part = slice(newest_start, newest_start + each * num_newest)
+            newest = NewestState(
+                start=user.start,
+                states_ND=kept.newest.states_WD[part].clone(),
+                layers=kept.newest.kept.layers[:, part].clone(),
+            )
+        states.append(
+            UserState(
+                inputs_IP=user.inputs_In[:, :num_settled].copy(),
+                layers=kept.layers[:, start : start + each * num_settled].clone(),
+                newest=newest,
+            )
+        )
+    return states

@@ -247,6 +247,8 @@ class OnlineLearner:
             timestamps_ms_L=torch.from_numpy(examples.event_time_ms),
             query_times_ms_L=torch.from_numpy(examples.query_time_ms),
             offsets=torch.from_numpy(examples.offsets),
+            actions_L=torch.from_numpy(examples.action.astype(np.int64)),
+            values_L=torch.from_numpy(examples.value),
         )
         target_rows = torch.from_numpy(self.model.items.lookup(examples.target_item_id))
         is_listed = target_rows >= 0  # the others were not admitted: misses, and nothing to learn from

@@ -145,15 +145,23 @@ class Ranker:
                         user_id=history.user_id,
                         rows=asked.history_rows[newest],
                         times_ms=history.event_time_ms[newest],
+                        actions=history.action[newest],
+                        values=history.value[newest],
                     ),
                 )
                 scored.append(_Scored(place, of_user[history.user_id]))
                 continue
             session = asked.session_rows[-self._weights.max_len :]
             if (session >= 0).any():
-                # When they were looked at is not told: now.
-                times_ms = np.full(len(session), now_ms)
-                scored.append(_Scored(place, Reading(user_id=None, rows=session, times_ms=times_ms)))
+                # When they were looked at, and what was done, is not told: now, and nothing known.
+                looked_at = Reading(
+                    user_id=None,
+                    rows=session,
+                    times_ms=np.full(len(session), now_ms),
+                    actions=np.zeros(len(session), np.uint32),
+                    values=np.full(len(session), np.nan, np.float32),
+                )
+                scored.append(_Scored(place, looked_at))
         return scored
 
     def _recommended(

@@ -36,6 +36,10 @@ class Reading:
     """int64[n], rows of the item table; -1: an item that the weights do not know."""
     times_ms: Int64s
     """int64[n], when each interaction happened."""
+    actions: NDArray[np.uint32]
+    """uint32[n], what was done, a bit each; 0 where that is not told."""
+    values: NDArray[np.float32]
+    """float32[n], NaN where there is none."""
 
 
 class UserStateCache:
@@ -135,4 +139,6 @@ def _history_batch(readings: Sequence[Reading], now_ms: int) -> HistoryBatch:
         timestamps_ms_L=torch.from_numpy(times_L),
         query_times_ms_L=torch.from_numpy(next_L),
         offsets=torch.from_numpy(offsets),
+        actions_L=torch.from_numpy(np.concatenate([reading.actions for reading in readings]).astype(np.int64)),
+        values_L=torch.from_numpy(np.concatenate([reading.values for reading in readings])),
     )

@@ -171,6 +171,8 @@ def _warm_up(base: _Base) -> None:
         timestamps_ms_L=torch.tensor([0]),
         query_times_ms_L=torch.tensor([1]),
         offsets=torch.tensor([0, 1]),
+        actions_L=torch.tensor([0]),
+        values_L=torch.tensor([torch.nan]),
     )
     base.recommender.scores(base.recommender.encode(batch), catalogue=base.catalogue.catalogue)
     if base.recommender.ranking is not None:

@@ -40,6 +40,19 @@ EVERYTHING: dict[str, Any] = {
         ArmConfig(name="retrained", kind="retrained", every="2m", window="4m"),
         ArmConfig(name="fine-tuned", kind="fine_tuned", every="50s", weights_lag="5s"),
         ArmConfig(name="sasrec", settings={"model": {"kind": "sasrec"}}),
+        ArmConfig(
+            name="ultra",
+            settings={
+                "model": {"kind": "ultra_hstu", "num_layers": 2, "local_attn_len": 2, "truncated_len": 4},
+                "loss": {"stochastic_length_alpha": 1.5},
+            },
+        ),
+        ArmConfig(
+            name="ultra-fine-tuned",
+            kind="fine_tuned",
+            every="50s",
+            settings={"model": {"kind": "ultra_hstu", "tokens": "interleaved", "local_attn_len": 1}},
+        ),
     ),
 }
 
@@ -97,7 +110,7 @@ def test_all_arms_answer_the_same_queries_in_the_same_order(whole: tuple[RunOutc
     events = table(root, "queries")["event"].to_list()
     assert events == sorted(events)
     arms = sorted(path.name for path in (root / "ranks").iterdir())
-    assert len(arms) == 13
+    assert len(arms) == 15
     for arm in arms:
         assert table(root, f"ranks/{arm}")["event"].to_list() == events, arm
 

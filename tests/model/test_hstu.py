@@ -15,6 +15,7 @@ from torch.nn import functional
 from kernels.implementations import KernelName
 from model.config import ModelConfig
 from model.encoder import build_encoder
+from model.encoder_plan import EncoderPlan
 from model.hstu import HSTU, HSTULayer
 from model.sasrec import SASRec, SASRecLayer
 from tests.model.weights import far_from_start
@@ -38,6 +39,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax": SOFTMAX,
     "softmax, production": {**PRODUCTION, **SOFTMAX},
     "sasrec": {"kind": "sasrec"},
+    "newest queries see all": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 3},
+    "all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 2,
+        "global_attn_len": 3,
+        "global_attn": "oldest_keys",
+    },
+    "local": {"attention": "semi_local", "local_attn_len": 3, "global_attn_len": 0},
+    "truncated": {"truncated_layers": 1, "truncated_len": 5, "truncated_hop": 3},
+    "truncated, local": {
+        "truncated_layers": 1,
+        "truncated_len": 6,
+        "truncated_hop": 1,
+        "attention": "semi_local",
+        "local_attn_len": 1,
+        "global_attn_len": 2,
+    },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 LENGTHS = [4, 0, 1, 9]
@@ -88,7 +106,19 @@ def dense_bias(layer: HSTULayer, time_s_n: list[int], query_s_n: list[int]) -> T
     return torch.stack(rows)
 
 
-def dense_layer(layer: HSTULayer, x_nD: Tensor, time_s_n: list[int], query_s_n: list[int]) -> Tensor:
+def dense_visible(plan: EncoderPlan, n: int) -> Tensor:
+    """Which of n places before it each of n places sees."""
+
+    def sees(i: int, j: int) -> bool:
+        if plan.local_len == 0 or i - j <= plan.local_len:
+            return j <= i
+        is_let_off = i >= n - plan.global_len if plan.global_attn == "newest_queries" else j < plan.global_len
+        return j <= i and is_let_off
+
+    return torch.tensor([[sees(i, j) for j in range(n)] for i in range(n)])
+
+
+def dense_layer(layer: HSTULayer, x_nD: Tensor, time_s_n: list[int], query_s_n: list[int], plan: EncoderPlan) -> Tensor:
     config, n = layer.config, x_nD.shape[0]
     gate, attention = config.num_heads * config.hidden_dim, config.num_heads * config.attention_dim
     projected = dense_norm(x_nD, layer.input_norm) @ layer.uvqk
@@ -97,7 +127,7 @@ def dense_layer(layer: HSTULayer, x_nD: Tensor, time_s_n: list[int], query_s_n: 
     u = functional.silu(u)
     if not config.gate_only_activation:
         v, q, k = functional.silu(v), functional.silu(q), functional.silu(k)
-    causal_nn = torch.ones(n, n).tril().bool()
+    causal_nn = dense_visible(plan, n)
     attended = []
     for h in range(config.num_heads):
         of_head = slice(h * config.attention_dim, (h + 1) * config.attention_dim)
@@ -107,7 +137,7 @@ def dense_layer(layer: HSTULayer, x_nD: Tensor, time_s_n: list[int], query_s_n: 
             weight_nn = (score_nn / math.sqrt(config.attention_dim)).masked_fill(~causal_nn, -math.inf).softmax(1)
         else:
             score_nn = score_nn / (math.sqrt(config.attention_dim) if config.scaled_scores else 1)
-            if config.relative_bias:
+            if layer.has_relative_bias:
                 score_nn = score_nn + dense_bias(layer, time_s_n, query_s_n)
             weight_nn = functional.silu(score_nn) / config.max_len * causal_nn
         attended.append(weight_nn @ v[:, values])
@@ -137,6 +167,20 @@ def dense_sasrec_layer(layer: SASRecLayer, x_nD: Tensor) -> Tensor:
     return h_nD + linear("ffn_out", linear("ffn_in", h_nD).clamp(min=0))
 
 
+def dense_layers(encoder: HSTU, x_nD: Tensor, time_s_n: list[int], query_s_n: list[int]) -> Tensor:
+    """The layers over one row, the truncated ones over its newest only."""
+    plan = encoder.plan
+    for number, layer in enumerate(encoder.layers):
+        assert isinstance(layer, HSTULayer)
+        start = 0
+        if number >= len(encoder.layers) - plan.num_truncated:
+            while len(x_nD) - start > plan.truncated_len:
+                start += plan.truncated_hop
+        newest_nD = dense_layer(layer, x_nD[start:], time_s_n[start:], query_s_n[start:], plan)
+        x_nD = torch.cat([x_nD[:start], newest_nD])
+    return x_nD
+
+
 def dense_encoder(encoder: HSTU | SASRec) -> Tensor:
     """u_LD of ``inputs``."""
     item_LD, known_L, offsets, times_ms = inputs()
@@ -150,10 +194,10 @@ def dense_encoder(encoder: HSTU | SASRec) -> Tensor:
             ages = [min(int(math.sqrt(max(query_s_n[-1] - t, 0) / 60)), 2047) for t in time_s_n]
             x_nD = x_nD + encoder.input.age_embedding[ages]
         x_nD = x_nD * known_L[start:end, None]
-        for layer in encoder.layers:
-            if isinstance(layer, HSTULayer):
-                x_nD = dense_layer(layer, x_nD, time_s_n, query_s_n)
-            else:
+        if isinstance(encoder, HSTU):
+            x_nD = dense_layers(encoder, x_nD, time_s_n, query_s_n)
+        else:
+            for layer in encoder.layers:
                 assert isinstance(layer, SASRecLayer)
                 x_nD = dense_sasrec_layer(layer, x_nD)
         rows.append(x_nD / x_nD.square().sum(1, keepdim=True).sqrt())
@@ -246,6 +290,19 @@ def test_a_row_longer_than_max_len_is_refused(kind: Any) -> None:
         ({"attention_activation": "softmax", "relative_bias": False}, "hidden_dim is 4; it must equal attention_dim"),
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_time_buckets": 0}, "num_time_buckets is 0"),
+        ({"tokens": "pairs"}, "tokens is 'pairs'"),
+        ({"attention": "sparse"}, "attention is 'sparse'"),
+        ({"global_attn": "middle"}, "global_attn is 'middle'"),
+        ({"local_attn_len": 0}, "local_attn_len is 0; it must be between 1"),
+        ({"global_attn_len": -1}, "global_attn_len is -1"),
+        ({"truncated_layers": 2}, "truncated_layers is 2; it must be between 0 and 1"),
+        ({"truncated_layers": 1, "truncated_len": 10}, "truncated_len is 10; it must be between 1 and 9"),
+        ({"truncated_len": 4, "truncated_hop": 5}, "truncated_hop is 5; it must be between 1 and 4"),
+        ({"value_thresholds": (5.0,)}, "value_thresholds is set, but tokens are items alone"),
+        ({"tokens": "merged", "value_thresholds": (5.0, 4.0)}, r"value_thresholds is \[5.0, 4.0\]; it must ascend"),
+        ({"kind": "sasrec", "tokens": "merged"}, "tokens, attention and truncated_layers are for hstu and ultra_hstu"),
+        ({"kind": "gru", "attention": "semi_local"}, "tokens, attention and truncated_layers are for hstu"),
+        ({"kind": "ultra_hstu", "local_attn_len": 2, **SOFTMAX}, "attention is semi_local, which softmax attention"),
     ],
 )
 def test_settings_that_make_no_encoder_are_refused(setting: dict[str, Any], says: str) -> None:
@@ -256,6 +313,30 @@ def test_settings_that_make_no_encoder_are_refused(setting: dict[str, Any], says
 def test_sasrec_refuses_heads_that_do_not_divide_its_width() -> None:
     with pytest.raises(ValueError, match=r"embedding_dim is 6; sasrec needs a multiple of num_heads \(4\)"):
         build_encoder(replace(RESEARCH, kind="sasrec", num_heads=4), seeded())
+
+
+def test_a_model_that_uses_nothing_of_ultra_hstu_takes_weights_from_before_there_was_any() -> None:
+    # Fields added later are in the hash only where they are used.
+    assert ModelConfig().config_hash() == "1dffa606162cea8d3122ff795acd69921e5f07ced3cdd446635c6a3fa2aea449"
+
+
+def test_what_a_kind_leaves_open_is_decided_by_it_and_each_part_can_be_switched_alone() -> None:
+    plain = ModelConfig(max_len=2048, num_layers=4)
+    ultra = replace(plain, kind="ultra_hstu")
+    hstu_plan, ultra_plan = plain.plan(), ultra.plan()
+    assert hstu_plan == replace(
+        ultra_plan, tokens="items", has_relative_bias=True, local_len=0, global_len=0, num_truncated=0
+    )
+    assert (ultra_plan.tokens, ultra_plan.local_len, ultra_plan.global_len) == ("merged", 256, 64)
+    assert (ultra_plan.num_truncated, ultra_plan.truncated_len, ultra_plan.truncated_hop) == (2, 512, 64)
+    off: dict[str, Any] = {"tokens": "items", "attention": "full", "truncated_layers": 0, "relative_bias": True}
+    assert replace(ultra, **off).plan() == hstu_plan
+    assert len({replace(ultra, **{name: value}).plan() for name, value in off.items()}) == len(off)
+
+
+def test_limits_that_no_history_reaches_are_none() -> None:
+    short = ModelConfig(kind="ultra_hstu", max_len=64, num_layers=4).plan()
+    assert (short.local_len, short.num_truncated) == (0, 0)
 
 
 def test_encoders_that_differ_in_any_option_do_not_exchange_weights() -> None:

@@ -286,7 +286,7 @@ def test_settings_outside_their_range_are_refused(setting: dict[str, Any], says:
 def test_encoders_without_target_aware_attention_are_refused(
     model_config: ModelConfig, setting: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="ranking needs hstu with silu"):
+    with pytest.raises(ValueError, match="ranking needs hstu or ultra_hstu with silu"):
         RankingNetwork(replace(model_config, **setting), RANKING, seeded())
 
 

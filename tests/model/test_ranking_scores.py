@@ -87,6 +87,35 @@ def test_any_number_of_candidates_scores_as_one_at_a_time(tokens: str, lengths: 
     torch.testing.assert_close(scores, one_at_a_time(network, history, candidates), atol=1e-5, rtol=1e-5)
 
 
+ULTRA: dict[str, dict[str, Any]] = {
+    "newest queries see all": {"attention": "semi_local", "local_attn_len": 3, "global_attn_len": 2},
+    "all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 3,
+        "global_attn_len": 2,
+        "global_attn": "oldest_keys",
+    },
+    "truncated": {"truncated_layers": 2, "truncated_len": 6, "truncated_hop": 4},
+    "all": {
+        "kind": "ultra_hstu",
+        "local_attn_len": 2,
+        "global_attn_len": 3,
+        "truncated_len": 5,
+        "truncated_hop": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("options", ULTRA.values(), ids=ULTRA.keys())
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+@torch.no_grad()
+def test_it_holds_for_each_part_of_ultra_hstu(options: dict[str, Any], tokens: str) -> None:
+    network, numbers = network_of(tokens, replace(MODEL, **options)), [4, 9, 0, 13, 2]
+    history, candidates = engagements_of([3, 0, 1, 20, 7]), candidates_of(numbers)
+    scores = score_candidates(network, history, candidates)
+    torch.testing.assert_close(scores, one_at_a_time(network, history, candidates), atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_where_tokens_depend_on_the_time_of_the_request_the_history_is_run_again() -> None:
     network = network_of("merged", replace(MODEL, time_embedding=True))

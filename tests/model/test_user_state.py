@@ -37,6 +37,32 @@ def build(**options: Any) -> Recommender:
 
 
 RECOMMENDER = build()
+ULTRA: dict[str, dict[str, Any]] = {
+    "merged": {"tokens": "merged", "value_thresholds": (1.0, 1.5)},
+    "interleaved": {"tokens": "interleaved"},
+    "newest queries see all": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 3},
+    "all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 2,
+        "global_attn_len": 3,
+        "global_attn": "oldest_keys",
+    },
+    "local": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 0},
+    "truncated": {"truncated_layers": 2, "truncated_len": 5, "truncated_hop": 3},
+    "truncated with each": {"truncated_layers": 1, "truncated_len": 4, "truncated_hop": 1},
+    "all": {"kind": "ultra_hstu", "local_attn_len": 2, "global_attn_len": 2, "truncated_len": 6, "truncated_hop": 2},
+    "all, interleaved, with bias": {
+        "kind": "ultra_hstu",
+        "tokens": "interleaved",
+        "relative_bias": True,
+        "local_attn_len": 3,
+        "global_attn_len": 2,
+        "truncated_layers": 2,
+        "truncated_len": 4,
+        "truncated_hop": 3,
+    },
+}
+every_part = pytest.mark.parametrize("options", ULTRA.values(), ids=ULTRA.keys())
 
 
 def batch_of(histories: list[History], now_ms: int) -> HistoryBatch:
@@ -44,11 +70,14 @@ def batch_of(histories: list[History], now_ms: int) -> HistoryBatch:
     times = [at_ms for history in histories for _, at_ms in history]
     followed = [at_ms for history in histories for at_ms in [*(at for _, at in history[1:]), now_ms]]
     bounds = np.cumsum([0, *(len(history) for history in histories)])
+    acts = torch.tensor([(row + at_ms) % 5 for history in histories for row, at_ms in history])
     return HistoryBatch(
         rows_L=torch.tensor(rows),
         timestamps_ms_L=torch.tensor(times),
         query_times_ms_L=torch.tensor(followed),
         offsets=torch.tensor(bounds),
+        actions_L=acts,
+        values_L=torch.where(acts == 4, torch.nan, acts / 2),
     )
 
 
@@ -79,7 +108,7 @@ def test_new_interactions_extend_what_is_kept() -> None:
     first = check(RECOMMENDER, [HISTORY[:6]], [None], NOW_MS)
     then = check(RECOMMENDER, [HISTORY], first.states, NOW_MS)
     assert then.num_reused_B == [5]
-    assert then.states[0].inputs_3P.shape[1] == then.states[0].layers.shape[1] == len(HISTORY) - 1
+    assert then.states[0].inputs_IP.shape[1] == then.states[0].layers.shape[1] == len(HISTORY) - 1
 
 
 def test_behind_a_late_interaction_everything_is_computed_again() -> None:
@@ -185,6 +214,71 @@ def test_whatever_happens_to_histories_the_states_are_those_of_computing_all_aga
         if present:
             found = check(RECOMMENDER, windows, [known.get(user) for user in present], 2_000_000_000)
             known.update(zip(present, found.states, strict=True))
+
+
+@every_part
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_states_are_those_of_computing_all_again_with_each_part_of_ultra_hstu(
+    options: dict[str, Any], data: st.DataObject
+) -> None:
+    recommender = build(**options)
+    users = data.draw(st.lists(lives(), min_size=1, max_size=3))
+    known: dict[int, UserState] = {}
+    for moment in range(max(len(life) for life in users)):
+        present = [user for user, life in enumerate(users) if moment < len(life)]
+        windows = [users[user][moment] for user in present]
+        windows = [one[-window_len(len(one), max_len=CONFIG.max_len, hop=4) :] for one in windows]
+        if present:
+            found = check(recommender, windows, [known.get(user) for user in present], 2_000_000_000)
+            known.update(zip(present, found.states, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("part", "reused"),
+    [
+        ("merged", 9),
+        ("interleaved", 9),
+        ("newest queries see all", 7),
+        ("all see oldest keys", 9),
+        ("local", 9),
+        ("truncated", 9),
+    ],
+)
+def test_as_much_is_reused_as_stays_what_it_was(part: str, reused: int) -> None:
+    recommender = build(**ULTRA[part])
+    first = check(recommender, [HISTORY], [None], NOW_MS)
+    again = check(recommender, [HISTORY], first.states, 100 * NOW_MS)
+    assert again.num_reused_B == [reused]
+    assert again.states[0] is first.states[0]
+
+
+def test_truncated_layers_are_computed_again_only_when_they_read_on() -> None:
+    recommender = build(**ULTRA["truncated"])
+    first = check(recommender, [HISTORY[:6]], [None], NOW_MS)
+    then = check(recommender, [HISTORY[:7]], first.states, NOW_MS)
+    assert first.states[0].newest is not None
+    assert then.states[0].newest is not None
+    assert (first.states[0].newest.start, then.states[0].newest.start) == (3, 3)
+    kept = first.states[0].newest.layers
+    assert torch.equal(then.states[0].newest.layers[:, : kept.shape[1]], kept), "bit by bit: it was not computed"
+    moved = check(recommender, [HISTORY[:9]], then.states, NOW_MS).states[0].newest
+    assert moved is not None
+    assert (moved.start, moved.states_ND.shape[0]) == (6, 2)
+
+
+@pytest.mark.parametrize("tokens", ["merged", "interleaved"])
+def test_a_history_in_which_something_else_was_done_is_computed_again_from_there(tokens: Any) -> None:
+    recommender = build(tokens=tokens)
+    batch = batch_of([HISTORY], NOW_MS)
+    first = encode_newest(recommender, batch, [None])
+    assert batch.actions_L is not None
+    actions_L = batch.actions_L.clone()
+    actions_L[6] ^= 8
+    other = replace(batch, actions_L=actions_L)
+    found = encode_newest(recommender, other, first.states)
+    assert found.num_reused_B == [6]
+    torch.testing.assert_close(found.u_BD, expected(recommender, other), rtol=0, atol=1e-5)
 
 
 def test_the_window_moves_in_hops_and_is_never_longer_than_the_model_reads() -> None:

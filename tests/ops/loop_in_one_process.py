@@ -1,5 +1,7 @@
 """The whole loop in one process on a log in memory, with every span kept; prints them as JSON. Run by test_trace.py.
 
+Arguments: a folder, and settings of the model that differ, as JSON.
+
 A process of its own, because the tracer provider of a process can be set only once.
 """
 
@@ -32,7 +34,14 @@ from stream.commit import Committer
 from stream.events import EventDecoder, EventRules
 from stream.memory_log import MemoryLog
 
-MODEL = ModelConfig(embedding_dim=8, num_layers=1, num_heads=1, attention_dim=4, hidden_dim=4, max_len=8)
+MODEL = ModelConfig(
+    embedding_dim=8,
+    num_heads=1,
+    attention_dim=4,
+    hidden_dim=4,
+    max_len=8,
+    **({"num_layers": 1} | json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")),
+)
 HOT = HotHistoriesConfig(max_len=16, budget_bytes=1 << 20)
 
 

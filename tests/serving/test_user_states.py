@@ -117,7 +117,11 @@ def test_after_each_of_100_swaps_states_are_those_of_a_fresh_model_of_that_versi
         for moment in range(2):
             readings = [
                 Reading(
-                    user_id=user, rows=weights.items.lookup(ids), times_ms=NOW_MS - 50_000 + 900 * np.arange(len(ids))
+                    user_id=user,
+                    rows=weights.items.lookup(ids),
+                    times_ms=NOW_MS - 50_000 + 900 * np.arange(len(ids)),
+                    actions=np.ones(len(ids), np.uint32),
+                    values=np.full(len(ids), np.nan, np.float32),
                 )
                 for user, ids in histories.items()
             ]
@@ -137,7 +141,7 @@ def test_after_each_of_100_swaps_states_are_those_of_a_fresh_model_of_that_versi
 
 def test_the_cache_stays_within_its_bytes_and_drops_whoever_asked_longest_ago() -> None:
     info = WeightsInfo(version=1, kind="anchor", watermark_ms=0, created_at_ms=0)
-    state = UserState(inputs_3P=np.zeros((3, 5), np.int64), layers=torch.zeros(2, 5, 16))
+    state = UserState(inputs_IP=np.zeros((3, 5), np.int64), layers=torch.zeros(2, 5, 16))
     cache = UserStateCache(3 * state.num_bytes + 1)
     for user in (1, 2, 3, 1, 4):
         cache.put(user, info, state)
@@ -145,7 +149,7 @@ def test_the_cache_stays_within_its_bytes_and_drops_whoever_asked_longest_ago() 
     assert [user for user in range(6) if cache.get(user, info)] == [1, 3, 4]
     cache.forget([3, 5])
     assert cache.num_bytes == 2 * state.num_bytes
-    too_large = UserState(inputs_3P=np.zeros((3, 50), np.int64), layers=torch.zeros(2, 50, 16))
+    too_large = UserState(inputs_IP=np.zeros((3, 50), np.int64), layers=torch.zeros(2, 50, 16))
     cache.put(1, info, too_large)
     assert [user for user in range(6) if cache.get(user, info)] == [4]
     assert cache.get(4, replace(info)) is None, "equal weights are not the same weights"
