@@ -35,7 +35,8 @@ class EvaluationConfig:
 
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     reference: str | None = None
-    """Arm that the others are compared with; None: the freshest online arm, or the first."""
+    """Arm that the others are compared with; None: the freshest online arm, of those the run's own model, or the
+    first."""
     num_points: int = 60
     """Points of a curve: spans of equal time."""
 
@@ -153,12 +154,14 @@ def _reference(arms: Sequence[ArmInfo], asked: str | None) -> str:
             raise ValueError(f"reference = {asked}: the run has {', '.join(names)}")
         return asked
     online = [arm for arm in arms if arm.kind == "online" and arm.publish_every_ms is not None]
-    freshest = min(
-        online,
-        key=lambda arm: (arm.weights_lag_ms + arm.histories_lag_ms, arm.publish_every_ms, arm.ablation is not None),
-        default=arms[0],
-    )
-    return freshest.name
+
+    def staleness(arm: ArmInfo) -> tuple[int, int | None, bool, bool]:
+        # Of equally fresh ones the run's own model, not a variant; then one that was named.
+        is_variant = any(isinstance(value, dict) for value in arm.settings.values())
+        lag_ms = arm.weights_lag_ms + arm.histories_lag_ms
+        return lag_ms, arm.publish_every_ms, is_variant, arm.ablation is not None
+
+    return min(online, key=staleness, default=arms[0]).name
 
 
 def _queries(run: RunFolder) -> _Queries:

@@ -42,7 +42,9 @@ SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the
 def backtest_report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the report; RUN/report.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Arm to compare with; the freshest online one.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Arm to compare with; the freshest online one of the run's model.")
+    ] = None,
     resample: ResampleOption = ResampleName.TIME,
     blocks: BlocksOption = 100,
     resamples: ResamplesOption = 2_000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,18 @@ def test_differences_are_to_the_freshest_online_arm_and_paired(evaluation: Evalu
     assert _width(difference) < _width(own)
     assert difference.high is not None
     assert difference.high < 0
+
+
+def test_the_reference_is_the_runs_own_model_not_a_variant_that_is_as_fresh(tmp_path: Path) -> None:
+    made = make_run(tmp_path, num_queries=400)
+    arms = [
+        replace(arm, kind="online", publish_every_ms=0, settings={"epochs": 1, "model": {"kind": "sasrec"}})
+        if arm.name == "retrained"
+        else arm
+        for arm in made.manifest.arms
+    ]
+    variant = RunFolder(made.root, replace(made.manifest, arms=arms))
+    assert evaluate(variant, QUICK).reference == "online-0"
 
 
 def test_another_reference_may_be_asked_for_and_must_exist(run: RunFolder) -> None:
