@@ -37,8 +37,6 @@ from online_trainer.learner import LearnerConfig
 from stream.events import EventRules
 
 EIGHT = ("batch", "1s", "10s", "1m", "10m", "1h", "1d", "never")
-POLL_RECORDS = 65_536
-"""Of stream and store alone: what ingest takes in one poll when it catches up."""
 
 
 def main() -> None:
@@ -87,10 +85,12 @@ def _source(options: argparse.Namespace, root: Path) -> tuple[Recording, str]:
 def _stream_alone(source: Recording, root: Path, num_events: int) -> float:
     """Events a CPU second from the recording to durable histories and decoded updates."""
 
+    poll_events = BacktestConfig(publish_every=("batch",)).poll_events
+
     async def replayed() -> float:
         await stage.start()
         started_s = time.process_time()
-        for batch in source.batches(POLL_RECORDS, end=num_events):
+        for batch in source.batches(poll_events, end=num_events):
             await stage.commit(EventColumns.of(batch))
         return num_events / (time.process_time() - started_s)
 
