@@ -13,7 +13,16 @@ import polars as pl
 
 from backtest.evaluation import Evaluation, EvaluationConfig
 from backtest.report_html import cell, duration, level, seconds, section, table, utc, whisker
-from backtest.report_svg import Bar, Level, Mark, Series, ablation_chart, catalogue_chart, line_chart
+from backtest.report_svg import (
+    Bar,
+    Level,
+    Mark,
+    Series,
+    ablation_chart,
+    ablation_ticks,
+    catalogue_chart,
+    line_chart,
+)
 from backtest.report_tables import MAIN_METRIC, arms_table, costs_table, lists_table, slices_table
 from backtest.report_words import METRIC_NAMES, age_text, arm_title, figure, findings
 from backtest.run_files import RunFolder, RunManifest
@@ -173,8 +182,9 @@ def _ablation(kind: str, evaluation: Evaluation, slots: dict[str, int]) -> str:
     name = METRIC_NAMES[MAIN_METRIC]
     _, head, by = _ABLATIONS[kind]
     heads = [head, name, f"difference to {age_text(kind, points[0].age_ms)}, paired"]
+    begins = " The axis does not begin at 0." if ablation_ticks(shown, levels)[0] > 0 else ""
     return (
-        f'<p class="note">{name} by {by}. Dashed: what there is to beat. The axis does not begin at 0.</p>'
+        f'<p class="note">{name} by {by}. Dashed: what there is to beat.{begins}</p>'
         + ablation_chart(shown, levels, title=f"{name} by {by}")
         + table(heads, rows, "One training; the arms differ in what had reached the replicas")
     )

@@ -13,6 +13,7 @@ from typing import Final
 WIDTH: Final = 960
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 238, 26, 30
 _LABEL_HEIGHT: Final = 15.0
+_NUMBER_WIDTH: Final = 16.0
 _NICE: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 _MINUTES = (1, 5, 15, 60, 180, 360, 720)
 _DAYS = (1, 2, 7, 14, 28, 91, 182, 364, 1820)
@@ -144,11 +145,16 @@ def catalogue_chart(
     return _svg(parts, title, height)
 
 
-def ablation_chart(points: Sequence[Whisker], levels: Sequence[Level], *, title: str, height: int = 340) -> str:
-    """Means with intervals from the freshest to the oldest, beside levels to beat. The axis does not begin at 0."""
+def ablation_ticks(points: Sequence[Whisker], levels: Sequence[Level]) -> list[float]:
+    """Values at the axis of an ``ablation_chart``, which need not begin at 0."""
     values = [bound for point in points for bound in (point.low, point.high)] + [level.value for level in levels]
     margin = 0.08 * (max(values) - min(values) or 1e-3)
-    ticks = nice_ticks(max(0.0, min(values) - margin), max(values) + margin, 5)
+    return nice_ticks(max(0.0, min(values) - margin), max(values) + margin, 5)
+
+
+def ablation_chart(points: Sequence[Whisker], levels: Sequence[Level], *, title: str, height: int = 340) -> str:
+    """Means with intervals from the freshest to the oldest, beside levels to beat."""
+    ticks = ablation_ticks(points, levels)
     y = _Scale(ticks[0], ticks[-1], height - _BOTTOM - 14, _TOP)
     step = (WIDTH - _LEFT - _RIGHT) / max(len(points), 1)
     at = [round(_LEFT + step * (place + 0.5), 1) for place in range(len(points))]
@@ -221,14 +227,24 @@ def _time_axis(x: _Scale, bottom: float) -> list[str]:
 
 
 def _marks(marks: Iterable[Mark], x: _Scale, bottom: float) -> list[str]:
-    """Numbered as in the list beneath the chart."""
-    return [
+    """Numbered as in the list beneath the chart; numbers that would lie on each other are written as one, `2–4`."""
+    shown = [(number, mark, x(mark.time_ms)) for number, mark in enumerate(marks, 1) if x.low <= mark.time_ms <= x.high]
+    lines = [
         f'<g class="mark"><title>{escape(mark.text)}</title>'
-        f'<line x1="{x(mark.time_ms)}" x2="{x(mark.time_ms)}" y1="{_TOP - 8}" y2="{bottom}"/>'
-        f'<text x="{x(mark.time_ms)}" y="{_TOP - 12}">{number}</text></g>'
-        for number, mark in enumerate(marks, 1)
-        if x.low <= mark.time_ms <= x.high
+        f'<line x1="{left}" x2="{left}" y1="{_TOP - 8}" y2="{bottom}"/></g>'
+        for _, mark, left in shown
     ]
+    groups: list[list[tuple[int, float]]] = []
+    for number, _, left in shown:
+        if groups and left - groups[-1][-1][1] < _NUMBER_WIDTH:
+            groups[-1].append((number, left))
+        else:
+            groups.append([(number, left)])
+    for group in groups:
+        (first, left), (last, right) = group[0], group[-1]
+        label = f"{first}" if first == last else f"{first}–{last}"
+        lines.append(f'<g class="mark"><text x="{(left + right) / 2:.1f}" y="{_TOP - 12}">{label}</text></g>')
+    return lines
 
 
 def _end_labels(labels: Sequence[tuple[str, float, int]], height: int) -> list[str]:

@@ -35,7 +35,7 @@ class Timeline:
                 detector=decision.detector,
                 signal=decision.signal,
                 reactions=",".join(decision.reactions),
-                sentence=decision.sentence(),
+                sentence=decision.without_time(),
             )
         if self._due_ms is not None and closed.closed_ms < self._due_ms:
             return

@@ -67,7 +67,7 @@ def summary(run: RunFolder, evaluation: Evaluation, sweep: Mapping[str, Any] | N
         "source": _source(manifest.lineage["source"]),
         "config": {table: manifest.config[table] for table in _TABLES},
         "seed": manifest.seed,
-        "num_events": manifest.num_events,
+        "num_events": int(run.queries().select(pl.col("event").max()).collect().item()) + 1,
         "num_queries": evaluation.num_queries,
         "evaluated_from_ms": manifest.evaluated_from_ms,
         "last_event_time_ms": manifest.last_event_time_ms,

@@ -75,11 +75,20 @@ class DriftDecision:
 
     def sentence(self) -> str:
         """For a log."""
+        return f"drift: {self._found()}; step {self.step}, event time {self.event_time_ms} ms: {self._reaction()}"
+
+    def without_time(self) -> str:
+        """Where the time stands beside it."""
+        return f"{self._found()}: {self._reaction()}"
+
+    def _found(self) -> str:
         return (
-            f"drift: {self.detector} on {self.signal}: mean {self.mean_before:.4f} of {self.num_before} interactions, "
-            f"then {self.mean_after:.4f} of {self.num_after}; step {self.step}, event time {self.event_time_ms} ms: "
-            f"{', '.join(self.reactions) or 'what it asks for is in force'}"
+            f"{self.detector} on {self.signal}: mean {self.mean_before:.4f} of {self.num_before} interactions, "
+            f"then {self.mean_after:.4f} of {self.num_after}"
         )
+
+    def _reaction(self) -> str:
+        return ", ".join(self.reactions) or "what it asks for is in force"
 
 
 @dataclass(slots=True)

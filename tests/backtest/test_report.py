@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from backtest.bootstrap import BootstrapConfig
 from backtest.evaluation import EvaluationConfig
 from backtest.report import ReportFiles, write_report
-from backtest.report_svg import nice_ticks, time_ticks
+from backtest.report_svg import Mark, Series, line_chart, nice_ticks, time_ticks
 from backtest.run_files import ArmInfo, RunFolder, RunManifest, RunWriter
 from tests.backtest.made_run import T0, arms, make_run
 
@@ -196,3 +196,10 @@ def test_a_browser_without_a_network_draws_it_in_the_readers_colours(
     assert num_of[line] > 300, "the reference arm's line is not there"
     # Nothing sticks out of the page to the right, where no card is.
     assert (pixels[:, -3] == list(bytes.fromhex(page[1:]))).all()
+
+
+def test_numbers_of_marks_that_would_lie_on_each_other_are_written_as_one() -> None:
+    series = [Series("a", [(0.0, 0.1), (1000.0, 0.2)], 0)]
+    chart = line_chart(series, [Mark(at, "drift") for at in (100, 105, 110, 800)], title="t")
+    assert re.findall(r'<g class="mark"><text [^>]*>([^<]*)<', chart) == ["1–3", "4"]
+    assert chart.count('<g class="mark"><title>drift</title><line') == 4
