@@ -103,7 +103,12 @@ class Answering:
         ]
         self._note(request.user_id, request_id, ranking, items)
         assert ranking.ranked_by is not None, "the answer to a RankQuery"
-        return RankedCandidates(**_origin(request_id, ranking), items=items, ranked_by=ranking.ranked_by)
+        return RankedCandidates(
+            **_origin(request_id, ranking),
+            items=items,
+            ranked_by=ranking.ranked_by,
+            upstream_age=ranking.upstream_age_s,
+        )
 
     def _predictions(self, ranking: Ranking) -> list[dict[str, float] | None]:
         """Of each item; None where the ranking head says nothing of it."""

@@ -88,6 +88,9 @@ class RankedCandidates(Answer, frozen=True, kw_only=True):
     items: list[RankedItem]
     ranked_by: Literal["head", "retrieval", "popularity"]
     """What gave the scores: the ranking head, the retrieval score, or, in a fallback, decayed popularity."""
+    upstream_age: float | None = None
+    """Seconds from the newest interaction that the user's vector from upstream knows to the request; null: no vector
+    was read, because there is none or the ranker reads none."""
 
 
 class RefusedEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,3 +75,6 @@ class Ranking:
     """What gave the scores of a RankQuery."""
     probabilities: NDArray[np.float32] | None = None
     """float32[K, tasks], of each item, where the ranking head gave the scores."""
+    upstream_age_s: float | None = None
+    """Of a RankQuery: seconds from the newest interaction that the user's vector from upstream knows to the request;
+    None: no vector was read."""

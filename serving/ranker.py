@@ -7,7 +7,7 @@ Shapes: T interactions of all histories, U users that the model scores, V rows o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,6 +23,7 @@ from serving.queries import Query, RankedBy, Ranking, RankQuery, RecommendQuery
 from serving.ranking_head import RankingHead, ToRank
 from serving.recommending import ItemChooser, Recommending
 from serving.user_states import Reading, UserEncoder
+from serving.user_vectors import UserVector, VectorReader
 from serving.weights import ServedWeights
 
 Int64s = NDArray[np.int64]
@@ -56,6 +57,8 @@ class RankerParts:
     head: RankingHead
     blocking_actions: int
     """Bitmask of the actions after which a user does not want to see an item again."""
+    vectors: VectorReader | None = None
+    """Users' vectors from upstream; None: nobody has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,14 +204,23 @@ class Ranker:
         places = [one.place for one in scored if isinstance(batch[one.place].query, RankQuery)]
         if not places or not self._parts.head.is_in_use:
             return {}
+        vectors = self._vectors([batch[place].query.user_id for place in places])
         requests = [
-            ToRank(asked.history, asked.history_rows, asked.named_rows) for asked in (batch[place] for place in places)
+            ToRank(asked.history, asked.history_rows, asked.named_rows, vectors.get(asked.query.user_id))
+            for asked in (batch[place] for place in places)
         ]
         found = self._parts.head.score(requests, now_ms)
         return {
-            place: self._in_order(batch[place], one.scores, None, ranked_by="head", probabilities=one.probabilities)
+            place: replace(
+                self._in_order(batch[place], one.scores, None, ranked_by="head", probabilities=one.probabilities),
+                upstream_age_s=one.upstream_age_s,
+            )
             for place, one in zip(places, found, strict=True)
         }
+
+    def _vectors(self, user_ids: Sequence[int]) -> Mapping[int, UserVector]:
+        vectors = self._parts.vectors
+        return {} if vectors is None or not self._parts.head.reads_vectors else vectors.read(user_ids)
 
     def _ranked(self, asked: _Asked, u_D: Tensor) -> Ranking:
         known = asked.named_rows >= 0

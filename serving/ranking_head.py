@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.llatte_ranker import LlatteRanker
 from model.ranker import rank_candidates
 from model.ranking_network import Engagements
 from model.ranking_settings import RankingSettings
 from model.sequence import Candidates
+from model.upstream_input import UpstreamVectors
 from serving.history_reader import UserHistory
+from serving.user_vectors import UserVector, vectors_of
 from serving.weights import ServedWeights
 
 Int64s = NDArray[np.int64]
@@ -32,6 +35,8 @@ class ToRank:
     """Rows of the item table, -1 for items it does not hold."""
     candidate_rows: Int64s
     """The same of the candidates."""
+    vector: UserVector | None = None
+    """The user's from upstream, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class HeadScores:
     scores: Float32s
     probabilities: Float32s
     """[candidates, K]"""
+    upstream_age_s: float | None
+    """Of the vector that was read; None: none was."""
 
 
 class RankingHead:
@@ -50,6 +57,11 @@ class RankingHead:
         self._weights, self.settings = weights, settings
         self.task_names = settings.tasks
         self._weight_K = np.array([settings.score_weights.get(task, 1.0) for task in settings.tasks], np.float32)
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether it reads users' vectors from upstream."""
+        return isinstance(self._weights.recommender.ranking, LlatteRanker)
 
     @property
     def is_in_use(self) -> bool:
@@ -65,17 +77,26 @@ class RankingHead:
         """The candidates of every request, as if each were asked for alone. now_ms: time of the requests."""
         network = self._weights.recommender.ranking
         assert network is not None, "checked by is_in_use"
-        logits_CK = rank_candidates(network, self._engagements(requests), self._candidates(requests, now_ms))
+        # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
+        asked_at_ms = [max(now_ms, one.history.newest_ms or 0) for one in requests]
+        upstream: UpstreamVectors | None = None
+        ages: list[float | None] = [None] * len(requests)
+        if isinstance(network, LlatteRanker):
+            upstream, ages = vectors_of([one.vector for one in requests], asked_at_ms, network.config.upstream_width)
+        logits_CK = rank_candidates(
+            network, self._engagements(requests), self._candidates(requests, asked_at_ms), upstream
+        )
         probability_CK = torch.sigmoid(logits_CK).numpy()
         known = [one.candidate_rows >= 0 for one in requests]
         bounds = np.cumsum([mask.sum() for mask in known])[:-1]
-        return [self._spread(mask, part) for mask, part in zip(known, np.split(probability_CK, bounds), strict=True)]
+        parts = np.split(probability_CK, bounds)
+        return [self._spread(mask, part, age) for mask, part, age in zip(known, parts, ages, strict=True)]
 
-    def _spread(self, is_known: NDArray[np.bool_], probability_CK: Float32s) -> HeadScores:
+    def _spread(self, is_known: NDArray[np.bool_], probability_CK: Float32s, age_s: float | None) -> HeadScores:
         scores = np.full(len(is_known), np.nan, np.float32)
         probabilities = np.full((len(is_known), len(self.task_names)), np.nan, np.float32)
         scores[is_known], probabilities[is_known] = probability_CK @ self._weight_K, probability_CK
-        return HeadScores(scores, probabilities)
+        return HeadScores(scores, probabilities, age_s)
 
     def _engagements(self, requests: Sequence[ToRank]) -> Engagements:
         newest = slice(-self._weights.max_len, None)
@@ -91,10 +112,8 @@ class RankingHead:
             values_L=torch.from_numpy(np.concatenate([one.history.value[newest] for one in requests])),
         )
 
-    def _candidates(self, requests: Sequence[ToRank], now_ms: int) -> Candidates:
+    def _candidates(self, requests: Sequence[ToRank], asked_at_ms: Sequence[int]) -> Candidates:
         known = [one.candidate_rows[one.candidate_rows >= 0] for one in requests]
-        # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
-        asked_at_ms = [max(now_ms, one.history.newest_ms or 0) for one in requests]
         return Candidates(
             item_CD=self._embeddings(np.concatenate(known)),
             request_times_ms_B=torch.tensor(asked_at_ms),
