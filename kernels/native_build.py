@@ -21,6 +21,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _COMPILERS = ("cc", "gcc", "clang")
 _SECONDS_MAX = 120
 
@@ -40,7 +41,7 @@ def native_library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None
 
 def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     flags = (*_FLAGS, *(f"-D{define}" for define in defines))
-    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    sources = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")), *_HEADERS)]
     content = b"\0".join([*sources, " ".join(flags).encode(), _processor().encode()])
     digest = hashlib.sha256(content).hexdigest()[:16]
     library = _folder() / f"{source.parent.name}-{digest}.so"
@@ -57,7 +58,7 @@ def _compile(source: Path, flags: tuple[str, ...], library: Path) -> None:
     # Several processes may do this at once: each makes its own, and the last rename stays.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(made), "-lm"]
+        command = [compiler, *flags, f"-I{Path(__file__).parent}", "-shared", "-fPIC", str(source), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS_MAX)
         made.replace(library)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
+from kernels.hstu_decode import LayerWeights, hstu_decode, is_available
 from kernels.hstu_input import hstu_input
 from kernels.hstu_output import hstu_output
 from kernels.implementations import KernelName
@@ -26,6 +27,10 @@ from model.config import ModelConfig
 from model.history_input import HistoryInput
 from model.initial import NORM_EPS, dropout_seed, normal, xavier
 from model.key_values import KeyValues, packed_places
+
+_PRODUCTS_MAX = 1 << 22
+"""New positions times numbers of a layer's input matrix up to which they are computed one by one: all at once,
+operation by operation, costs as much in calls."""
 
 
 class HSTULayer(nn.Module):
@@ -107,6 +112,21 @@ class HSTULayer(nn.Module):
             dropout_p=config.linear_dropout,
             seed=None if dropout is None or config.linear_dropout == 0.0 else dropout_seed(dropout),
             kernel=kernel,
+        )
+
+    def weights(self) -> LayerWeights:
+        """All of them, for ``hstu_decode``."""
+        norms = (None if norm is None else (norm.weight, norm.bias) for norm in (self.input_norm, self.output_norm))
+        input_norm, output_norm = norms
+        has_bias = self.has_relative_bias
+        return LayerWeights(
+            uvqk_DE=self.uvqk,
+            output_WD=self.output_weight,
+            output_bias_D=self.output_bias,
+            input_norm=input_norm,
+            output_norm=output_norm,
+            position_weight=self.position_weight if has_bias else None,
+            time_weight=self.time_weight if has_bias else None,
         )
 
     def _attend(
@@ -245,8 +265,7 @@ class HSTU(nn.Module):
         times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
         asked_s = (times_s[0], times_s[1][kept.new_M])
         x_MD: Tensor = self.input(item_MD, known_M, kept.offsets, asked_s, places_L=kept.places_M, dropout=None)
-        for number, layer in enumerate(self._whole()):
-            x_MD = layer(x_MD, kept.offsets, asked_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
+        x_MD = self._extended(self._whole(), x_MD, asked_s, kept, mask=mask, kernel=kernel)
         if not self.plan.num_truncated:
             return x_MD
         newest = kept.newest
@@ -254,9 +273,52 @@ class HSTU(nn.Module):
         x_MD, own = newest.put(x_MD), newest.kept
         asked_s = (times_s[0][newest.places_W], times_s[1][newest.places_W[own.new_M]])
         mask = self._mask(num_targets_B, longest=self.plan.truncated_len)
-        for number, layer in enumerate(self._truncated()):
-            x_MD = layer(x_MD, own.offsets, asked_s, mask=mask, dropout=None, kernel=kernel, kept=(own, number))
+        return self._extended(self._truncated(), x_MD, asked_s, own, mask=mask, kernel=kernel)
+
+    def _extended(
+        self,
+        layers: Iterable[HSTULayer],
+        x_MD: Tensor,
+        times_s: tuple[Tensor, Tensor],
+        kept: KeyValues,
+        *,
+        mask: AttentionMask,
+        kernel: KernelName,
+    ) -> Tensor:
+        """x_MD behind these layers, whose keys and values are the ones kept."""
+        if kernel == "auto" and mask.is_causal_only and self._decodes(x_MD):
+            return self._decoded(layers, x_MD, times_s, kept)
+        for number, layer in enumerate(layers):
+            x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
         return x_MD
+
+    def _decodes(self, x_MD: Tensor) -> bool:
+        """Whether compiled code for one position at a time is there, and faster than all at once."""
+        config = self.config
+        width = 2 * config.num_heads * (config.hidden_dim + config.attention_dim)
+        is_small = x_MD.shape[0] * config.embedding_dim * width <= _PRODUCTS_MAX
+        return is_small and is_available(x_MD.dtype, x_MD.device)
+
+    def _decoded(
+        self, layers: Iterable[HSTULayer], x_MD: Tensor, times_s: tuple[Tensor, Tensor], kept: KeyValues
+    ) -> Tensor:
+        config = self.config
+        return hstu_decode(
+            x_MD,
+            kept.layers,
+            [layer.weights() for layer in layers],
+            offsets=kept.offsets,
+            query_offsets=kept.offsets if kept.query_offsets is None else kept.query_offsets,
+            times_s=times_s,
+            heads=config.num_heads,
+            attention_dim=config.attention_dim,
+            hidden_dim=config.hidden_dim,
+            max_len=config.max_len,
+            alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
+            eps=NORM_EPS,
+            gate_only=config.gate_only_activation,
+            concat=config.concat_output,
+        )
 
     def truncated_starts(self, lengths_B: Tensor) -> Tensor:
         """int64[B]: the first place of histories of these lengths that the truncated layers read."""

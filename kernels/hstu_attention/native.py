@@ -111,7 +111,7 @@ class _Shared:
             read |= {
                 "key_times_s": bias.timestamps_s_L.contiguous(),
                 "query_times_s": bias.query_timestamps_s_M.contiguous(),
-                "bucket_from_s": _bucket_from_s(bias.num_buckets),
+                "bucket_from_s": bucket_from_s(bias.num_buckets),
                 "position_weight": bias.position_weight.to(dtype).contiguous(),
                 "time_weight": bias.time_weight.to(dtype).contiguous(),
             }
@@ -197,8 +197,8 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _bucket_from_s(num_buckets: int) -> Tensor:
-    """int64[K + 2]: the shortest gap of each bucket, by bisection of ``time_bucket``, and one that no gap reaches."""
+def bucket_from_s(num_buckets: int) -> Tensor:
+    """int64[K + 2]: the shortest gap (s) of each bucket, by bisection of ``time_bucket``, then one none reaches."""
     bucket_K = torch.arange(num_buckets + 1)
     low_K, high_K = torch.zeros_like(bucket_K), torch.full_like(bucket_K, _LONGEST_GAP_S)
     while bool((low_K < high_K).any()):

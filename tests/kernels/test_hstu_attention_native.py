@@ -115,7 +115,7 @@ def test_every_row_falls_to_exactly_one_thread(lengths: list[int], num_threads: 
 
 
 def test_bucket_borders_are_those_of_the_formula() -> None:
-    from_s = native._bucket_from_s(128).tolist()
+    from_s = native.bucket_from_s(128).tolist()
     assert from_s[0] == 0
     assert all(shorter <= longer for shorter, longer in pairwise(from_s))
     for bucket, gap_s in enumerate(from_s[1:-1], start=1):

@@ -1,4 +1,4 @@
-/* Vectors of a processor, and products of small matrices held in registers: what native.c is written in.
+/* Vectors of a processor, and products of small matrices held in registers: what the kernels in C are written in.
 
    GCC's or clang's vector extension only. REAL_BITS is 32 or 64. */
 
@@ -17,13 +17,18 @@
 #if REAL_BITS == 64
 typedef double REAL;
 typedef int64_t WHOLE;
+#define EXP exp
+#define SQRT sqrt
 #else
 typedef float REAL;
 typedef int32_t WHOLE;
+#define EXP expf
+#define SQRT sqrtf
 #endif
 
 typedef REAL vec __attribute__((vector_size(VECTOR_BYTES), may_alias));
 typedef WHOLE whole __attribute__((vector_size(VECTOR_BYTES), may_alias));
+typedef REAL loose __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(REAL_BITS / 8))); /* anywhere in memory */
 #define LANES ((int64_t)(VECTOR_BYTES / sizeof(REAL)))
 #define INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,168 @@
+"""All layers of HSTU for the newest positions of cached histories, in C (decode.c): what goes in and out.
+
+Shapes: L packed positions, M of them new, B rows, D model width, H heads, A query/key width, V value width, G = H * V,
+W = H * (A + V), N = max_len, K time buckets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.errors import KernelUnavailableError
+from kernels.hstu_attention.native import bucket_from_s
+from kernels.native_build import native_library
+
+_SOURCE = Path(__file__).with_name("decode.c")
+_POINTERS_OF_A_LAYER = (
+    "uvqk", "output", "output_bias", "input_scale", "input_shift", "output_scale", "output_shift", "position_weight",
+    "time_weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWeights:
+    """Weights of one layer, contiguous and of one dtype, float32 or float64, on the CPU.
+
+    uvqk_DE: [D, 2 G + 2 H A]. output_WD: [G or, with ``concat``, 3 G, D]. output_bias_D. input_norm, output_norm: scale
+    and shift, [D] and [G], or None. position_weight: [2N - 1] and time_weight: [K + 1], or None: no relative bias.
+    """
+
+    uvqk_DE: Tensor
+    output_WD: Tensor
+    output_bias_D: Tensor
+    input_norm: tuple[Tensor, Tensor] | None
+    output_norm: tuple[Tensor, Tensor] | None
+    position_weight: Tensor | None
+    time_weight: Tensor | None
+
+    def pointers(self) -> _Layer:
+        """As decode.c reads them."""
+        scale_and_shift = (*(self.input_norm or (None, None)), *(self.output_norm or (None, None)))
+        weights = (self.uvqk_DE, self.output_WD, self.output_bias_D, *scale_and_shift)
+        return _Layer(*(_pointer(weight) for weight in (*weights, self.position_weight, self.time_weight)))
+
+
+class _Layer(ctypes.Structure):
+    """``Layer`` of decode.c."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in _POINTERS_OF_A_LAYER]
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of decode.c, field by field."""
+
+    _fields_ = [
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("x", "kept", "offsets", "query_offsets")),
+        *((name, ctypes.c_void_p) for name in ("key_times_s", "query_times_s", "bucket_from_s", "scratch")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "num_rows", "num_positions", "D", "heads", "A", "V")),
+        *((name, ctypes.c_int64) for name in ("max_len", "gate_only", "concat")),
+        ("alpha", ctypes.c_double),
+        ("eps", ctypes.c_double),
+    ]  # fmt: skip
+
+
+def is_available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``hstu_decode`` can be had for tensors of this dtype and device; compiles it the first time."""
+    return device.type == "cpu" and dtype in {torch.float32, torch.float64} and _library(dtype) is not None
+
+
+def hstu_decode(
+    x_MD: Tensor,
+    kept_layers_LW: Tensor,
+    layers: Sequence[LayerWeights],
+    *,
+    offsets: Tensor,
+    query_offsets: Tensor,
+    times_s: tuple[Tensor, Tensor],
+    heads: int,
+    attention_dim: int,
+    hidden_dim: int,
+    max_len: int,
+    alpha: float,
+    eps: float,
+    gate_only: bool,
+    concat: bool,
+) -> Tensor:
+    """x_MD behind the last layer; the new positions' keys and values are written into kept_layers_LW. No gradients.
+
+    x_MD: float[M, D], what the first layer reads of the newest positions of each row. kept_layers_LW: float[layers, L,
+    W], the keys and values of all positions, packed heads one after the other, keys before values. offsets,
+    query_offsets: int64[B + 1], how the L positions and the M new ones fall to the rows of at most max_len positions.
+    times_s: int64[L] and int64[M] seconds, as ``RelativeBias`` takes them. gate_only: SiLU on the gate alone. concat:
+    the output matrix reads gate, attended and gated.
+
+    Equal, up to rounding, to hstu_input, hstu_attention (causal) and hstu_output layer by layer. Pays for few new
+    positions: the weights of a layer are read again for each. KernelUnavailableError where ``is_available`` is false,
+    ValueError for shapes that do not fit.
+    """
+    library = _library(x_MD.dtype) if x_MD.device.type == "cpu" else None
+    if library is None:
+        raise KernelUnavailableError("hstu_decode is for a CPU, and needs a C compiler: go through the layers instead")
+    x_MD = x_MD.contiguous().clone()
+    times_L, times_M = (times.contiguous() for times in times_s)
+    width = heads * (attention_dim + hidden_dim)
+    _check(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width)
+    time_weight = layers[0].time_weight if layers else None
+    buckets = None if time_weight is None else bucket_from_s(time_weight.shape[0] - 1)
+    sizes = (x_MD.shape[1], heads, attention_dim, hidden_dim, max_len)
+    scratch = torch.empty(library.hstu_decode_scratch(*(ctypes.c_int64(size) for size in sizes)), dtype=x_MD.dtype)
+    call = _Call(
+        (_Layer * len(layers))(*(layer.pointers() for layer in layers)),
+        *(_pointer(tensor) for tensor in (x_MD, kept_layers_LW, offsets, query_offsets, times_L, times_M, buckets)),
+        scratch.data_ptr(),
+        len(layers),
+        offsets.shape[0] - 1,
+        kept_layers_LW.shape[1],
+        *sizes,
+        gate_only,
+        concat,
+        alpha,
+        eps,
+    )
+    library.hstu_decode_run(ctypes.byref(call))
+    return x_MD
+
+
+def _check(
+    x_MD: Tensor,
+    kept_layers_LW: Tensor,
+    layers: Sequence[LayerWeights],
+    offsets: Tensor,
+    query_offsets: Tensor,
+    times_s: tuple[Tensor, Tensor],
+    width: int,
+) -> None:
+    """What would make the C code read or write outside of the tensors."""
+    if kept_layers_LW.shape != (len(layers), times_s[0].shape[0], width) or not kept_layers_LW.is_contiguous():
+        raise ValueError(
+            f"kept_layers_LW must be contiguous [{len(layers)}, {times_s[0].shape[0]}, {width}], got"
+            f" {tuple(kept_layers_LW.shape)}"
+        )
+    if times_s[1].shape[0] != x_MD.shape[0]:
+        raise ValueError(f"times_s has {times_s[1].shape[0]} query times for {x_MD.shape[0]} new positions")
+    for name, rows, num_values in (
+        ("offsets", offsets, kept_layers_LW.shape[1]),
+        ("query_offsets", query_offsets, x_MD.shape[0]),
+    ):
+        if rows.dtype != torch.int64 or rows.shape != offsets.shape or not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int64[B + 1], got {rows.dtype} of shape {tuple(rows.shape)}")
+        if rows.tolist()[0] != 0 or rows.tolist()[-1] != num_values:
+            raise ValueError(f"{name} must go from 0 to {num_values}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    library = native_library(_SOURCE, (f"REAL_BITS={torch.finfo(dtype).bits}",))
+    if library is not None:
+        library.hstu_decode_scratch.restype = ctypes.c_int64
+    return library
