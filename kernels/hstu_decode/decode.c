@@ -40,35 +40,12 @@ int64_t hstu_decode_scratch(int64_t D, int64_t heads, int64_t A, int64_t V, int6
     return D + (2 * G + 2 * heads * A) + 4 * G + 2 * max_len + 8 * LANES;
 }
 
-/* to = scale * (x - mean) / sqrt(variance + eps) + shift; scale NULL: 1 and 0. */
-static void normalise(REAL *to, const REAL *x, int64_t n, REAL eps, const REAL *scale, const REAL *shift)
+INLINE REAL total(vec sums)
 {
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++)
-        sum += (double)x[i];
-    const double mean = sum / (double)n;
-    for (int64_t i = 0; i < n; i++)
-        squares += ((double)x[i] - mean) * ((double)x[i] - mean);
-    const REAL factor = (REAL)(1 / sqrt(squares / (double)n + (double)eps));
-    for (int64_t i = 0; i < n; i++)
-        to[i] = (x[i] - (REAL)mean) * factor;
-    if (scale)
-        for (int64_t i = 0; i < n; i++)
-            to[i] = to[i] * scale[i] + shift[i];
-}
-
-/* to[0..width) += sum over i of x[i] * weight[i][0..width), in the order of i. */
-static void add_product(REAL *restrict to, const REAL *restrict x, const REAL *restrict weight, int64_t n, int64_t width)
-{
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const REAL *w = weight + i * width;
-        for (int64_t j = 0; j < width; j++)
-            to[j] = to[j] + x[i] * w[j] + x[i + 1] * w[width + j] + x[i + 2] * w[2 * width + j] + x[i + 3] * w[3 * width + j];
-    }
-    for (; i < n; i++)
-        for (int64_t j = 0; j < width; j++)
-            to[j] += x[i] * weight[i * width + j];
+    for (int half = (int)LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            sums[lane] += sums[lane + half];
+    return sums[0];
 }
 
 INLINE REAL dot(const REAL *a, const REAL *b, int64_t n)
@@ -77,12 +54,47 @@ INLINE REAL dot(const REAL *a, const REAL *b, int64_t n)
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         sums += *(const loose *)(a + i) * *(const loose *)(b + i);
-    REAL sum = 0;
-    for (int lane = 0; lane < LANES; lane++)
-        sum += sums[lane];
+    REAL sum = total(sums);
     for (; i < n; i++)
         sum += a[i] * b[i];
     return sum;
+}
+
+/* to = scale * (x - mean) / sqrt(variance + eps) + shift; scale NULL: 1 and 0. */
+static void normalise(REAL *to, const REAL *x, int64_t n, REAL eps, const REAL *scale, const REAL *shift)
+{
+    vec sums = {0};
+    int64_t whole_to = n / LANES * LANES;
+    for (int64_t i = 0; i < whole_to; i += LANES)
+        sums += *(const loose *)(x + i);
+    REAL sum = total(sums);
+    for (int64_t i = whole_to; i < n; i++)
+        sum += x[i];
+    const REAL mean = sum / (REAL)n;
+    for (int64_t i = 0; i < n; i++)
+        to[i] = x[i] - mean;
+    const REAL factor = 1 / SQRT(dot(to, to, n) / (REAL)n + eps);
+    for (int64_t i = 0; i < n; i++)
+        to[i] *= factor;
+    if (scale)
+        for (int64_t i = 0; i < n; i++)
+            to[i] = to[i] * scale[i] + shift[i];
+}
+
+/* to[0..width) += sum over i of x[i] * rows[i][0..width), in the order of i; stride: from one row to the next. */
+static void add_product(REAL *restrict to, const REAL *restrict x, const REAL *restrict rows, int64_t stride, int64_t n,
+                        int64_t width)
+{
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const REAL *row = rows + i * stride;
+        for (int64_t j = 0; j < width; j++)
+            to[j] = to[j] + x[i] * row[j] + x[i + 1] * row[stride + j] + x[i + 2] * row[2 * stride + j] +
+                    x[i + 3] * row[3 * stride + j];
+    }
+    for (; i < n; i++)
+        for (int64_t j = 0; j < width; j++)
+            to[j] += x[i] * rows[i * stride + j];
 }
 
 /* x = silu(x) / divisor of n numbers; up to the next whole vector more is overwritten. */
@@ -123,9 +135,7 @@ static void attend(const Call *call, REAL *o, const REAL *q, const REAL *keys, R
     silu(score, i + 1, (REAL)call->max_len);
     for (int64_t w = 0; w < call->V; w++)
         o[w] = 0;
-    for (int64_t j = 0; j <= i; j++)
-        for (int64_t w = 0; w < call->V; w++)
-            o[w] += score[j] * v[j * stride + w];
+    add_product(o, score, v, stride, i + 1, call->V);
 }
 
 /* One layer for the position i of a row: x becomes the next layer's; its keys and values are kept. keys, key_s: of the
@@ -139,7 +149,7 @@ static void one_position(const Call *call, const Layer *layer, REAL *x, REAL *ke
     normalise(normed, x, D, (REAL)call->eps, layer->input_scale, layer->input_shift);
     for (int64_t e = 0; e < E; e++)
         entered[e] = 0;
-    add_product(entered, normed, layer->uvqk, D, E);
+    add_product(entered, normed, layer->uvqk, E, D, E);
     if (call->gate_only) { /* not by whole vectors: behind u comes v */
         for (int64_t e = 0; e < G; e++)
             entered[e] = entered[e] / (1 + EXP(-entered[e]));
@@ -170,7 +180,7 @@ static void one_position(const Call *call, const Layer *layer, REAL *x, REAL *ke
         }
     for (int64_t d = 0; d < D; d++)
         x[d] += layer->output_bias[d];
-    add_product(x, y, layer->output, call->concat ? 3 * G : G, D);
+    add_product(x, y, layer->output, D, call->concat ? 3 * G : G, D);
 }
 
 void hstu_decode_run(const Call *call)
