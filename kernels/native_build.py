@@ -58,7 +58,8 @@ def _compile(source: Path, flags: tuple[str, ...], library: Path) -> None:
     # Several processes may do this at once: each makes its own, and the last rename stays.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *flags, f"-I{Path(__file__).parent}", "-shared", "-fPIC", str(source), "-o", str(made), "-lm"]
+        built = ["-shared", "-fPIC", f"-I{Path(__file__).parent}", str(source), "-o", str(made), "-lm"]
+        command = [compiler, *flags, *built]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS_MAX)
         made.replace(library)
 

@@ -6,8 +6,6 @@
 
    D: model width. H heads, A and V: widths of queries/keys and of values of one head, G = H * V. */
 
-#include <math.h>
-#include <stdint.h>
 
 #include "native_vectors.h"
 
