@@ -228,6 +228,12 @@ class LossConfig:
     stochastic_length_selection: Literal["recent", "feature_weighted", "uniform"] = "feature_weighted"
     """Which interactions a shortened history keeps besides those learned from. recent: the newest. uniform: any.
     feature_weighted: any, the oldest with less weight."""
+    stochastic_length_balance: bool = False
+    """Choose which long histories are read whole so that every step costs alike, each as often as without. Steps then
+    take more even time and memory; on average they cost the same."""
+    stochastic_length_pair_cost: float = 0.0
+    """For that: what one pair of positions costs in attention, in units of what one position costs elsewhere in a
+    layer. 0: by floating-point operations. Measure it where attention is slower or faster than those say."""
     action_weights: dict[str, float] = field(default_factory=dict)
     """How much an interaction counts as something to predict, by its action: {purchase = 3.0, view = 0.0}. 0: it is
     read in histories, but neither learned from nor measured. Actions that are not named count 1; one interaction with
@@ -241,6 +247,12 @@ class LossConfig:
         if alpha != 0 and not 1 < alpha <= 2:
             raise ValueError(f"stochastic_length_alpha is {alpha}; it must be 0 (off) or above 1 and at most 2")
         _require_one_of(self, "stochastic_length_selection", ("recent", "feature_weighted", "uniform"))
+        if self.stochastic_length_balance and not alpha:
+            raise ValueError(
+                "stochastic_length_balance is set and stochastic_length_alpha is 0: nothing is shortened that could be"
+                " balanced; set stochastic_length_alpha above 1 too"
+            )
+        _require(self, "stochastic_length_pair_cost", 0.0, 1e6)
         _require(self, "num_hard_negatives", 0, 1 << 31)
         _require(self, "num_negatives", 1, 1 << 24)
         _require(self, "positions_per_chunk", 1, 1 << 20)

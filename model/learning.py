@@ -18,7 +18,7 @@ from model.initial import NORM_EPS
 from model.item_table import ActiveRows
 from model.losses import attach_gradients, candidate_log_q, draw_distribution, draw_negatives
 from model.recommender import Recommender
-from model.stochastic_length import StochasticLength, shortened
+from model.stochastic_length import DrawsLengths, StochasticLength, shortened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +52,13 @@ def supervised_pass(
     *,
     generator: torch.Generator,
     on_logits: OnLogits | None = None,
+    lengths: DrawsLengths | None = None,
 ) -> SupervisedPass:
     """Run the model once and form the loss at the targets.
 
     generator: stochastic length, dropout and negatives; part of a trainer's checkpoint. on_logits: sees the logits of
-    the very same pass over the whole live catalogue, for metrics taken before the update (test, then train).
+    the very same pass over the whole live catalogue, for metrics taken before the update (test, then train). lengths:
+    how stochastic length draws, None: each history by itself.
     """
     if loss_config.stochastic_length_alpha:
         rule = StochasticLength(
@@ -64,7 +66,7 @@ def supervised_pass(
             max_len=recommender.config.max_len,
             selection=loss_config.stochastic_length_selection,
         )
-        batch, targets = shortened(batch, targets, rule, generator=generator)
+        batch, targets = shortened(batch, targets, rule, generator=generator, lengths=lengths)
     if loss_config.kind == "full":
         return _full_pass(recommender, batch, targets, loss_config, generator, on_logits)
     return _sampled_pass(recommender, batch, targets, loss_config, generator, on_logits)

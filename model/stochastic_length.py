@@ -13,7 +13,7 @@ Shapes: B users, L positions, K kept positions, P supervised positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ def short_len(*, alpha: float, max_len: int) -> int:
     return round(power) if abs(power - round(power)) < 1e-9 * power else int(power)
 
 
+def whole_probability(lengths_B: Tensor, *, alpha: float, max_len: int) -> Tensor:
+    """float64[B]: how likely each history is read whole."""
+    longest_short = short_len(alpha=alpha, max_len=max_len)
+    sampled_B = (float(max_len) ** alpha / lengths_B.double().clamp(min=1).square()).clamp(max=1)
+    return torch.where(lengths_B <= longest_short, 1.0, sampled_B)
+
+
 def sampled_lengths(lengths_B: Tensor, *, alpha: float, max_len: int, generator: torch.Generator) -> Tensor:
     """int64[B]: how many interactions of each history are read. lengths_B: int64[B].
 
@@ -76,6 +83,14 @@ def sampled_lengths(lengths_B: Tensor, *, alpha: float, max_len: int, generator:
     return torch.where(whole, lengths_B, longest_short)
 
 
+class DrawsLengths(Protocol):
+    """Draws how many interactions of each history are read, by another rule than ``sampled_lengths``."""
+
+    def sampled_lengths(self, lengths_B: Tensor, *, generator: torch.Generator) -> Tensor:
+        """int64[B] of int64[B]: each length as it is or ``short_len``."""
+        ...
+
+
 def kept_positions(
     rule: StochasticLength,
     offsets: Tensor,
@@ -83,15 +98,20 @@ def kept_positions(
     *,
     generator: torch.Generator,
     always_L: Tensor | None = None,
+    lengths: DrawsLengths | None = None,
 ) -> Tensor:
     """int64[K]: the packed positions to read, ascending.
 
     offsets: int64[B + 1]. timestamps_L: int64[L], ascending in each row, any unit. always_L: bool[L], positions that
     are kept whatever the draw; they take the place of others, and a row with more of them than it should have is
-    longer. The newest position of a row is always kept. A function of the arguments and the generator's state.
+    longer. The newest position of a row is always kept. lengths: None draws each history's by itself. A function of the
+    arguments and the generator's state.
     """
     rows_L = row_index(offsets, timestamps_L.shape[0])
-    lengths_B = sampled_lengths(offsets.diff(), alpha=rule.alpha, max_len=rule.max_len, generator=generator)
+    if lengths is None:
+        lengths_B = sampled_lengths(offsets.diff(), alpha=rule.alpha, max_len=rule.max_len, generator=generator)
+    else:
+        lengths_B = lengths.sampled_lengths(offsets.diff(), generator=generator).to(offsets.device)
     newest_L = torch.zeros_like(timestamps_L, dtype=torch.bool)
     newest_L[offsets[1:][offsets.diff() > 0] - 1] = True
     always_L = newest_L if always_L is None else newest_L | always_L
@@ -127,7 +147,12 @@ def _recency_weight(offsets: Tensor, timestamps_L: Tensor) -> Tensor:
 
 
 def shortened(
-    batch: HistoryBatch, targets: Targets, rule: StochasticLength, *, generator: torch.Generator
+    batch: HistoryBatch,
+    targets: Targets,
+    rule: StochasticLength,
+    *,
+    generator: torch.Generator,
+    lengths: DrawsLengths | None = None,
 ) -> tuple[HistoryBatch, Targets]:
     """The batch with long histories shortened, and the same targets at their new positions.
 
@@ -136,7 +161,9 @@ def shortened(
     """
     always_L = torch.zeros(batch.num_positions, dtype=torch.bool, device=batch.offsets.device)
     always_L[targets.positions_P] = True
-    kept_K = kept_positions(rule, batch.offsets, batch.timestamps_ms_L, generator=generator, always_L=always_L)
+    kept_K = kept_positions(
+        rule, batch.offsets, batch.timestamps_ms_L, generator=generator, always_L=always_L, lengths=lengths
+    )
     return batch.take(kept_K), replace(targets, positions_P=torch.searchsorted(kept_K, targets.positions_P))
 
 
@@ -147,4 +174,13 @@ def _check_rule(alpha: float, max_len: int) -> None:
         raise ValueError(f"max_len is {max_len}; it must be 1 or more interactions")
 
 
-__all__ = ["Selection", "StochasticLength", "kept_positions", "sampled_lengths", "short_len", "shortened"]
+__all__ = [
+    "DrawsLengths",
+    "Selection",
+    "StochasticLength",
+    "kept_positions",
+    "sampled_lengths",
+    "short_len",
+    "shortened",
+    "whole_probability",
+]

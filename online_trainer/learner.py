@@ -18,6 +18,7 @@ from model.batch import HistoryBatch, Targets
 from model.compute import Compute
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.learning import SupervisedPass, supervised_pass
+from model.load_balance import LengthBalancer
 from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
 from model.ranking_settings import RankingSettings
@@ -101,6 +102,7 @@ class OnlineLearner:
         self._unreported: list[DriftDecision] = []
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._replay = StaleReplay()
+        self._lengths = LengthBalancer.of(config.model, config.loss)
         self._content = ItemContent(config.items.content_items, config.model.embedding_dim)
         self.items_read: dict[int, int] = {}
         """Partition of `items` → next offset to be told of."""
@@ -264,7 +266,13 @@ class OnlineLearner:
         supervised = self._with_replay(history, targets, examples, weight_L)
         num_tested = targets.rows_P.shape[0]
         learned = supervised_pass(
-            self.model, history, supervised, self._config.loss, generator=self._generator, on_logits=test.on_logits
+            self.model,
+            history,
+            supervised,
+            self._config.loss,
+            generator=self._generator,
+            on_logits=test.on_logits,
+            lengths=self._lengths,
         )
         found = self.evaluation.finish(test)
         if self.on_tested is not None:
@@ -355,7 +363,9 @@ class OnlineLearner:
 
     def _rehearse(self, history: HistoryBatch, targets: Targets) -> None:
         for _ in range(self._config.drift.rehearse_steps):
-            learned = supervised_pass(self.model, history, targets, self._config.loss, generator=self._generator)
+            learned = supervised_pass(
+                self.model, history, targets, self._config.loss, generator=self._generator, lengths=self._lengths
+            )
             if not (math.isfinite(loss := float(learned.loss.detach())) and self._train(learned)):
                 logger.error("a rehearsal's loss in step %d is %s: it ends there", self.ledger.num_steps + 1, loss)
                 return
@@ -426,6 +436,8 @@ class OnlineLearner:
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors |= {f"replay.{name}": tensor for name, tensor in self._replay.state().items()}
         tensors |= {f"content.{name}": tensor for name, tensor in self._content.state().items()}
+        if self._lengths is not None:
+            tensors |= {f"lengths.{name}": tensor for name, tensor in self._lengths.state().items()}
         tensors["generator"] = self._generator.get_state()
         if self._last_good is not None:
             tensors |= {f"last_good.{name}": tensor for name, tensor in self._last_good.tensors().items()}
@@ -462,6 +474,8 @@ class OnlineLearner:
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._replay.load_state(part("replay."))
         self._content.load_state(part("content."))
+        if self._lengths is not None:
+            self._lengths.load_state(part("lengths."))
         self._guard.load_state(checkpoint.state["guard"])
         self._generator.set_state(checkpoint.tensors["generator"])
         self.drift.load_state(checkpoint.state["drift"])

@@ -43,12 +43,14 @@ class RecordedStream:
     updates: list[HistoryUpdate]
 
     @staticmethod
-    def config(*, items: ItemsConfig | None = None, max_items: int = 1000, **trainer: Any) -> LearnerConfig:
+    def config(
+        *, items: ItemsConfig | None = None, loss: LossConfig | None = None, max_items: int = 1000, **trainer: Any
+    ) -> LearnerConfig:
         return LearnerConfig(
             trainer=TrainerConfig(**({"metrics_window": 100} | trainer)),
             items=items or ItemsConfig(),
             model=dataclasses.replace(MODEL, max_items=max_items),
-            loss=LossConfig(),
+            loss=loss or LossConfig(),
             optimizer=OptimizerConfig(),
         )
 

@@ -10,6 +10,7 @@ import torch
 
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
+from model.config import LossConfig
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
 from online_trainer.learner import MeasuredStep, OnlineLearner
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
@@ -64,6 +65,20 @@ def test_a_run_continued_from_a_checkpoint_equals_an_unbroken_one(
     continued.load_checkpoint(checkpoint)
     run(stream, continued)
     assert_equal(unbroken.capture_checkpoint(), continued.capture_checkpoint())
+
+
+@pytest.mark.parametrize("steps", [20, 57])
+def test_a_run_with_balanced_lengths_continues_bit_by_bit_within_its_warm_up_and_after_it(
+    store: FeatureStore, steps: int
+) -> None:
+    loss = LossConfig(stochastic_length_alpha=1.2, stochastic_length_balance=True)
+    stream = record_stream(store, walks(1_000))
+    unbroken = run(stream, stream.learner(loss=loss)).capture_checkpoint()
+    continued = stream.learner(loss=loss)
+    continued.load_checkpoint(run(stream, stream.learner(loss=loss), steps=steps).capture_checkpoint())
+    assert_equal(unbroken, run(stream, continued).capture_checkpoint())
+    plain = run(stream, stream.learner(loss=LossConfig(stochastic_length_alpha=1.2))).capture_checkpoint()
+    assert not torch.equal(plain.tensors["dense.log_scale"], unbroken.tensors["dense.log_scale"])
 
 
 def test_late_events_do_not_break_the_continuation(store: FeatureStore) -> None:

@@ -1,0 +1,141 @@
+"""The closed form of an encoder's operations against torch's counter, and its pairs against the masks themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.hstu_attention import AttentionMask
+from model.batch import HistoryBatch
+from model.config import ModelConfig
+from model.flops import (
+    Pattern,
+    dense_forward_flops,
+    forward_flops,
+    scoring_flops,
+    segments_of,
+    shortened_mean,
+    training_flops,
+)
+from model.recommender import Recommender
+from model.stochastic_length import sampled_lengths
+
+LENGTHS = [7, 1, 12, 0, 5]
+CONFIGS = [
+    ModelConfig(embedding_dim=8, num_layers=2, num_heads=2, attention_dim=4, hidden_dim=4, max_len=12),
+    ModelConfig(
+        embedding_dim=10,
+        num_layers=3,
+        num_heads=3,
+        attention_dim=4,
+        hidden_dim=6,
+        max_len=16,
+        concat_output=True,
+        relative_bias=False,
+    ),
+]
+
+
+def measured(config: ModelConfig, lengths: list[int], *, backward: bool) -> int:
+    """What torch counts for one pass of the reference over histories of these lengths."""
+    recommender = Recommender(config)
+    items = recommender.items.admit(torch.arange(1, 20).numpy())
+    times = torch.arange(sum(lengths)) * 1_000
+    batch = HistoryBatch(
+        rows_L=torch.from_numpy(items)[times // 1_000 % len(items)],
+        timestamps_ms_L=times,
+        query_times_ms_L=times,
+        offsets=torch.tensor([0, *itertools.accumulate(lengths)]),
+    )
+    active = recommender.items.activate(batch.rows_L)
+    with FlopCounterMode(display=False) as counter:
+        u_LD = recommender.encode(batch, active, kernel="reference")
+        if backward:
+            u_LD.sum().backward()  # type: ignore[no-untyped-call]
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_pass_forward_is_what_torch_counts_on_the_reference(config: ModelConfig) -> None:
+    want = measured(config, LENGTHS, backward=False)
+    assert dense_forward_flops(segments_of(config), torch.tensor(LENGTHS)) == want
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_forward_and_backward_are_three_times_a_pass_forward(config: ModelConfig) -> None:
+    assert measured(config, LENGTHS, backward=True) == 3 * measured(config, LENGTHS, backward=False)
+
+
+def test_a_history_alone_is_counted_like_the_reference_but_for_the_pairs_that_the_mask_forbids() -> None:
+    config = CONFIGS[0]
+    (segment,) = segments_of(config)
+    length = torch.tensor([12])
+    forbidden = 12 * 12 - 12 * 13 // 2
+    dense = dense_forward_flops((segment,), length)
+    assert float(forward_flops((segment,), length)) == dense - segment.num_layers * forbidden * segment.per_pair
+
+
+PATTERNS = [
+    Pattern(),
+    Pattern(max_attn_len=3),
+    Pattern(max_attn_len=3, min_full_attn_len=4),
+    Pattern(max_attn_len=2, num_oldest_keys=3),
+    Pattern(max_attn_len=4, min_full_attn_len=2, num_oldest_keys=5),
+    Pattern(max_attn_len=50, min_full_attn_len=9, num_oldest_keys=1),
+]
+
+
+def visible(pattern: Pattern, length: int, num_targets: int) -> torch.Tensor:
+    mask = AttentionMask(
+        num_targets_B=torch.tensor([num_targets]),
+        max_attn_len=pattern.max_attn_len,
+        min_full_attn_len=pattern.min_full_attn_len,
+        num_oldest_keys=pattern.num_oldest_keys,
+    )
+    index = torch.arange(length + num_targets)[None]
+    lengths = torch.tensor([length + num_targets])
+    return mask.visible(index, index, lengths, torch.tensor([num_targets]))[0]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pairs_are_those_of_the_mask(pattern: Pattern) -> None:
+    for length in (0, 1, 2, 3, 4, 5, 8, 13, 30):
+        n_B = torch.tensor([length])
+        seen = visible(pattern, length, 3)
+        assert int(pattern.pairs(n_B)) == int(seen[:length, :length].sum()), length
+        assert [int(pattern.keys_of_target(n_B))] * 3 == seen[length:].sum(1).tolist(), length
+
+
+def test_candidates_add_their_own_positions_and_the_keys_they_see() -> None:
+    (segment,) = segments_of(CONFIGS[0])
+    lengths = torch.tensor([6, 11])
+    added = forward_flops((segment,), lengths, num_candidates=4) - forward_flops((segment,), lengths)
+    want = [segment.num_layers * 4 * (segment.per_position + (n + 1) * segment.per_pair) for n in (6, 11)]
+    assert added.tolist() == want
+
+
+def test_the_expectation_under_stochastic_length_is_the_mean_over_draws() -> None:
+    segments, lengths = segments_of(CONFIGS[0]), torch.tensor([3, 40, 70, 100])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sampled_lengths(lengths, alpha=1.5, max_len=100, generator=generator) for _ in range(20_000)])
+    costs = 3 * forward_flops(segments, drawn)
+    spread = costs.std(0) / len(drawn) ** 0.5
+    expected = training_flops(segments, lengths, alpha=1.5, max_len=100)
+    assert bool(((costs.mean(0) - expected).abs() <= 4 * spread).all())
+    assert torch.equal(training_flops(segments, lengths), 3 * forward_flops(segments, lengths))
+    whole = shortened_mean(lambda n: n.double(), lengths, alpha=2.0, max_len=100)
+    assert torch.equal(whole, lengths.double())
+
+
+def test_scoring_is_one_product() -> None:
+    with FlopCounterMode(display=False) as counter:
+        torch.randn(5, 8) @ torch.randn(8, 30)
+    assert scoring_flops(CONFIGS[0], 5, 30) == counter.get_total_flops()
+
+
+def test_encoders_whose_operations_are_not_known_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="kind is 'gru'"):
+        segments_of(ModelConfig(kind="gru"))
