@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ quality: $(STAMP) ## prequential quality on movietweetings and globo-news; ARGS=
 
 bench-metrics: $(STAMP) ## the share of a training step that its prequential metrics cost; ARGS="--losses full"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_metrics.py $(ARGS)
+
+bench-length-balance: $(STAMP) ## straggler ratios of plain and load-balanced stochastic length, ranks as processes; ARGS="--ranks 4"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_length_balance.py $(ARGS)
 
 bench-swap: $(STAMP) ## the pause of a hot swap; ARGS="--items 36000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_swap.py $(ARGS)

@@ -225,7 +225,7 @@ def note_publication(
     """Write down that an arm publishes the trainer's present weights."""
     ledger, model = learner.ledger, learner.model
     num_rows = model.items.num_items if arm.number < 0 else len(changed.since(arm.published_step, model))
-    num_bytes = num_bytes_of(num_rows, model)
+    num_bytes = num_bytes_of(num_rows, model, learner.row_precision)
     arm.number += 1
     arm.published_ms, arm.published_step = at_ms, ledger.num_steps
     answers.published(arm.name, num_bytes)
@@ -274,7 +274,13 @@ class DelayedArm:
         with self._answers.spending([self.arm.name]):
             since = self.arm.published_step if self.arm.number >= 0 else None
             ledger = self._learner.ledger
-            snapshot = taken_snapshot(self._learner.model, self._changed, step=ledger.num_steps, since=since)
+            snapshot = taken_snapshot(
+                self._learner.model,
+                self._changed,
+                step=ledger.num_steps,
+                since=since,
+                row_precision=self._learner.row_precision,
+            )
             note_publication(self.arm, at_ms, self._learner, self._changed, self._answers)
             who = Answerer(arm=self.arm.name, number=self.arm.number, watermark_ms=ledger.watermark_ms)
             visible_ms = at_ms + self.arm.weights_lag_ms

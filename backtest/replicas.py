@@ -5,6 +5,8 @@ Shapes: V rows of the catalogue, R rows carried, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.manifest import Manifest
 from model.recommender import Catalogue, Recommender
+from model.row_precision import RowPrecision, as_published, bytes_of_row
 from model.snapshot import RowBlock, Snapshot
 from model.swap import apply_snapshot, take_rows
 
@@ -66,13 +69,24 @@ class ChangedRows:
         self._num_retired, self._moved_step, self._lent_step = state["numbers"].tolist()
 
 
-def taken_snapshot(model: Recommender, changed: ChangedRows, *, step: int, since: int | None) -> Snapshot:
-    """The weights after a step as a snapshot in memory: a delta on those after step `since`, whole for None."""
+def taken_snapshot(
+    model: Recommender,
+    changed: ChangedRows,
+    *,
+    step: int,
+    since: int | None,
+    row_precision: RowPrecision = "float32",
+) -> Snapshot:
+    """The weights after a step as a snapshot in memory: a delta on those after step `since`, whole for None.
+
+    Embeddings are what they are once written with this precision and read again.
+    """
     if since is None or changed.have_moved_since(since):
-        return snapshot_in_memory(
-            model, step=step, since=None, dense=model.dense_state(), rows=take_rows(model, "anchor")
-        )
-    rows = _rows_of(model, changed.since(since, model))
+        rows = take_rows(model, "anchor")
+        since = None
+    else:
+        rows = _rows_of(model, changed.since(since, model))
+    rows = replace(rows, weight=as_published(rows.weight, row_precision))
     return snapshot_in_memory(model, step=step, since=since, dense=model.dense_state(), rows=rows)
 
 
@@ -106,10 +120,10 @@ def _rows_of(model: Recommender, rows: Int64s) -> RowBlock:
     )
 
 
-def num_bytes_of(snapshot_rows: int, model: Recommender) -> int:
+def num_bytes_of(snapshot_rows: int, model: Recommender, row_precision: RowPrecision = "float32") -> int:
     """Bytes that a snapshot of so many rows carries: all dense parameters; embedding, bias, trend and id of a row."""
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return dense + snapshot_rows * (model.config.embedding_dim * 4 + 4 + 8 + 8)
+    return dense + snapshot_rows * (bytes_of_row(model.config.embedding_dim, row_precision) + 4 + 8 + 8)
 
 
 class Replica:

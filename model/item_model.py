@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from model.errors import StateMismatchError
 from model.item_table import ItemTable
+from model.row_precision import RowPrecision
 
 
 class ModelDescription(Protocol):
@@ -25,14 +26,15 @@ class ModelDescription(Protocol):
 class ItemModel(nn.Module):
     """Dense parameters (``named_parameters``) and ``items``; a subclass sets config and items.
 
-    snapshot_version, snapshot_hash: the snapshot whose weights these are and its content hash, None before the first
-    one is applied.
+    snapshot_version, snapshot_hash, snapshot_row_precision: the snapshot whose weights these are, its content hash and
+    the precision of its rows, None before the first one is applied.
     """
 
     config: ModelDescription
     items: ItemTable
     snapshot_version: int | None = None
     snapshot_hash: str | None = None
+    snapshot_row_precision: RowPrecision | None = None
 
     def dense_state(self) -> dict[str, Tensor]:
         """Copies of the dense parameters by name, on the host."""

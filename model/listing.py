@@ -45,6 +45,7 @@ class SnapshotListing:
                 "version": one.version,
                 "kind": one.kind,
                 "parent": one.parent,
+                "row_precision": one.row_precision,
                 "bytes": num_bytes(one),
                 "created_at_ms": one.created_at_ms,
                 "items": one.num_items,

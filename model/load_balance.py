@@ -10,7 +10,7 @@ a rank is given differs, and so do the draws of which of them are read whole. He
    decides about all of them (systematic sampling): of histories of similar length the right number is read whole;
 3. at fixed steps the ranks sum what they saw (all-reduce), which renews the target, and corrects a bias: a history in
    heavy company is read whole more rarely and one in light company more often, which need not cancel for each length.
-   Corrections of the log-odds per class of length bring the share that is read whole back to what plain stochastic length gives.
+   Corrections of the log-odds, one for each class of length, bring the share that is read whole back to the rule's.
 
 So the chance of a history to be read whole is that of plain stochastic length on average over its company, whatever its
 length. The paper prefers important histories among equals; none is preferred here.

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from model.errors import SnapshotFormatError
+from model.row_precision import ROW_PRECISIONS, RowPrecision
 
 FORMAT_VERSION = 1
 """Raised when a reader of the older format could misread the newer one."""
@@ -46,7 +47,8 @@ class Manifest:
     """The content of manifest.json; ``files`` is filled in by the writer.
 
     version: ascending from 1. parent: the version a delta applies to, None for an anchor. parent_hash: that
-    version's ``content_hash``, None in deltas of programs that did not tell. created_at_ms, watermark_ms: epoch
+    version's ``content_hash``, None in deltas of programs that did not tell. row_precision: of item embeddings in
+    rows.safetensors; a delta has its parent's. created_at_ms, watermark_ms: epoch
     milliseconds of publishing, and the event time learned up to. event_age, append_age: histograms of the ages of
     the events newly inside, as stream.freshness writes them. metrics: prequential, at the time of publishing.
     traceparent: W3C trace context of the publishing span. steps: which steps learned what is newly inside, as
@@ -67,6 +69,7 @@ class Manifest:
     event_age: dict[str, Any] = field(default_factory=dict)
     append_age: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    row_precision: RowPrecision = "float32"
     traceparent: str | None = None
     steps: list[dict[str, Any]] | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -75,6 +78,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.kind not in ("anchor", "delta"):
             raise ValueError(f"kind is {self.kind!r}; it must be anchor or delta")
+        if self.row_precision not in ROW_PRECISIONS:
+            raise ValueError(f"row_precision is {self.row_precision!r}; it must be one of {', '.join(ROW_PRECISIONS)}")
         if self.version < 1:
             raise ValueError(f"version is {self.version}; versions start at 1")
         if (self.kind == "anchor") != (self.parent is None):

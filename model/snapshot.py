@@ -34,6 +34,7 @@ from model.errors import (
 )
 from model.file_cache import FileCache
 from model.manifest import FileEntry, Lineage, Manifest, SnapshotPointer
+from model.row_precision import RoundedRows, RowPrecision, rounded_rows
 from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 
 __all__ = [
@@ -67,6 +68,13 @@ MAX_MANIFEST_BYTES = 16 << 20
 """A larger manifest is refused unread."""
 
 
+_WEIGHT_DTYPES: dict[RowPrecision, dict[str, torch.dtype]] = {
+    "float32": {"weight": torch.float32},
+    "int8": {"weight_codes": torch.int8, "weight_scale": torch.float32, "weight_width": torch.int64},
+    "int4": {"weight_codes": torch.uint8, "weight_scale": torch.float32, "weight_width": torch.int64},
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowBlock:
     """Item rows in the table's order, new items last.
@@ -82,11 +90,16 @@ class RowBlock:
     removed_ids: Tensor
     trend_as_of_ms: int
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The content of rows.safetensors."""
+    def tensors(self, precision: RowPrecision = "float32") -> dict[str, Tensor]:
+        """The content of rows.safetensors; embeddings other than float32 as codes and a scale a row."""
+        weight = {"weight": self.weight}
+        if precision != "float32":
+            rounded = rounded_rows(self.weight, precision)
+            width = torch.tensor([rounded.width], dtype=torch.int64)
+            weight = {"weight_codes": rounded.codes, "weight_scale": rounded.scale, "weight_width": width}
         return {
             "ids": self.ids,
-            "weight": self.weight,
+            **weight,
             "bias": self.bias,
             "trend": self.trend,
             "removed_ids": self.removed_ids,
@@ -94,11 +107,11 @@ class RowBlock:
         }
 
     @staticmethod
-    def of_tensors(tensors: dict[str, Tensor]) -> RowBlock:
-        """From ``tensors()``; SnapshotCorruptError if names, shapes or dtypes are not those of a row block."""
+    def of_tensors(tensors: dict[str, Tensor], precision: RowPrecision = "float32") -> RowBlock:
+        """From ``tensors(precision)``; SnapshotCorruptError if names, shapes or dtypes are not those of a row block."""
         dtypes = {
             "ids": torch.int64,
-            "weight": torch.float32,
+            **_WEIGHT_DTYPES[precision],
             "bias": torch.float32,
             "trend": torch.float64,
             "removed_ids": torch.int64,
@@ -106,11 +119,25 @@ class RowBlock:
         }
         if {name: tensor.dtype for name, tensor in tensors.items()} != dtypes:
             raise SnapshotCorruptError(f"{ROWS_NAME} must hold exactly {dtypes}")
+        if precision != "float32":
+            tensors = {**_without_codes(tensors), "weight": _weight_of_codes(tensors, precision)}
         num_rows = tensors["ids"].shape[0]
         if tensors["weight"].dim() != 2 or any(tensors[n].shape[0] != num_rows for n in ("weight", "bias", "trend")):
             raise SnapshotCorruptError(f"{ROWS_NAME} holds columns of different lengths")
         as_of_ms = int(tensors.pop("trend_as_of_ms"))
         return RowBlock(**tensors, trend_as_of_ms=as_of_ms)
+
+
+def _weight_of_codes(tensors: dict[str, Tensor], precision: RowPrecision) -> Tensor:
+    codes, scale, width = (tensors[f"weight_{name}"] for name in ("codes", "scale", "width"))
+    num_bytes = -1 if width.shape != (1,) else int(width) if precision == "int8" else (int(width) + 1) // 2
+    if codes.shape != (scale.shape[0], num_bytes):
+        raise SnapshotCorruptError(f"{ROWS_NAME} holds {tuple(codes.shape)} codes, not those of {precision} rows")
+    return RoundedRows(precision=precision, codes=codes, scale=scale, width=int(width)).weight()
+
+
+def _without_codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("weight_")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,13 +178,15 @@ def write_snapshot(
 ) -> Manifest:
     """Publish a snapshot and move the pointer to it, unless pinned; returns the manifest with sizes and hashes.
 
+    Embeddings are written with the manifest's row_precision.
+
     SnapshotExistsError if the version is already published. What a crashed attempt left behind is overwritten.
     reached: called after each stage with its name: ``encoded``, ``files``, ``ready``.
     """
     storage, folder = open_storage(root), snapshot_folder(manifest.model, manifest.version)
     if _is_finished(storage, folder):
         raise SnapshotExistsError(f"{storage.place(folder)} is already published; take the next version")
-    contents = {DENSE_NAME: _encoded(dense), ROWS_NAME: _encoded(rows.tensors())}
+    contents = {DENSE_NAME: _encoded(dense), ROWS_NAME: _encoded(rows.tensors(manifest.row_precision))}
     manifest = replace(manifest, files={name: _entry(content) for name, content in contents.items()})
     described = manifest.encode()
     reached("encoded")
@@ -264,7 +293,11 @@ def load_snapshot(root: SnapshotRoot, model: str, version: int, *, cache: FileCa
             tensors[name] = safetensors.torch.load(content)
         except safetensors.SafetensorError as error:
             raise SnapshotCorruptError(f"{storage.place(folder)}/{name} is no safetensors file: {error}") from error
-    return Snapshot(manifest=manifest, dense=tensors[DENSE_NAME], rows=RowBlock.of_tensors(tensors[ROWS_NAME]))
+    return Snapshot(
+        manifest=manifest,
+        dense=tensors[DENSE_NAME],
+        rows=RowBlock.of_tensors(tensors[ROWS_NAME], manifest.row_precision),
+    )
 
 
 def list_versions(root: SnapshotRoot, model: str) -> list[int]:
@@ -285,7 +318,7 @@ def chain(root: SnapshotRoot, model: str, *, have: int | None, want: int, have_h
     Deltas from ``have`` if there is an unbroken line of them, otherwise the newest anchor at or before ``want`` and
     its deltas: also if the line leads to a version of the same number and another content (have_hash: the content
     hash of ``have``, None: not known). SnapshotParentError if no line of finished snapshots leads to ``want``, each on
-    the content that it says it builds on.
+    the content that it says it builds on, with rows of its precision.
     """
     if have == want:
         return []
@@ -296,6 +329,11 @@ def chain(root: SnapshotRoot, model: str, *, have: int | None, want: int, have_h
         if child is not None and not child.builds_on(step, manifest.content_hash()):
             raise SnapshotParentError(
                 f"version {child.version} of {model!r} builds on another version {step} than the one that is there"
+            )
+        if child is not None and child.row_precision != manifest.row_precision:
+            raise SnapshotParentError(
+                f"version {child.version} of {model!r} has {child.row_precision} rows, version {step}, which it builds"
+                f" on, {manifest.row_precision}: a change of precision needs an anchor"
             )
         versions.append(step)
         if manifest.parent is None or manifest.builds_on(have, have_hash):

@@ -18,6 +18,7 @@ from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParent
 from model.item_model import ItemModel
 from model.item_table import Int64s, ItemTable, RowChange
 from model.manifest import SnapshotKind
+from model.row_precision import RowPrecision
 from model.snapshot import RowBlock, Snapshot
 
 
@@ -25,13 +26,14 @@ from model.snapshot import RowBlock, Snapshot
 class UndoDelta:
     """What ``undo_snapshot`` needs: everything a snapshot replaced, once.
 
-    version, content_hash: the one to go back to, None if there was none. applied: the one to undo. rows: int64[R],
-    the rows that existed before and were exchanged; ids, weight, bias, trend: their content. num_items,
+    version, content_hash, row_precision: the one to go back to, None if there was none. applied: the one to undo.
+    rows: int64[R], the rows that existed before and were exchanged; ids, weight, bias, trend: their content. num_items,
     trend_as_of_ms: of the table. table: all of what an anchor replaced, None after a delta.
     """
 
     version: int | None
     content_hash: str | None
+    row_precision: RowPrecision | None
     applied: int
     dense: dict[str, Tensor]
     rows: Tensor
@@ -113,6 +115,11 @@ def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot
             f"version {manifest.version} builds on another version {manifest.parent} than the one that is loaded: apply"
             " the chain from an anchor"
         )
+    if manifest.kind == "delta" and recommender.snapshot_row_precision not in (None, manifest.row_precision):
+        raise SnapshotParentError(
+            f"version {manifest.version} has {manifest.row_precision} rows, the version that is loaded has"
+            f" {recommender.snapshot_row_precision}: a change of precision needs an anchor"
+        )
     if block.weight.shape[1] != items.config.embedding_dim:
         raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {items.config.embedding_dim}")
     change, table = None, None
@@ -131,6 +138,7 @@ def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot
     undo = UndoDelta(
         version=recommender.snapshot_version,
         content_hash=recommender.snapshot_hash,
+        row_precision=recommender.snapshot_row_precision,
         applied=manifest.version,
         dense={name: parameter.data for name, (parameter, _) in dense.items()},
         rows=rows,
@@ -159,6 +167,7 @@ def carry_out(planned: PlannedSnapshot) -> UndoDelta:
         recommender.items.trend_as_of_ms = block.trend_as_of_ms
     recommender.snapshot_version = planned.undo.applied
     recommender.snapshot_hash = planned.snapshot.content_hash
+    recommender.snapshot_row_precision = planned.snapshot.manifest.row_precision
     return planned.undo
 
 
@@ -190,6 +199,11 @@ def merge_deltas(deltas: Sequence[Snapshot]) -> Snapshot:
             raise SnapshotParentError(
                 f"version {manifest.version} changes version {manifest.parent}, but"
                 f" {'another version' if manifest.parent == before else 'version'} {before} comes before it"
+            )
+        if manifest.row_precision != merged.manifest.row_precision:
+            raise SnapshotParentError(
+                f"version {manifest.version} has {manifest.row_precision} rows, version {before}"
+                f" {merged.manifest.row_precision}: a change of precision needs an anchor"
             )
         if _form(delta) != _form(merged):
             raise StateMismatchError(f"version {manifest.version} carries other tensors than version {before}")
@@ -249,6 +263,7 @@ def undo_snapshot(recommender: ItemModel, undo: UndoDelta) -> None:
         items.put_back(undo.num_items, undo.rows, undo.ids, (undo.weight, undo.bias, undo.trend))
         items.trend_as_of_ms = undo.trend_as_of_ms
     recommender.snapshot_version, recommender.snapshot_hash = undo.version, undo.content_hash
+    recommender.snapshot_row_precision = undo.row_precision
 
 
 def _differences(recommender: ItemModel, other: dict[str, Any]) -> str:

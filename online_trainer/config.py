@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from model.config import DeviceChoice, Precision
+from model.row_precision import ROW_PRECISIONS, RowPrecision
 
 LagPolicy = Literal["fall_behind", "larger_batches", "thin"]
 LAG_POLICIES: Final[tuple[LagPolicy, ...]] = get_args(LagPolicy)
@@ -74,6 +75,9 @@ class TrainerConfig:
     """... or after this many interactions, whichever is first."""
     anchor_every: int = 60
     """Every n-th snapshot is an anchor (everything); those between are deltas on their parent."""
+    row_precision: RowPrecision = "float32"
+    """Of item embeddings in snapshots: float32, or int8 or int4 with a scale per row, a quarter and an eighth of the
+    bytes. Training goes on in float32; workers answer by the rounded rows. A change begins with an anchor."""
     keep_anchors: int = 2
     """Anchors kept, with the deltas that follow them; older ones are deleted unless a replica or a pin needs them."""
     keep_publications_d: float = 7.0
@@ -124,7 +128,11 @@ class TrainerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)}: must not be negative")
         self._check_lag()
-        for name, choices in (("device", get_args(DeviceChoice)), ("precision", get_args(Precision))):
+        for name, choices in (
+            ("device", get_args(DeviceChoice)),
+            ("precision", get_args(Precision)),
+            ("row_precision", ROW_PRECISIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")
         if not 0 <= self.replay_share <= 0.95:

@@ -23,6 +23,7 @@ from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
 from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
+from model.row_precision import RowPrecision
 from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
@@ -134,6 +135,11 @@ class OnlineLearner:
     def num_items(self) -> int:
         """Size of the live catalogue."""
         return self.model.items.num_items
+
+    @property
+    def row_precision(self) -> RowPrecision:
+        """With which item embeddings are published."""
+        return self._config.trainer.row_precision
 
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, one micro-batch. Raises StoreUnavailableError with nothing changed."""

@@ -197,6 +197,7 @@ class Publisher:
             event_age=ages.event_age.to_dict(),
             append_age=ages.append_age.to_dict(),
             metrics=measured,
+            row_precision=self._config.row_precision,
             traceparent=traceparent,
             steps=[step.to_dict() for step in ages.steps],
         )

@@ -31,6 +31,7 @@ from model.errors import (
 from model.manifest import Lineage, Manifest, SnapshotKind
 from model.recommender import Recommender
 from model.retention import SnapshotRetention
+from model.row_precision import RowPrecision
 from model.snapshot import (
     READY_NAME,
     chain,
@@ -97,7 +98,13 @@ class DyingDisk(Disk):
 
 
 def publish(
-    root: Path, recommender: Recommender, version: int, kind: SnapshotKind, *, disk: Disk | None = None
+    root: Path,
+    recommender: Recommender,
+    version: int,
+    kind: SnapshotKind,
+    *,
+    disk: Disk | None = None,
+    row_precision: RowPrecision = "float32",
 ) -> Manifest:
     manifest = Manifest(
         model="hstu",
@@ -109,6 +116,7 @@ def publish(
         num_items=recommender.items.num_items,
         created_at_ms=1_700_000_000_000 + version,
         watermark_ms=recommender.items.trend_as_of_ms,
+        row_precision=row_precision,
         lineage=Lineage(log_id="log", positions={0: 10 * version, 1: 7}, num_interactions=3, fingerprint=2**64 - 5),
     )
     storage = LocalStorage(root, disk)

@@ -18,8 +18,11 @@ from feature_store.records import PublishedSnapshot
 from feature_store.store import FeatureStore
 from model.disk import Disk
 from model.pinning import pin_snapshot, unpin_snapshot
-from model.snapshot import list_versions, read_manifest, read_pointer
+from model.recommender import Recommender
+from model.row_precision import as_published
+from model.snapshot import chain, list_versions, load_snapshot, read_manifest, read_pointer
 from model.storage import LocalStorage, SnapshotRoot
+from model.swap import apply_snapshot
 from online_trainer.ages import PendingAges
 from online_trainer.config import TrainerConfig
 from online_trainer.gate import read_held
@@ -246,6 +249,31 @@ def test_a_delta_names_the_content_that_it_builds_on(desk: Desk) -> None:
     assert first.parent_hash is None
     assert (second.parent_hash, third.parent_hash) == (first.content_hash(), second.content_hash())
     assert len({one.content_hash() for one in (first, second, third)}) == 3
+
+
+def test_rows_are_published_with_the_precision_of_the_settings_and_a_change_begins_with_an_anchor(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    desk = Desk(store, tmp_path / "snapshots", {"row_precision": "int8"})
+    desk.publish()
+    desk.publish()
+    desk.settings = {"row_precision": "int4"}
+    desk.publisher = desk.open()
+    desk.publish()
+    desk.publish()
+    told = [read_manifest(desk.root, "default", version) for version in range(1, 5)]
+    assert [one.row_precision for one in told] == ["int8", "int8", "int4", "int4"]
+    assert [one.kind for one in told] == ["anchor", "delta", "anchor", "delta"]
+    replica = Recommender(desk.learner.model.config)
+    for version in chain(desk.root, "default", have=None, want=4):
+        apply_snapshot(replica, load_snapshot(desk.root, "default", version))
+    assert torch.equal(replica.items.weight, as_published(desk.learner.model.items.weight, "int4"))
+    assert torch.equal(replica.items.bias, desk.learner.model.items.bias)
+
+
+def test_an_unknown_precision_is_refused_by_the_settings_by_name() -> None:
+    with pytest.raises(ValueError, match=r"trainer.row_precision = 'int2': must be float32 or int8 or int4"):
+        TrainerConfig(row_precision="int2")  # type: ignore[arg-type]
 
 
 def test_what_the_store_was_not_told_is_made_up_for(desk: Desk) -> None:
