@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing.spawn import spawn
@@ -70,8 +71,8 @@ def run_rank(rank: int, plan: Plan, folder: str) -> None:
     encoder = HSTU(plan.model, torch.Generator().manual_seed(0))
     cpu_s = [[pass_s(encoder, read_B) for read_B in (one, other)] for one, other in _last(plain, balanced, plan)]
     found = {"lengths": lengths_SB, "plain": plain, "balanced": balanced}
-    times = {"cpu_s": torch.tensor(cpu_s, dtype=torch.float64), "draw_s": torch.tensor(draw_s)}
-    torch.save(found | times, f"{folder}/{rank}.pt")
+    times = {"cpu_s": torch.tensor(cpu_s, dtype=torch.float64), "draw_s": torch.tensor([draw_s])}
+    save_file(found | times, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -95,7 +96,7 @@ def pass_s(encoder: HSTU, read_B: Tensor) -> float:
 def measure(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         spawn(run_rank, args=(plan, folder), nprocs=plan.num_ranks)  # type: ignore[no-untyped-call]
-        parts = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(plan.num_ranks)]
+        parts = [load_file(Path(folder) / f"{rank}.safetensors") for rank in range(plan.num_ranks)]
     of_ranks = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     late = {name: of_ranks[name][:, 2 * WARM_UP :] for name in ("lengths", *ARMS)}
     load = LoadModel.of(plan.model)
