@@ -62,8 +62,8 @@ class Segment:
     """Layers that are alike and read the same positions.
 
     per_position: operations of one layer for one position besides attention. per_pair: of one layer for one pair.
-    tokens_each: positions of one interaction. latest: only so many of the newest positions are read; 0: all.
-    share: of a history's interactions that these layers read.
+    tokens_each: positions of one interaction. latest: only so many of the newest interactions are read, which move on
+    in hops; 0: all.
     """
 
     num_layers: int
@@ -72,12 +72,14 @@ class Segment:
     pattern: Pattern
     tokens_each: int = 1
     latest: int = 0
-    share: float = 1.0
+    hop: int = 1
 
     def positions(self, lengths_B: Tensor) -> Tensor:
         """int64[B]: what is read of histories of so many interactions."""
-        tokens_B = self.tokens_each * (lengths_B.double() * self.share).round().long()
-        return tokens_B.clamp(max=self.latest) if self.latest else tokens_B
+        if not self.latest:
+            return self.tokens_each * lengths_B
+        beyond_B = (lengths_B - self.latest).clamp(min=0)
+        return self.tokens_each * (lengths_B - (beyond_B + self.hop - 1) // self.hop * self.hop)
 
     def with_pair_cost(self, of_position: float) -> Segment:
         """The same, a pair costing so much of what a position costs."""
@@ -85,21 +87,34 @@ class Segment:
 
 
 def segments_of(config: ModelConfig) -> tuple[Segment, ...]:
-    """What the encoder of a configuration consists of; ValueError for one of another kind than HSTU."""
-    if config.kind != "hstu":
-        raise ValueError(f"kind is {config.kind!r}; operations are counted for hstu")
-    return (_layers(config, config.num_layers, Pattern()),)
+    """What the encoder of a configuration consists of; ValueError for kinds other than hstu and ultra_hstu.
 
-
-def _layers(config: ModelConfig, num_layers: int, pattern: Pattern) -> Segment:
+    Of the action encoder of merged and interleaved tokens, one small matrix for each interaction is not counted.
+    """
+    if config.kind not in ("hstu", "ultra_hstu"):
+        raise ValueError(f"kind is {config.kind!r}; operations are counted for hstu and ultra_hstu")
+    plan = config.plan()
     gate, attention = config.num_heads * config.hidden_dim, config.num_heads * config.attention_dim
     output = gate * (3 if config.concat_output else 1)
-    return Segment(
-        num_layers=num_layers,
+    is_of_queries, each = plan.global_attn == "newest_queries", plan.tokens_per_interaction
+    pattern = Pattern()
+    if plan.local_len:
+        pattern = Pattern(
+            max_attn_len=each * plan.local_len,
+            min_full_attn_len=each * plan.global_len if is_of_queries else 0,
+            num_oldest_keys=0 if is_of_queries else each * plan.global_len,
+        )
+    whole = Segment(
+        num_layers=config.num_layers - plan.num_truncated,
         per_position=2 * config.embedding_dim * (2 * gate + 2 * attention + output),
         per_pair=2 * (attention + gate),
         pattern=pattern,
+        tokens_each=each,
     )
+    if not plan.num_truncated:
+        return (whole,)
+    newest = replace(whole, num_layers=plan.num_truncated, latest=plan.truncated_len, hop=plan.truncated_hop)
+    return (whole, newest)
 
 
 def forward_flops(segments: tuple[Segment, ...], lengths_B: Tensor, *, num_candidates: int = 0) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.hstu_attention import AttentionMask
+from model.action_encoder import STORED_ACTIONS, ActionEncoder, ActionEncoderConfig
 from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.flops import (
@@ -37,6 +39,25 @@ CONFIGS = [
         relative_bias=False,
     ),
 ]
+TOKENS: dict[str, Any] = {
+    "kind": "ultra_hstu",
+    "embedding_dim": 8,
+    "num_layers": 5,
+    "num_heads": 2,
+    "attention_dim": 4,
+    "hidden_dim": 4,
+    "max_len": 12,
+    "local_attn_len": 3,
+    "global_attn_len": 2,
+    "truncated_layers": 2,
+    "truncated_len": 6,
+    "truncated_hop": 2,
+}
+ULTRA = [
+    ModelConfig(**TOKENS),
+    ModelConfig(**TOKENS | {"tokens": "interleaved", "global_attn": "oldest_keys"}),
+    ModelConfig(**TOKENS | {"tokens": "items", "attention": "full", "relative_bias": True}),
+]
 
 
 def measured(config: ModelConfig, lengths: list[int], *, backward: bool) -> int:
@@ -49,6 +70,8 @@ def measured(config: ModelConfig, lengths: list[int], *, backward: bool) -> int:
         timestamps_ms_L=times,
         query_times_ms_L=times,
         offsets=torch.tensor([0, *itertools.accumulate(lengths)]),
+        actions_L=torch.ones_like(times),
+        values_L=torch.zeros(len(times)),
     )
     active = recommender.items.activate(batch.rows_L)
     with FlopCounterMode(display=False) as counter:
@@ -58,13 +81,42 @@ def measured(config: ModelConfig, lengths: list[int], *, backward: bool) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+def of_actions(config: ModelConfig, num_interactions: int) -> int:
+    """What the action encoder's two products take, which the closed form leaves out."""
+    if not config.plan().reads_actions:
+        return 0
+    encoder = ActionEncoder(
+        ActionEncoderConfig(num_actions=STORED_ACTIONS, embedding_dim=config.embedding_dim),
+        torch.Generator(),
+    )
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.zeros(num_interactions, dtype=torch.int64), torch.zeros(num_interactions))
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *ULTRA])
 def test_a_pass_forward_is_what_torch_counts_on_the_reference(config: ModelConfig) -> None:
-    want = measured(config, LENGTHS, backward=False)
+    want = measured(config, LENGTHS, backward=False) - of_actions(config, sum(LENGTHS))
     assert dense_forward_flops(segments_of(config), torch.tensor(LENGTHS)) == want
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ULTRA)
+def test_truncated_layers_are_counted_for_what_they_read_and_the_mask_for_what_it_lets_through(
+    config: ModelConfig,
+) -> None:
+    segments, plan = segments_of(config), config.plan()
+    assert [one.num_layers for one in segments] == [3, 2]
+    for length in range(13):
+        n_B = torch.tensor([length])
+        each = plan.tokens_per_interaction
+        assert int(segments[0].positions(n_B)) == each * length
+        assert int(segments[1].positions(n_B)) == each * (length - plan.truncated_start(length))
+    pairs = int(segments[0].pattern.pairs(segments[0].positions(torch.tensor([12]))))
+    tokens = 12 * plan.tokens_per_interaction
+    assert (pairs < tokens * (tokens + 1) // 2) == bool(plan.local_len)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, ULTRA[2]])
 def test_forward_and_backward_are_three_times_a_pass_forward(config: ModelConfig) -> None:
     assert measured(config, LENGTHS, backward=True) == 3 * measured(config, LENGTHS, backward=False)
 
