@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -14,6 +14,43 @@ from feature_store.tables import open_impression
 from feature_store.values import values_table
 
 _USERS_PER_STATEMENT: Final = 4_000
+_PENDING: Final = np.dtype(
+    [("place", "<i4"), ("action", "<u4"), ("first_ms", "<i8"), ("value", "<f4"), ("value_ms", "<i8")]
+)
+"""How the column `pending` holds items, one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemActions:
+    """What a user did with one item within a window, as far as it is known. Event times in epoch ms."""
+
+    action: int
+    """Bitmask of the actions."""
+    first_ms: int
+    """Of the first of them."""
+    value: float = np.nan
+    """Of the last of them that has one, the largest if several are; NaN: none has."""
+    value_ms: int = 0
+    """When that was."""
+
+    @property
+    def has_value(self) -> bool:
+        """Whether one of the actions has a value."""
+        return bool(np.isfinite(self.value))
+
+    def joined(self, other: ItemActions) -> ItemActions:
+        """With what else is known; in any order, and known things change nothing."""
+        last = max((one for one in (self, other) if one.has_value), key=_value_order, default=self)
+        return ItemActions(
+            action=self.action | other.action,
+            first_ms=min(self.first_ms, other.first_ms),
+            value=last.value,
+            value_ms=last.value_ms,
+        )
+
+
+def _value_order(one: ItemActions) -> tuple[int, float]:
+    return one.value_ms, one.value
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -35,9 +72,11 @@ class OpenImpression:
     item_ids: NDArray[np.int64]
     """i64[I]."""
     is_taken: NDArray[np.bool_]
-    """bool[I]."""
+    """bool[I], labelled as taken."""
     payload: bytes
     """The message it was made from; means nothing to the store."""
+    pending: dict[int, ItemActions] = field(default_factory=dict)
+    """Place → what was done with the item, where its label waits for more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +123,7 @@ class OpenImpressions:
                 "item_ids": impression.item_ids.astype("<i8").tobytes(),
                 "is_taken": impression.is_taken.tobytes(),
                 "payload": impression.payload,
+                "pending": _encoded(impression.pending),
             }
             for impression in impressions
         ]
@@ -115,18 +155,19 @@ class OpenImpressions:
         return [_impression(row) for row in self._connection.execute(query)]
 
     def save(self, impressions: Iterable[OpenImpression]) -> None:
-        """Store what changed: which items are taken, whether it is closed, and when it is due next."""
+        """Store what changed: what is taken, known of what waits, whether it is closed, and when it is due next."""
         rows = [
             {
                 **_key(impression),
                 "due_ms": impression.due_ms,
                 "is_closed": impression.is_closed,
                 "is_taken": impression.is_taken.tobytes(),
+                "pending": _encoded(impression.pending),
             }
             for impression in impressions
         ]
         if rows:
-            names = ("due_ms", "is_closed", "is_taken")
+            names = ("due_ms", "is_closed", "is_taken", "pending")
             statement = open_impression.update().values({name: bindparam(name) for name in names})
             self._connection.execute(statement.where(*_IS_KEY), rows)
 
@@ -188,7 +229,20 @@ def _impression(row: Any) -> OpenImpression:
         item_ids=np.frombuffer(row.item_ids, "<i8"),
         is_taken=np.frombuffer(row.is_taken, np.bool_).copy(),
         payload=row.payload,
+        pending=_decoded(row.pending),
     )
+
+
+def _encoded(pending: dict[int, ItemActions]) -> bytes | None:
+    rows = [(place, one.action, one.first_ms, one.value, one.value_ms) for place, one in sorted(pending.items())]
+    return np.array(rows, _PENDING).tobytes() if rows else None
+
+
+def _decoded(content: bytes | None) -> dict[int, ItemActions]:
+    return {
+        place: ItemActions(action=action, first_ms=first_ms, value=value, value_ms=value_ms)
+        for place, action, first_ms, value, value_ms in np.frombuffer(content or b"", _PENDING).tolist()
+    }
 
 
 def _parts(user_ids: Sequence[int] | NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

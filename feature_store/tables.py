@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Integer, LargeBinary, MetaData, String, Table, Text
 
-SCHEMA_REVISION: Final = "0007"
+SCHEMA_REVISION: Final = "0008"
 """The Alembic revision this code is written for; a test holds it equal to the newest revision in `migrations/`."""
 
 metadata = MetaData(
@@ -83,6 +83,7 @@ open_impression = Table(
     Column("item_ids", LargeBinary, nullable=False),
     Column("is_taken", LargeBinary, nullable=False),
     Column("payload", LargeBinary, nullable=False),
+    Column("pending", LargeBinary, nullable=True),
     comment="What answers showed, while labels can change: item_ids are int64, is_taken a byte per item.",
 )
 

@@ -27,6 +27,7 @@ from stream.kafka import KafkaConfig, KafkaLog
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+    from stream.label_rules import Awaited
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,23 @@ def ingest(settings: Settings) -> int:
             data_dir=config.data_dir / "faust",
             mode=config.mode,
             labels=settings.get(LabelConfig),
+            awaited=_awaited(settings),
         )
         service = IngestService(parts)
         _collect_rarely()
         report.of(service.ready, service.status)
         return run_worker(build_app(parts, service), service, log_level=config.log_level)
+
+
+def _awaited(settings: Settings) -> Awaited:
+    from model.ranking_settings import RankingSettings
+    from ops.awaited_labels import awaited_by
+    from stream.events import EventRules
+
+    try:
+        return awaited_by(settings.get(RankingSettings), settings.get(EventRules).actions)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def train(settings: Settings) -> int:

@@ -31,7 +31,7 @@ from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
 from stream.events import EventDecoder, EventRules, Refusal
 from stream.ingest import IngestConfig, IngestWorker
 from stream.kafka import KafkaConfig, KafkaLog
-from stream.label_rules import ImpressionRules, LabelConfig
+from stream.label_rules import Awaited, ImpressionRules, LabelConfig
 from stream.label_service import LabelService
 from stream.labels import LabelJoiner
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogWriter, Record, acknowledged, reading, start_when_available
@@ -59,6 +59,8 @@ class StreamParts:
     """Folder that Faust makes for its tables, although we have none."""
     mode: str = "live"
     labels: LabelConfig = field(default_factory=LabelConfig)
+    awaited: Awaited = field(default_factory=Awaited)
+    """What the label of an item waits for."""
 
 
 class IngestService(Service):
@@ -98,7 +100,12 @@ class IngestService(Service):
 
     def _label_service(self) -> LabelService:
         parts = self._parts
-        rules = ImpressionRules(config=parts.labels, mode=parts.mode, max_future_skew_ms=parts.rules.max_future_skew_ms)
+        rules = ImpressionRules(
+            config=parts.labels,
+            mode=parts.mode,
+            awaited=parts.awaited,
+            max_future_skew_ms=parts.rules.max_future_skew_ms,
+        )
         return LabelService(
             LabelJoiner(log=self._log, store=parts.store, clock=parts.clock, rules=rules),
             # The group gives partition 0 to one of the workers, and to another when that one dies.

@@ -17,9 +17,10 @@ from feature_store.store import FeatureStore
 from stream.dead_letters import MESSAGE_REASON
 from stream.errors import MessageFormatError
 from stream.events import Refusal
-from stream.label_rules import ImpressionRules, Outcome, Seen, WindowIndex, close, forgotten_by_tombstone, take
+from stream.label_rules import ImpressionRules, Outcome, Seen, close, forgotten_by_tombstone, take
 from stream.log import PartitionId, Record
 from stream.messages import HistoryUpdate, Topics
+from stream.window_index import WindowIndex
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class LabelJoin:
         if len(batch.seen):
             users = batch.seen.windows()
             found = self.impressions.overlapping(users.user_id, users.from_ms, users.until_ms)
-            self.impressions.save(take(found, batch.seen, self.rules.config, self.outcome))
+            self.impressions.save(take(found, batch.seen, self.rules, self.outcome))
 
     def close_due(self, now_ms: int) -> bool:
         """Close and remove what is due at `now_ms`, as far as one batch goes; whether it may be more."""
@@ -146,7 +147,7 @@ class LabelJoin:
         closing = [impression for impression in due if not impression.is_closed]
         # Once more from the histories. An update is announced before its interactions can be read: if one was polled
         # before its impression was, and stored after the histories were looked at, only this look finds it.
-        take(closing, self._stored(closing), self.rules.config, self.outcome)
+        take(closing, self._stored(closing), self.rules, self.outcome)
         for impression in closing:
             close(impression, self.rules.config, self.outcome)
         self.impressions.save(closing)
@@ -167,8 +168,8 @@ class LabelJoin:
             else:
                 request_ids.add(impression.request_id)
                 # A copy: the batch must be as it was if the transaction fails and is tried again.
-                new.append(replace(impression, is_taken=impression.is_taken.copy()))
-        take(new, self._stored(new), self.rules.config, self.outcome)
+                new.append(replace(impression, is_taken=impression.is_taken.copy(), pending={}))
+        take(new, self._stored(new), self.rules, self.outcome)
         self.impressions.add(new)
         self.outcome.num_opened += len(new)
 

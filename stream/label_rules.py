@@ -1,30 +1,30 @@
 """The rules of the label join: what an impression is open for, which interactions take its items, what is late. Pure.
 
-An item of an impression is *taken* if the same user has an interaction with it at from ≤ time < until, the window. The
-window starts when the items were shown. Times are event times; a replayed stream's are historical, so there the
-impression's append time and the interactions' arrival times take their place (a history does not keep append times, and
-both orders of arrival must come to the same labels).
+An item of an impression is *taken* if the same user has an interaction with it at from ≤ time < until, the window. Its
+label holds all that the user did with it in the window: it is made when the window is over, or as soon as nothing that
+anybody predicts can change it (`Awaited`). The window starts when the items were shown. Times are event times; a
+replayed stream's are historical, so there the impression's append time and the interactions' arrival times take their
+place (a history does not keep append times, and both orders of arrival must come to the same labels).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from feature_store.ids import stable_id
-from feature_store.impressions import OpenImpression, UserWindows
+from feature_store.impressions import ItemActions, OpenImpression, UserWindows
 from feature_store.interactions import Interactions, JaggedHistories
 from stream.errors import MessageFormatError
 from stream.log import Record
 from stream.messages import Impression, Labels, decode_message
 
 _LONGEST_MS: Final = 366 * 86_400_000
-_DROP_EVERY_MS: Final = 60_000
 _LATEST_MS: Final = 2**53
 """Far enough below 2^63 for every sum of times here."""
 
@@ -84,11 +84,26 @@ class LabelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Awaited:
+    """What the label of a taken item waits for, until its window is over. By default nothing: it is made at once."""
+
+    action: int = 0
+    """Bitmask of actions that are predicted."""
+    value: bool = False
+    """Whether a value is."""
+
+    def is_met(self, known: ItemActions) -> bool:
+        """Whether nothing that is still to come can change what is predicted."""
+        return self.action & ~known.action == 0 and (known.has_value or not self.value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImpressionRules:
-    """What an impression must be, beyond its schema, and when its window starts."""
+    """What an impression must be, beyond its schema, when its window starts, and what its labels wait for."""
 
     config: LabelConfig
     mode: str = "live"
+    awaited: Awaited = Awaited()
     max_future_skew_ms: int = 300_000
     """How far ahead of the log's time `shown_at_ms` may lie (ms): one from far ahead would stay open for ever."""
 
@@ -185,17 +200,34 @@ class Outcome:
     num_opened: int = 0
     num_closed: int = 0
 
-    def add(
+    def add_taken(self, impression: OpenImpression, known: Mapping[int, ItemActions]) -> None:
+        """Label the items at these places with what was done with them; `late` once the impression is closed."""
+        places = sorted(known)
+        found = [known[place] for place in places]
+        self._add(
+            impression,
+            places,
+            "taken",
+            actions=[one.action for one in found],
+            event_times_ms=[one.first_ms for one in found],
+            values=[one.value if one.has_value else None for one in found],
+        )
+        impression.is_taken[places] = True
+
+    def add_not_taken(self, impression: OpenImpression, places: Sequence[int]) -> None:
+        """Label the items at these places."""
+        self._add(impression, places, "not_taken")
+
+    def _add(
         self,
         impression: OpenImpression,
-        places: NDArray[np.int64],
+        places: Sequence[int],
         outcome: Literal["taken", "not_taken"],
         *,
         actions: Sequence[int] = (),
         event_times_ms: Sequence[int] = (),
         values: Sequence[float | None] = (),
     ) -> None:
-        """Label the items at these places."""
         shown = decode_message(Impression, impression.payload)
         late = outcome == "taken" and impression.is_closed
         self.labels.append(
@@ -207,7 +239,7 @@ class Outcome:
                 outcome=outcome,
                 late=late,
                 items=[shown.items[place] for place in places],
-                places=places.tolist(),
+                places=list(places),
                 scores=[shown.scores[place] for place in places],
                 actions=list(actions),
                 event_times_ms=list(event_times_ms),
@@ -219,11 +251,11 @@ class Outcome:
 
 
 def take(
-    impressions: Iterable[OpenImpression], seen: Seen, config: LabelConfig, outcome: Outcome
+    impressions: Iterable[OpenImpression], seen: Seen, rules: ImpressionRules, outcome: Outcome
 ) -> list[OpenImpression]:
-    """Mark the items that interactions have taken, and label them; returns the impressions that changed.
+    """Note what interactions did with the items, and label those whose labels need not wait; returns what changed.
 
-    The first interaction heard of decides an item. `seen` is in order of users.
+    A label that was written stays as it is, whatever else is heard of its item. `seen` is in order of users.
     """
     changed: list[OpenImpression] = []
     for impression in impressions:
@@ -235,119 +267,80 @@ def take(
         is_new = np.isin(impression.item_ids, seen.item_id[inside]) & ~impression.is_taken
         if not is_new.any():
             continue
-        impression.is_taken |= is_new
-        changed.append(impression)
-        _label_taken(impression, np.flatnonzero(is_new), inside, seen, config, outcome)
+        rows_of = {
+            place: inside[seen.item_id[inside] == impression.item_ids[place]]
+            for place in np.flatnonzero(is_new).tolist()
+        }
+        take_open = _correct if impression.is_closed else _note
+        if take_open(impression, rows_of, seen, rules, outcome):
+            changed.append(impression)
     return changed
 
 
-def _label_taken(
+def _note(
     impression: OpenImpression,
-    new: NDArray[np.int64],
-    inside: NDArray[np.int64],
+    rows_of: Mapping[int, NDArray[np.int64]],
     seen: Seen,
-    config: LabelConfig,
+    rules: ImpressionRules,
     outcome: Outcome,
-) -> None:
-    """Label items at the places `new`, given the rows of `seen` that lie in the window."""
-    places, actions, event_times_ms, values = [], [], [], []
-    too_late_ms = config.too_late_ms(impression.until_ms)
-    for place in new.tolist():
-        mine = inside[seen.item_id[inside] == impression.item_ids[place]]
-        if impression.is_closed and seen.announced_ms[mine].min() > too_late_ms:
-            outcome.counts["too_late"] += 1
-            continue
-        places.append(place)
-        actions.append(int(np.bitwise_or.reduce(seen.action[mine])))
-        event_times_ms.append(int(seen.event_time_ms[mine].min()))
-        values.append(_last_value(seen, mine))
-    if places:
-        at = np.array(places, np.int64)
-        outcome.add(impression, at, "taken", actions=actions, event_times_ms=event_times_ms, values=values)
+) -> bool:
+    """Of an open impression, given the rows of `seen` about each place; whether it changed."""
+    known = {place: _actions(seen, rows) for place, rows in rows_of.items()}
+    known |= {
+        place: impression.pending[place].joined(one) for place, one in known.items() if place in impression.pending
+    }
+    decided = {place: one for place, one in known.items() if rules.awaited.is_met(one)}
+    pending = {place: one for place, one in (impression.pending | known).items() if place not in decided}
+    if decided:
+        outcome.add_taken(impression, decided)
+    elif _encoding(pending) == _encoding(impression.pending):
+        return False
+    impression.pending = pending
+    return True
 
 
-def _last_value(seen: Seen, rows: NDArray[np.int64]) -> float | None:
-    """Of the latest of some interactions that has one."""
+def _encoding(pending: Mapping[int, ItemActions]) -> list[tuple[int, str]]:
+    """To be compared: NaN is not equal to itself."""
+    return sorted((place, repr(one)) for place, one in pending.items())
+
+
+def _correct(
+    impression: OpenImpression,
+    rows_of: Mapping[int, NDArray[np.int64]],
+    seen: Seen,
+    rules: ImpressionRules,
+    outcome: Outcome,
+) -> bool:
+    """Of a closed impression: these items were labelled as not taken. Its labels wait for nothing any more."""
+    too_late_ms = rules.config.too_late_ms(impression.until_ms)
+    in_time = {place: rows for place, rows in rows_of.items() if seen.announced_ms[rows].min() <= too_late_ms}
+    if in_time:
+        outcome.add_taken(impression, {place: _actions(seen, rows) for place, rows in in_time.items()})
+    outcome.counts["too_late"] += len(rows_of) - len(in_time)
+    impression.is_taken[list(rows_of)] = True
+    return True
+
+
+def _actions(seen: Seen, rows: NDArray[np.int64]) -> ItemActions:
+    """What these rows of `seen`, at least one, say of an item."""
     valued = rows[np.isfinite(seen.value[rows])]
-    return float(seen.value[valued[np.argmax(seen.event_time_ms[valued])]]) if len(valued) else None
+    known = ItemActions(
+        action=int(np.bitwise_or.reduce(seen.action[rows])), first_ms=int(seen.event_time_ms[rows].min())
+    )
+    if len(valued) == 0:
+        return known
+    last = int(valued[np.lexsort((seen.value[valued], seen.event_time_ms[valued]))[-1]])
+    return replace(known, value=float(seen.value[last]), value_ms=int(seen.event_time_ms[last]))
 
 
 def close(impression: OpenImpression, config: LabelConfig, outcome: Outcome) -> None:
-    """Label what nobody took as not taken, and keep the impression for corrections."""
-    places = np.flatnonzero(~impression.is_taken)
-    if len(places):
-        outcome.add(impression, places, "not_taken")
+    """Label what waits with what is known, and what nobody took as not taken; keep the impression for corrections."""
+    if impression.pending:
+        outcome.add_taken(impression, impression.pending)
+        impression.pending = {}
+    places = np.flatnonzero(~impression.is_taken).tolist()
+    if places:
+        outcome.add_not_taken(impression, places)
     outcome.num_closed += 1
     impression.is_closed = True
     impression.due_ms = config.removal_ms(impression.until_ms)
-
-
-class WindowIndex:
-    """Which users have impressions, and when: decides by column which interactions are worth a look into the database.
-
-    Never says no to an interaction that takes an item; may say yes to one that does not. Bounded: with more than
-    `limit` users it stops holding them and says yes to all.
-    """
-
-    def __init__(self, windows: UserWindows, limit: int) -> None:
-        self._limit = limit
-        self._user_id, self._from_ms, self._until_ms = windows.user_id, windows.from_ms, windows.until_ms
-        self._dropped_at_ms = 0
-        self.is_whole = len(windows.user_id) <= limit
-        self._shrink()
-
-    @staticmethod
-    def empty(limit: int) -> WindowIndex:
-        """Of no users."""
-        nobody = np.empty(0, np.int64)
-        return WindowIndex(UserWindows(user_id=nobody, from_ms=nobody, until_ms=nobody), limit)
-
-    def add(self, impressions: Sequence[OpenImpression]) -> None:
-        """Know of these too."""
-        if not self.is_whole or not impressions:
-            return
-        rows = np.array([(one.user_id, one.from_ms, one.until_ms) for one in impressions], np.int64)
-        users, group = np.unique(rows[:, 0], return_inverse=True)
-        first, last = np.full(len(users), np.iinfo(np.int64).max), np.zeros(len(users), np.int64)
-        np.minimum.at(first, group, rows[:, 1])
-        np.maximum.at(last, group, rows[:, 2])
-        place, is_known = self._places(users)
-        known = place[is_known]
-        self._from_ms[known] = np.minimum(self._from_ms[known], first[is_known])
-        self._until_ms[known] = np.maximum(self._until_ms[known], last[is_known])
-        at = place[~is_known]
-        self._user_id = np.insert(self._user_id, at, users[~is_known])
-        self._from_ms = np.insert(self._from_ms, at, first[~is_known])
-        self._until_ms = np.insert(self._until_ms, at, last[~is_known])
-        self.is_whole = len(self._user_id) <= self._limit
-        self._shrink()
-
-    def may_take(self, user_id: NDArray[np.int64], time_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool[N]: whether an interaction (i64[N] each) may lie in a window of its user."""
-        if not self.is_whole:
-            return np.ones(len(user_id), np.bool_)
-        if len(self._user_id) == 0:
-            return np.zeros(len(user_id), np.bool_)
-        place, may = self._places(user_id)
-        place = np.minimum(place, len(self._user_id) - 1)
-        return may & (time_ms >= self._from_ms[place]) & (time_ms < self._until_ms[place])
-
-    def drop_ended(self, now_ms: int, config: LabelConfig) -> None:
-        """Drop, now and then, the users whose impressions have all been removed by `now_ms`."""
-        if now_ms - self._dropped_at_ms < _DROP_EVERY_MS:
-            return
-        self._dropped_at_ms = now_ms
-        is_kept = self._until_ms > now_ms - config.removal_ms(0)
-        self._user_id, self._from_ms = self._user_id[is_kept], self._from_ms[is_kept]
-        self._until_ms = self._until_ms[is_kept]
-
-    def _places(self, user_id: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Where users are, or would be inserted, and whether they are there."""
-        place = np.searchsorted(self._user_id, user_id)
-        if len(self._user_id) == 0:
-            return place, np.zeros(len(user_id), np.bool_)
-        return place, self._user_id[np.minimum(place, len(self._user_id) - 1)] == user_id
-
-    def _shrink(self) -> None:
-        if not self.is_whole:
-            self._user_id = self._from_ms = self._until_ms = np.empty(0, np.int64)

@@ -31,10 +31,11 @@ from stream.dead_letters import DeadLetterWriter
 from stream.errors import LogResetError, LogUnavailableError
 from stream.failpoints import fail_point
 from stream.label_join import LabelBatch, LabelJoin, decode_batch
-from stream.label_rules import ImpressionRules, Outcome, WindowIndex
+from stream.label_rules import ImpressionRules, Outcome
 from stream.log import EventLog, LogReader, LogWriter, PartitionId, Start, acknowledged
 from stream.log_bounds import was_reset
 from stream.messages import encode_message
+from stream.window_index import WindowIndex
 
 logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")

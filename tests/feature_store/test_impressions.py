@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from functools import reduce
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
 
-from feature_store.impressions import OpenImpression
+from feature_store.impressions import ItemActions, OpenImpression
 from feature_store.store import FeatureStore
 
 
@@ -144,3 +146,39 @@ def test_forgetting_waits_for_a_join_under_way_and_takes_what_it_stored(store: F
     forgetting.join(10)
     assert done.is_set()
     assert due(store) == []
+
+
+def test_what_waits_for_more_comes_back(store: FeatureStore) -> None:
+    waiting = {
+        2: ItemActions(action=2**31 + 1, first_ms=2**60, value=1.5, value_ms=2**60 + 1),
+        0: ItemActions(action=2, first_ms=5),
+    }
+    with store.transaction() as transaction:
+        transaction.impressions.add([shown(1, "a", pending=waiting), shown(1, "b")])
+    found = {one.request_id: one for one in due(store)}
+    assert found["a"].pending[2] == waiting[2]
+    assert (found["a"].pending[0].action, found["a"].pending[0].first_ms) == (2, 5)
+    assert not found["a"].pending[0].has_value
+    assert found["b"].pending == {}
+    changed = found["a"]
+    changed.pending = {1: waiting[2]}
+    with store.transaction() as transaction:
+        transaction.impressions.save([changed])
+    assert next(one for one in due(store) if one.request_id == "a").pending == {1: waiting[2]}
+    changed.pending = {}
+    with store.transaction() as transaction:
+        transaction.impressions.save([changed])
+    assert all(one.pending == {} for one in due(store))
+
+
+def test_what_is_known_of_an_item_does_not_depend_on_the_order_in_which_it_came() -> None:
+    parts = [
+        ItemActions(action=1, first_ms=30),
+        ItemActions(action=2, first_ms=20, value=7.0, value_ms=20),
+        ItemActions(action=4, first_ms=25, value=3.0, value_ms=25),
+        ItemActions(action=4, first_ms=25, value=2.0, value_ms=25),
+    ]
+    for order in permutations(parts):
+        known = reduce(ItemActions.joined, order)
+        assert known == ItemActions(action=7, first_ms=20, value=3.0, value_ms=25)
+        assert known.joined(order[0]) == known

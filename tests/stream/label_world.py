@@ -13,7 +13,7 @@ from feature_store.ids import event_key
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from stream.clock import ManualClock
-from stream.label_rules import ImpressionRules, LabelConfig
+from stream.label_rules import Awaited, ImpressionRules, LabelConfig
 from stream.labels import LabelJoiner
 from stream.log import Record
 from stream.memory_log import MemoryLog
@@ -21,6 +21,8 @@ from stream.messages import HistoryUpdate, Impression, Labels, encode_message
 
 NOW_MS = 1_700_000_000_000
 CONFIG = LabelConfig(window_ms=1_000, allowed_lateness_ms=100, correction_ms=5_000)
+
+AT_ONCE = Awaited()
 
 
 @dataclass
@@ -31,6 +33,7 @@ class World:
     clock: ManualClock = field(default_factory=lambda: ManualClock(NOW_MS))
     config: LabelConfig = CONFIG
     mode: str = "live"
+    awaited: Awaited = AT_ONCE
     log: MemoryLog = field(init=False)
     num_events: int = 0
 
@@ -42,7 +45,7 @@ class World:
         return self.clock.now_ms() - NOW_MS
 
     def joiner(self, log: MemoryLog | None = None) -> LabelJoiner:
-        rules = ImpressionRules(config=self.config, mode=self.mode)
+        rules = ImpressionRules(config=self.config, mode=self.mode, awaited=self.awaited)
         return LabelJoiner(log=log or self.log, store=self.store, clock=self.clock, rules=rules)
 
     def show(self, request_id: str, user: int | str, items: list[Any], at: int | None = None, **changes: Any) -> None:
@@ -60,20 +63,20 @@ class World:
     def append_impression(self, value: bytes | None, key: bytes | None = b"k") -> Record:
         return self.log.append(self.log.topics.impressions, None, key, value, ())
 
-    def act(self, user: int, item: int, at: int | None = None, action: int = 1) -> None:
+    def act(self, user: int, item: int, at: int | None = None, action: int = 1, value: float = np.nan) -> None:
         """A user acts: announced, and stored at once."""
-        interactions = self.interaction(user, item, self.now if at is None else at, action=action)
+        interactions = self.interaction(user, item, self.now if at is None else at, action=action, value=value)
         self.announce(interactions)
         self.keep(interactions)
 
-    def interaction(self, user: int, item: int, at: int, action: int = 1) -> Interactions:
+    def interaction(self, user: int, item: int, at: int, action: int = 1, value: float = np.nan) -> Interactions:
         self.num_events += 1
         return Interactions(
             user_id=np.array([user], np.int64),
             item_id=np.array([item], np.int64),
             event_time_ms=np.array([NOW_MS + at], np.int64),
             action=np.array([action], np.uint32),
-            value=np.array([np.nan], np.float32),
+            value=np.array([value], np.float32),
             event_key=np.array([event_key(f"e{self.num_events}")], np.uint64),
             seq=np.zeros(1, np.uint32),
             arrival_ms=np.array([self.clock.now_ms()], np.int64),

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from feature_store.config import FeatureStoreConfig
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
-from stream.label_rules import LabelConfig
+from stream.label_rules import Awaited, LabelConfig
 from stream.log import Record
 from stream.memory_log import MemoryLog
 from tests.feature_store.databases import migrated_database
-from tests.stream.label_world import World, run
+from tests.stream.label_world import AT_ONCE, World, run
 
 CONFIG = LabelConfig(window_ms=10, allowed_lateness_ms=4, correction_ms=12)
+BOTH = Awaited(action=0b11)
 USERS, ITEMS = 3, 4
 
 
@@ -34,6 +35,8 @@ class ModelImpression:
     first_run: int
     labels: dict[int, str] = field(default_factory=dict)
     """Item → taken | not_taken | late | too_late; absent while nothing is known."""
+    known: dict[int, int] = field(default_factory=dict)
+    """Item → all actions on it that are known while it is open."""
     is_closed: bool = False
     is_removed: bool = False
 
@@ -43,6 +46,7 @@ class ModelInteraction:
     user: int
     item: int
     at: int
+    action: int
     announced_ms: int
     run: int
     """The run in which its update is read."""
@@ -54,6 +58,7 @@ class Model:
     """What the labels must be, by brute force."""
 
     config: LabelConfig
+    awaited: Awaited = AT_ONCE
     impressions: list[ModelImpression] = field(default_factory=list)
     interactions: list[ModelInteraction] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -84,7 +89,10 @@ class Model:
                 if not is_announced and not is_looked_up:
                     continue
                 if not one.is_closed:
-                    one.labels.setdefault(item, "taken")
+                    if item not in one.labels:
+                        one.known[item] = one.known.get(item, 0) | act.action
+                    if one.known[item] & self.awaited.action == self.awaited.action:
+                        one.labels[item] = "taken"
                 elif one.labels[item] == "not_taken":
                     is_too_late = all(
                         other.announced_ms > self.config.too_late_ms(until)
@@ -96,7 +104,7 @@ class Model:
         if is_closing:
             one.is_closed = True
             for item in one.items:
-                one.labels.setdefault(item, "not_taken")
+                one.labels.setdefault(item, "taken" if item in one.known else "not_taken")
         elif one.is_closed and now >= removal:
             one.is_removed = True
 
@@ -118,8 +126,8 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.just("show"), users, st.lists(items, max_size=4), moments),
         st.tuples(st.just("again"), st.integers(0, 9)),
-        st.tuples(st.just("act"), users, items, moments),
-        st.tuples(st.just("announce"), users, items, moments),
+        st.tuples(st.just("act"), users, items, moments, st.sampled_from([1, 2])),
+        st.tuples(st.just("announce"), users, items, moments, st.sampled_from([1, 2])),
         st.tuples(st.just("keep")),
         st.tuples(st.just("pass"), st.sampled_from([1, 2, 5, 14, 30])),
         st.tuples(st.just("run")),
@@ -144,13 +152,13 @@ num_examples = 0
 class Example:
     """One sequence of operations, on the join and on the model."""
 
-    def __init__(self, store: FeatureStore, config: LabelConfig) -> None:
+    def __init__(self, store: FeatureStore, config: LabelConfig, awaited: Awaited) -> None:
         global num_examples  # noqa: PLW0603 - examples share a database: each has users and a log of its own
         num_examples += 1
         self.first_user = num_examples * 1_000
-        self.world = World(store, config=config)
+        self.world = World(store, config=config, awaited=awaited)
         self.world.log = MemoryLog(self.world.clock, num_partitions=2, log_id=f"log-{num_examples}")
-        self.model = Model(config)
+        self.model = Model(config, awaited)
         self.joiner = self.world.joiner()
         self.counts: Counter[str] = Counter()
         self.shown: list[Record] = []
@@ -173,15 +181,15 @@ class Example:
         self.world.show(request_id, self.first_user + user, list(shown), at=at)
         self.model.show(user, request_id, shown, at)
 
-    async def _act(self, user: int, item: int, ago: int) -> None:
-        await self._announce(user, item, ago)
+    async def _act(self, user: int, item: int, ago: int, action: int) -> None:
+        await self._announce(user, item, ago, action)
         self._store(len(self.unstored) - 1)
 
-    async def _announce(self, user: int, item: int, ago: int) -> None:
+    async def _announce(self, user: int, item: int, ago: int, action: int) -> None:
         at = self.world.now + ago
-        interaction = self.world.interaction(self.first_user + user, item, at)
+        interaction = self.world.interaction(self.first_user + user, item, at, action=action)
         self.world.announce(interaction)
-        one = ModelInteraction(user, item, at, self.world.now, self.model.num_runs, is_stored=False)
+        one = ModelInteraction(user, item, at, action, self.world.now, self.model.num_runs, is_stored=False)
         self.model.interactions.append(one)
         self.unstored.append((one, interaction))
 
@@ -217,16 +225,35 @@ class Example:
             if isinstance(message.user_id, int)
         )
         assert written == self.model.labels()
+        if self.model.awaited == BOTH:
+            self._check_actions()
         totals = Counter(outcome for *_, outcome in written.elements())
         too_late = sum(one.labels.get(item) == "too_late" for one in self.model.impressions for item in one.items)
         assert +self.counts == totals + self.model.counts + Counter(too_late=too_late)
 
+    def _check_actions(self) -> None:
+        """Both actions, or all there were when the window ended: known to the model without looking at labels."""
+        found = {
+            (message.user_id - self.first_user, message.request_id, item): actions
+            for message in self.world.messages()
+            if message.outcome == "taken" and not message.late and isinstance(message.user_id, int)
+            for item, actions in zip(message.items, message.actions, strict=True)
+        }
+        assert found == {
+            (one.user, one.request_id, item): one.known[item]
+            for one in self.model.impressions
+            for item, outcome in one.labels.items()
+            if outcome == "taken"
+        }
 
-async def play(store: FeatureStore, config: LabelConfig, script: list[tuple[Any, ...]]) -> None:
+
+async def play(
+    store: FeatureStore, config: LabelConfig, script: list[tuple[Any, ...]], awaited: Awaited = AT_ONCE
+) -> None:
     with store.transaction() as transaction:
         left_over = transaction.impressions.due(2**62, 1_000_000)
         transaction.impressions.remove(left_over)
-    example = Example(store, config)
+    example = Example(store, config, awaited)
     await example.world.log.create_topics()
     for operation in script:
         await example.do(*operation)
@@ -237,6 +264,14 @@ async def play(store: FeatureStore, config: LabelConfig, script: list[tuple[Any,
 @given(script=operations)
 def test_labels_are_those_of_the_model(store: FeatureStore, script: list[tuple[Any, ...]]) -> None:
     asyncio.run(play(store, CONFIG, script))
+
+
+@settings(max_examples=40)
+@given(script=operations)
+def test_labels_that_wait_for_two_actions_are_those_of_the_model(
+    store: FeatureStore, script: list[tuple[Any, ...]]
+) -> None:
+    asyncio.run(play(store, CONFIG, script, BOTH))
 
 
 @settings(max_examples=15)

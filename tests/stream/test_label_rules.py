@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from feature_store.ids import stable_id
 from feature_store.impressions import OpenImpression, UserWindows
 from stream.errors import MessageFormatError
-from stream.label_rules import LabelConfig, WindowIndex, forgotten_by_tombstone
+from stream.label_rules import LabelConfig, forgotten_by_tombstone
 from stream.log import Record
+from stream.window_index import WindowIndex
 
 CONFIG = LabelConfig(window_ms=10, allowed_lateness_ms=5, correction_ms=20)
 Window = tuple[int, int, int]

@@ -18,6 +18,7 @@ from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from stream.dead_letters import read_dead_letter
 from stream.errors import LogResetError, LogUnavailableError
+from stream.label_rules import Awaited
 from stream.labels import LabelJoiner
 from stream.log import PartitionId, Record
 from stream.memory_log import MemoryLog, MemoryReader, MemoryWriter
@@ -116,6 +117,122 @@ async def test_several_actions_on_one_item_are_one_label(world: World, joiner: L
     (message,) = world.messages()
     assert (message.items, message.places) == ([10, 10], [0, 2])
     assert (message.actions, message.event_times_ms) == ([6, 6], [NOW_MS + 5] * 2)
+
+
+CLICK, PURCHASE, SHARE = 1, 2, 4
+
+
+@pytest.fixture
+async def patient(store: FeatureStore) -> World:
+    """Clicks and purchases are predicted."""
+    world = World(store, awaited=Awaited(action=CLICK | PURCHASE))
+    await world.log.create_topics()
+    return world
+
+
+async def test_a_label_waits_for_what_is_predicted_and_holds_all_of_it(patient: World) -> None:
+    joiner = patient.joiner()
+    patient.show("r", 5, [10, 20, 30])
+    patient.act(5, 10, at=5, action=CLICK)
+    patient.act(5, 20, at=6, action=CLICK | SHARE)
+    await run(joiner)
+    assert patient.messages() == []
+    patient.clock.advance(700)
+    patient.act(5, 10, at=700, action=PURCHASE, value=9.5)
+    await run(joiner)
+    (both,) = patient.messages()
+    # At once: nothing that is predicted can change any more.
+    assert (both.items, both.places, both.actions, both.values) == ([10], [0], [CLICK | PURCHASE], [9.5])
+    assert both.event_times_ms == [NOW_MS + 5]
+    patient.act(5, 10, at=701, action=SHARE)
+    patient.clock.advance(400)
+    await run(joiner)
+    assert patient.labels() == [("r", 10, "taken"), ("r", 20, "taken"), ("r", 30, "not_taken")]
+    clicked = patient.messages()[1]
+    assert (clicked.actions, clicked.late, clicked.event_times_ms) == ([CLICK | SHARE], False, [NOW_MS + 6])
+    assert joiner.counts["taken"] == 2
+    await joiner.close()
+
+
+async def test_what_waits_survives_the_joiner_and_is_not_looked_up_again(patient: World) -> None:
+    first = patient.joiner()
+    patient.show("r", 5, [10, 20, 10])
+    await run(first)
+    # Announced and never stored: only the join knows of it.
+    patient.announce(patient.interaction(5, 10, at=3, action=CLICK, value=2.5))
+    await run(first)
+    await first.close()
+    second = patient.joiner()
+    patient.clock.advance(1_100)
+    await run(second)
+    taken, rest = patient.messages()
+    assert (taken.items, taken.places, taken.actions) == ([10, 10], [0, 2], [CLICK, CLICK])
+    assert (taken.event_times_ms, taken.values) == ([NOW_MS + 3] * 2, [2.5, 2.5])
+    assert (rest.items, rest.outcome) == ([20], "not_taken")
+    await second.close()
+
+
+async def test_both_orders_of_arrival_come_to_the_same_label(patient: World) -> None:
+    joiner = patient.joiner()
+    patient.act(5, 10, at=3, action=CLICK)
+    patient.show("r", 5, [10], at=0)
+    await run(joiner)
+    patient.act(5, 10, at=2, action=PURCHASE)
+    await run(joiner)
+    (message,) = patient.messages()
+    assert (message.actions, message.event_times_ms) == ([CLICK | PURCHASE], [NOW_MS + 2])
+    await joiner.close()
+
+
+async def test_a_correction_waits_for_nothing(patient: World) -> None:
+    joiner = patient.joiner()
+    patient.show("r", 5, [10, 20])
+    patient.act(5, 20, at=4, action=CLICK)
+    patient.clock.advance(1_100)
+    await run(joiner)
+    patient.act(5, 10, at=999, action=CLICK)
+    # A label that was written stays as it is.
+    patient.act(5, 20, at=999, action=PURCHASE)
+    await run(joiner)
+    assert patient.labels() == [("r", 20, "taken"), ("r", 10, "not_taken"), ("r", 10, "late")]
+    assert [message.actions for message in patient.messages()] == [[CLICK], [], [CLICK]]
+    await joiner.close()
+
+
+async def test_a_predicted_value_is_waited_for(store: FeatureStore) -> None:
+    world = World(store, awaited=Awaited(action=CLICK, value=True))
+    await world.log.create_topics()
+    joiner = world.joiner()
+    world.show("r", 5, [10, 20])
+    world.act(5, 10, at=1, action=CLICK)
+    await run(joiner)
+    assert world.messages() == []
+    world.act(5, 10, at=2, action=SHARE, value=31.0)
+    await run(joiner)
+    assert [(message.items, message.values) for message in world.messages()] == [([10], [31.0])]
+    await joiner.close()
+
+
+async def test_without_the_broker_what_waits_is_as_it_was(patient: World) -> None:
+    log = FaultyLog(patient)
+    await log.create_topics()
+    patient.log = log
+    joiner = patient.joiner()
+    patient.show("r", 5, [10])
+    patient.act(5, 10, at=1, action=CLICK)
+    await run(joiner)
+    patient.act(5, 10, at=2, action=PURCHASE)
+    log.num_good_sends = 0
+    for _ in range(2):
+        with pytest.raises(LogUnavailableError):
+            await joiner.step()
+    with patient.store.transaction() as transaction:
+        (waiting,) = transaction.impressions.due(2**62, 10)
+    assert [one.action for one in waiting.pending.values()] == [CLICK]
+    log.num_good_sends = 10
+    await run(joiner)
+    assert [message.actions for message in patient.messages()] == [[CLICK | PURCHASE]]
+    await joiner.close()
 
 
 async def test_one_interaction_takes_an_item_from_every_answer_that_showed_it(
