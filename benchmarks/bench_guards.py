@@ -1,6 +1,6 @@
 """Do a worker's guards trip on ordinary versions of a model that learns a real stream, and on spoiled ones?
 
-    python benchmarks/bench_guards.py [--events 60000] [--every 1000] [--answers 200]
+    python benchmarks/bench_guards.py [--events 60000] [--every 1000] [--answers 200] [--results FILE]
 
 The trainer learns movietweetings from nothing. After every --every interactions there is a version, and --answers users
 who acted last are recommended ten items with it: what a worker's guards would see. Each version is judged by the guards
@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60_000)
     parser.add_argument("--every", type=int, default=1_000)
     parser.add_argument("--answers", type=int, default=200)
+    parser.add_argument("--results", type=Path, help="JSON file to write")
     options = parser.parse_args()
     config, guard_config = _defaults(), GuardConfig(answers_min=options.answers // 2)
     stream = _stream(options.events)
@@ -194,6 +196,8 @@ def main() -> None:
         "judge_cpu_ms": 1000 * judge_s / max(1, len(distances)),
         **environment(),
     }
+    if options.results:
+        options.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

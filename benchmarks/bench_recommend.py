@@ -1,6 +1,6 @@
 """What the model thread computes for a recommendation: user states with and without what is kept, and the search.
 
-    python benchmarks/bench_recommend.py [--only states|search] [--items 10000 100000 1000000]
+    python benchmarks/bench_recommend.py [--only states|search] [--items 10000 100000 1000000] [--results FILE]
 
 *states*: the encoder over one history of 512 interactions (HSTU, default model): everything computed, a repeated
 request, and one with new interactions. *search*: the 10 best of the whole live catalogue without 200 items seen, in
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -131,6 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="what the model thread computes for a recommendation")
     parser.add_argument("--only", choices=("states", "search"), help="one part")
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="catalogue sizes")
+    parser.add_argument("--results", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(1)
     measured = {}
@@ -141,7 +143,10 @@ def main() -> int:
         if args.only != "states":
             measured["search"] = search(args.items)
             _table(measured["search"])
-    print(json.dumps({"benchmark": "recommend", **environment(), "history_len": HISTORY_LEN, **measured}))
+    result = {"benchmark": "recommend", **environment(), "history_len": HISTORY_LEN, **measured}
+    if args.results:
+        args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
     return 0
 
 

@@ -1,6 +1,6 @@
 """An inference worker under load while its weights are swapped: latency, pauses, errors, mixed answers, memory.
 
-    python benchmarks/bench_serving.py [--quick] [--rate 200] [--rounds 3]
+    python benchmarks/bench_serving.py [--quick] [--rate 200] [--rounds 3] [--results FILE]
 
 Four processes: the worker (`serving.daemon.run_worker`; HSTU D = 64, 2 layers, 20,000 items, users with 200
 interactions), a real broker, the load (its own process, a fixed rate, latency from when a request was due), and this
@@ -295,6 +295,7 @@ def main() -> int:
     parser.add_argument("--storm", type=int, default=1_000, help="swaps of the last phase")
     parser.add_argument("--users", type=int, default=500)
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    parser.add_argument("--results", type=Path, help="JSON file to write")
     args = parser.parse_args()
     args.warm_up = 10.0
     if args.quick:
@@ -305,19 +306,18 @@ def main() -> int:
     ):
         found = measure(args, Path(folder), broker.bootstrap_servers)
     settings = {"rate": args.rate, "seconds": args.seconds, "rounds": args.rounds, "users": args.users}
-    print(
-        json.dumps(
-            {
-                "benchmark": "serving",
-                **environment(),
-                **settings,
-                "items": NUM_ITEMS,
-                "history_len": HISTORY_LEN,
-                "rows_of_a_delta": ROWS_OF_A_DELTA,
-                **found,
-            }
-        )
-    )
+    result = {
+        "benchmark": "serving",
+        **environment(),
+        **settings,
+        "items": NUM_ITEMS,
+        "history_len": HISTORY_LEN,
+        "rows_of_a_delta": ROWS_OF_A_DELTA,
+        **found,
+    }
+    if args.results:
+        args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
     return 0
 
 

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(300)
-def test_the_whole_benchmark_runs_and_swaps_harm_nobody() -> None:
+def test_the_whole_benchmark_runs_and_swaps_harm_nobody(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "benchmarks/bench_serving.py", "--quick"],
+        [sys.executable, "benchmarks/bench_serving.py", "--quick", "--results", str(tmp_path / "found.json")],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -30,6 +30,7 @@ def test_the_whole_benchmark_runs_and_swaps_harm_nobody() -> None:
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["benchmark"] == "serving"
+    assert json.loads((tmp_path / "found.json").read_text()) == found
     for phase in found["phases"].values():
         assert phase["requests"] >= 40
         assert (phase["errors"], phase["mixed"]) == (0, 0), phase
