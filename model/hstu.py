@@ -287,7 +287,7 @@ class HSTU(nn.Module):
     ) -> Tensor:
         """x_MD behind these layers, whose keys and values are the ones kept."""
         if kernel == "auto" and mask.is_causal_only and self._decodes(x_MD):
-            return self._decoded(layers, x_MD, times_s, kept)
+            return self._decoded(list(layers), x_MD, times_s, kept)
         for number, layer in enumerate(layers):
             x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
         return x_MD
@@ -300,9 +300,9 @@ class HSTU(nn.Module):
         return is_small and is_available(x_MD.dtype, x_MD.device)
 
     def _decoded(
-        self, layers: Iterable[HSTULayer], x_MD: Tensor, times_s: tuple[Tensor, Tensor], kept: KeyValues
+        self, layers: list[HSTULayer], x_MD: Tensor, times_s: tuple[Tensor, Tensor], kept: KeyValues
     ) -> Tensor:
-        config = self.config
+        config = layers[0].config  # truncated layers have a max_len of their own
         return hstu_decode(
             x_MD,
             kept.layers,

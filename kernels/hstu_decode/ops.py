@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ def hstu_decode(
     x_MD = x_MD.contiguous().clone()
     times_L, times_M = (times.contiguous() for times in times_s)
     width = heads * (attention_dim + hidden_dim)
-    _check(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width)
+    _check(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width, max_len)
     time_weight = layers[0].time_weight if layers else None
     buckets = None if time_weight is None else bucket_from_s(time_weight.shape[0] - 1)
     sizes = (x_MD.shape[1], heads, attention_dim, hidden_dim, max_len)
@@ -138,6 +139,7 @@ def _check(
     query_offsets: Tensor,
     times_s: tuple[Tensor, Tensor],
     width: int,
+    max_len: int,
 ) -> None:
     """What would make the C code read or write outside of the tensors."""
     if kept_layers_LW.shape != (len(layers), times_s[0].shape[0], width) or not kept_layers_LW.is_contiguous():
@@ -153,8 +155,13 @@ def _check(
     ):
         if rows.dtype != torch.int64 or rows.shape != offsets.shape or not rows.is_contiguous():
             raise ValueError(f"{name} must be contiguous int64[B + 1], got {rows.dtype} of shape {tuple(rows.shape)}")
-        if rows.tolist()[0] != 0 or rows.tolist()[-1] != num_values:
-            raise ValueError(f"{name} must go from 0 to {num_values}")
+        bounds = rows.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_values or bounds != sorted(bounds):
+            raise ValueError(f"{name} must ascend from 0 to {num_values}")
+    longest = max((end - start for start, end in pairwise(offsets.tolist())), default=0)
+    tables = [layer.position_weight for layer in layers if layer.position_weight is not None]
+    if longest > max_len or any(table.shape[0] != 2 * max_len - 1 for table in tables):
+        raise ValueError(f"rows (the longest has {longest} positions) and position_weight must fit max_len {max_len}")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

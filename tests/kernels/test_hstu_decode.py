@@ -126,8 +126,11 @@ def test_large_scores_and_numbers_that_are_none_come_out_as_they_do_there() -> N
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("offsets", torch.tensor([0, 4, 11]), "offsets must go from 0 to 12"),
-        ("query_offsets", torch.tensor([0, 1, 3]), "query_offsets must go from 0 to 2"),
+        ("offsets", torch.tensor([0, 4, 11]), "offsets must ascend from 0 to 12"),
+        ("query_offsets", torch.tensor([0, 1, 3]), "query_offsets must ascend from 0 to 2"),
+        ("offsets", torch.tensor([0, 13, 12]), "offsets must ascend from 0 to 12"),
+        ("max_len", 5, "the longest has 6 positions"),
+        ("max_len", 40, "position_weight must fit max_len 40"),
         ("query_offsets", torch.tensor([0, 2]), "query_offsets must be contiguous int64"),
         ("kept_layers_LW", torch.zeros(3, 12, 15), r"kept_layers_LW must be contiguous \[3, 12, 16\]"),
         ("times_s", (torch.zeros(12, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)), "3 query times for 2 new"),
