@@ -64,6 +64,12 @@ def count_removals(connection: Connection) -> int:
     return int(connection.execute(query.where(removal.c.source.in_((PRUNE_SOURCE, FORGET_SOURCE)))).scalar_one())
 
 
+def count_forgotten(connection: Connection) -> int:
+    """Interactions forgotten since ever."""
+    query = select(func.coalesce(func.sum(removal.c.num_interactions), 0)).where(removal.c.source == FORGET_SOURCE)
+    return int(connection.execute(query).scalar_one())
+
+
 def remove_after_growth(connection: Connection, users: GrownUsers, retention: Retention, source: str) -> None:
     """Remove the oldest chunks of users whose histories have just grown by whole chunks: as many, and a few more.
 

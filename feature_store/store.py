@@ -43,6 +43,7 @@ from feature_store.revision import require_revision
 from feature_store.tables import store_property
 from feature_store.tails import TailCache
 from feature_store.transaction import StoreTransaction
+from feature_store.user_state_store import UserStateStore
 from feature_store.values import insert_missing
 
 _PRUNE_ATTEMPTS: Final = 5
@@ -251,6 +252,11 @@ class FeatureStore:
         """Those of these places whose refused record was sent back."""
         with read_transaction(self._engine) as connection:
             return redriven.load_redriven(connection, log_id, places)
+
+    @property
+    def user_states(self) -> UserStateStore:
+        """The cached vectors of users."""
+        return UserStateStore(self._engine, self.retention)
 
     def prune(self, *, after_user: int = -1, max_users: int = 200, max_chunks: int = 500) -> PruneSlice:
         """Remove what has expired, of the next users only: one short transaction, so that ingest hardly waits.

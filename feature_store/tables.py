@@ -87,6 +87,30 @@ open_impression = Table(
     comment="What answers showed, while labels can change: item_ids are int64, is_taken a byte per item.",
 )
 
+user_state = Table(
+    "user_state",
+    metadata,
+    Column("user_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("model", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("next_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("as_of_ms", BigInteger, nullable=False),
+    Column("written_at_ms", BigInteger, nullable=False, index=True),
+    Column("vector", LargeBinary, nullable=False),
+    comment="A user's vector of an upstream version, of the interactions with arrival numbers below next_seq.",
+)
+
+upstream_version = Table(
+    "upstream_version",
+    metadata,
+    Column("model", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at_ms", BigInteger, nullable=False),
+    Column("serving_from_ms", BigInteger, nullable=True),
+    Column("filled_up_to", BigInteger, nullable=False),
+    comment="Since when readers get the vectors of a version; null while it is being filled.",
+)
+
 id_name = Table(
     "id_name",
     metadata,

@@ -12,6 +12,7 @@ from feature_store import appending, catalogue, publications, removing
 from feature_store.impressions import OpenImpressions
 from feature_store.interactions import AppendResult, Interactions
 from feature_store.records import IdKind, Item, LogPosition
+from feature_store.user_states import UserStates
 
 
 class StoreTransaction:
@@ -83,14 +84,24 @@ class StoreTransaction:
         """What answers showed and is not labelled for good."""
         return OpenImpressions(self._connection)
 
+    @property
+    def user_states(self) -> UserStates:
+        """The cached vectors of users."""
+        return UserStates(self._connection)
+
+    def num_forgotten(self) -> int:
+        """Interactions forgotten since ever: equal to what was read before only if nobody was forgotten since."""
+        return removing.count_forgotten(self._connection)
+
     def forget_users(self, user_ids: NDArray[np.int64]) -> int:
-        """Remove everything about users: their histories, their names, and what was shown to them.
+        """Remove everything about users: histories, names, vectors, and what was shown to them.
 
         Returns:
             How many of them had a history.
         """
         # First, while no append waits for us: the label join may hold its table for as long as the broker takes.
         self.impressions.forget(user_ids)
+        self.user_states.forget(np.unique(user_ids))
         if self._connection.dialect.name == "postgresql":
             # Waits for every append under way and holds off new ones; see appending.append.
             self._connection.execute(text("LOCK TABLE history_chunk IN SHARE ROW EXCLUSIVE MODE"))
