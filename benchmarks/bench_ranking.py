@@ -188,6 +188,7 @@ def _shown(new: Interactions, recent: NDArray[np.int64], rng: np.random.Generato
             user_id=new.user_id,
             shown_at_ms=new.event_time_ms,
             known_before_ms=new.event_time_ms,
+            written_before_ms=new.event_time_ms,
             below_seq=np.full(num, NEVER),
             offsets=width * np.arange(num + 1),
             item_id=items,

@@ -105,6 +105,21 @@ class HotHistoriesConfig:
         _check_range("hot.behind_num_retries", self.behind_num_retries, 0, 1_000_000)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserVectorsConfig:
+    """How long vectors of users are kept."""
+
+    keep_ms: int = 86_400_000
+    """How long (ms) a vector that was superseded stays in the store: for training that looks back, on labels that took
+    their time and in a trainer that is behind."""
+    states_max: int = 256
+    """Vectors of one user and version kept at most, the newest."""
+
+    def __post_init__(self) -> None:
+        _check_range("user_vectors.keep_ms", self.keep_ms, 0, MAX_AGE_MS)
+        _check_range("user_vectors.states_max", self.states_max, 1, 1_000_000)
+
+
 def parse_url(text: str) -> URL:
     """The database URL with the driver this project ships (psycopg 3 for PostgreSQL).
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -326,8 +327,7 @@ def _delete(connection: Connection, model: str, keys: Iterable[Any]) -> None:
 def _kept_versions(versions: list[UpstreamVersion], before_ms: int) -> list[int]:
     """In effect at `before_ms` or later, or still being filled."""
     served = sorted((v.serving_from_ms, v.version) for v in versions if v.serving_from_ms is not None)
-    ends = [from_ms for from_ms, _ in served[1:]] + [ANY]
-    kept = [version for (_, version), end_ms in zip(served, ends, strict=True) if end_ms >= before_ms]
+    kept = [version for (_, version), (end_ms, _) in pairwise([*served, (ANY, 0)]) if end_ms >= before_ms]
     return kept + [v.version for v in versions if v.serving_from_ms is None]
 
 

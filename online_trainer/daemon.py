@@ -111,7 +111,7 @@ class TrainerDaemon:
     def _resume(self, checkpoint: Checkpoint | None) -> OnlineLearner:
         parts = self._parts
         hot = HotHistories(parts.store, parts.hot_config)
-        learner = OnlineLearner(parts.learner_config(), hot, log_id=parts.log.log_id)
+        learner = OnlineLearner(parts.learner_config(), hot, log_id=parts.log.log_id, vectors=parts.vectors())
         if checkpoint is None:
             logger.info("no checkpoint in %s: starting a new model", parts.checkpoint_root)
         else:

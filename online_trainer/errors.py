@@ -3,7 +3,8 @@
 TrainerError
 ├── CheckpointError            no checkpoint can be used
 │   └── CheckpointCorruptError   one checkpoint's files are not what was written; older ones are tried
-└── CheckpointMismatchError    the checkpoint belongs to another model configuration
+├── CheckpointMismatchError    the checkpoint belongs to another model configuration
+└── UpstreamFencedError        another upstream daemon writes the same model's vectors
 """
 
 from __future__ import annotations
@@ -23,3 +24,7 @@ class CheckpointCorruptError(CheckpointError):
 
 class CheckpointMismatchError(TrainerError):
     """The checkpoint was written for another model configuration."""
+
+
+class UpstreamFencedError(TrainerError):
+    """Another upstream daemon has moved the positions that this one left."""

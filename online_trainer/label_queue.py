@@ -167,10 +167,12 @@ def _labelled_items(labels: Labels) -> LabelledItems:
     if labels.values and len(labels.values) != len(labels.actions):
         raise MessageFormatError(f"labels of {len(labels.actions)} actions with {len(labels.values)} values")
     values = [np.nan if value is None else value for value in labels.values or [None] * num_items]
+    known_before_ms = np.array([labels.shown_at_ms if labels.from_ms is None else labels.from_ms], np.int64)
     return LabelledItems(
         user_id=np.array([_number(labels.user_id)], np.int64),
         shown_at_ms=np.array([labels.shown_at_ms], np.int64),
-        known_before_ms=np.array([labels.shown_at_ms if labels.from_ms is None else labels.from_ms], np.int64),
+        known_before_ms=known_before_ms,
+        written_before_ms=known_before_ms,
         below_seq=np.array([_NEVER], np.int64),
         offsets=np.array([0, num_items], np.int64),
         item_id=np.array([_number(item) for item in labels.items], np.int64),

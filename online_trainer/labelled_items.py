@@ -35,6 +35,8 @@ class LabelledItems:
     """[R] arrival time: a history holds what had arrived strictly before. int64's maximum where `below_seq` decides."""
     below_seq: Int64s
     """[R] arrival number: a history holds what arrived with a smaller one. int64's maximum where time decides."""
+    written_before_ms: Int64s
+    """[R] processing time: what was worked out for the user (its vector) was there strictly before."""
     offsets: Int64s
     """[R + 1] row boundaries of the items."""
     item_id: Int64s
@@ -57,6 +59,7 @@ class LabelledItems:
             shown_at_ms=new.event_time_ms,
             known_before_ms=np.full(len(new), _NEVER),
             below_seq=new.seq.astype(np.int64),
+            written_before_ms=new.arrival_ms,
             offsets=np.arange(len(new) + 1, dtype=np.int64),
             item_id=new.item_id,
             action=new.action,
@@ -87,6 +90,7 @@ class LabelledItems:
             shown_at_ms=self.shown_at_ms[rows],
             known_before_ms=self.known_before_ms[rows],
             below_seq=self.below_seq[rows],
+            written_before_ms=self.written_before_ms[rows],
             offsets=np.append(is_start, len(row_C)).astype(np.int64),
             item_id=self.item_id[is_kept],
             action=self.action[is_kept],

@@ -41,6 +41,7 @@ from online_trainer.ranking_learner import RankingLearner, RefusedLabels
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
 from online_trainer.stale_replay import StaleReplay
+from online_trainer.vectors_as_of import VectorsAsOf
 from stream.events import EventRules
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ class OnlineLearner:
     A function of the sequence of micro-batches, the configuration and the seed: on the CPU, bit by bit.
     """
 
-    def __init__(self, config: LearnerConfig, hot: HotHistories, *, log_id: str) -> None:
+    def __init__(
+        self, config: LearnerConfig, hot: HotHistories, *, log_id: str, vectors: VectorsAsOf | None = None
+    ) -> None:
+        """vectors: as of `RankingLearner`."""
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         self.ledger = Ledger(log_id)
@@ -117,10 +121,10 @@ class OnlineLearner:
         self.evaluation = Evaluation(config.trainer)
         self.on_tested: Callable[[MeasuredStep], None] | None = None
         """Hears of every test while the weights are those that were tested: for backtests."""
-        self.ranking = self._ranking_learner(log_id) if self.model.ranking is not None else None
+        self.ranking = self._ranking_learner(log_id, vectors) if self.model.ranking is not None else None
         """None where the model has no ranking head."""
 
-    def _ranking_learner(self, log_id: str) -> RankingLearner:
+    def _ranking_learner(self, log_id: str, vectors: VectorsAsOf | None) -> RankingLearner:
         config = self._config
         return RankingLearner(
             self.model,
@@ -129,6 +133,7 @@ class OnlineLearner:
             optimizer=config.optimizer,
             trainer=config.trainer,
             log_id=log_id,
+            vectors=vectors,
         )
 
     @property

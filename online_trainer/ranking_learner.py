@@ -29,11 +29,13 @@ from model.optimizer import RecommenderOptimizer
 from model.ranking_learning import RankingPass, ranking_pass
 from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
+from model.upstream_input import UpstreamVectors
 from online_trainer.action_metrics import ActionMeters, ActionMetrics
 from online_trainer.config import TrainerConfig
 from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.quarantine import LossGuard
+from online_trainer.vectors_as_of import VectorsAsOf
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,13 @@ class RankingLearner:
         optimizer: OptimizerConfig,
         trainer: TrainerConfig,
         log_id: str,
+        vectors: VectorsAsOf | None = None,
     ) -> None:
+        """vectors: where users' vectors are read for a ranker that reads them; None: nobody has one."""
         assert model.ranking is not None, "there is a ranking head"
         self.account = LabelAccount(log_id)
         self._model, self._network, self._hot, self._settings = model, model.ranking, hot, settings
+        self._vectors = vectors
         self._optimizer = RecommenderOptimizer(
             model,
             replace(
@@ -141,16 +146,19 @@ class RankingLearner:
             self.account.num_unlisted += int((is_new & ~is_listed).sum())
             return None
         histories = histories_before(learned, self._hot, max_len=self._model.config.max_len)
+        upstream = None if self._vectors is None else self._vectors.read(learned)
         # Nothing is changed before this line: until here, the store may turn out to be away.
         self.account.num_unlisted += int((is_new & ~is_listed).sum())
         self.account.num_steps += 1
-        return self._test_and_train(learned, histories)
+        return self._test_and_train(learned, histories, upstream)
 
-    def _test_and_train(self, items: LabelledItems, histories: JaggedHistories) -> RefusedLabels | None:
+    def _test_and_train(
+        self, items: LabelledItems, histories: JaggedHistories, upstream: UpstreamVectors | None
+    ) -> RefusedLabels | None:
         labels = self._network.heads.labels(
             torch.from_numpy(items.action.astype(np.int64)), torch.from_numpy(items.value)
         )
-        batch = shown_batch(items, histories, self._model.items)
+        batch = replace(shown_batch(items, histories, self._model.items), upstream=upstream)
         found = ranking_pass(self._model, batch, labels, generator=self._generator)
         self._measure(found.predictions_CK, labels, items.is_measured)
         loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss
@@ -197,11 +205,12 @@ class RankingLearner:
     def status(self) -> dict[str, object]:
         """Counts, JSON-ready."""
         account = self.account
-        return {
+        counts = {
             name.removeprefix("num_"): getattr(account, name)
             for name in account.__dataclass_fields__
             if name.startswith("num_")
         }
+        return counts if self._vectors is None else counts | {"vectors": self._vectors.status()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of everything that a later step depends on, with `state()`."""

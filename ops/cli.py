@@ -21,7 +21,7 @@ import typer
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
 from model.errors import SnapshotError
-from online_trainer.errors import CheckpointMismatchError
+from online_trainer.errors import CheckpointMismatchError, UpstreamFencedError
 from ops.backtest_commands import backtest_app
 from ops.backtest_report_commands import backtest_compare, backtest_report
 from ops.command_line import ConfigOption, say, settings_of
@@ -46,6 +46,7 @@ _REFUSALS: Final = (
     StoreLayoutError,
     LogResetError,
     CheckpointMismatchError,
+    UpstreamFencedError,
     PortTakenError,
     ListenRefusedError,
 )
@@ -222,6 +223,14 @@ def train(config: ConfigOption = None) -> None:
 
 
 @app.command()
+def upstream(config: ConfigOption = None) -> None:
+    """Run the upstream daemon: histories -> vectors of users, which the ranker reads."""
+    from ops import daemons
+
+    _run_daemon(settings_of(config), daemons.upstream)
+
+
+@app.command()
 def serve(
     config: ConfigOption = None,
     port: Annotated[int | None, typer.Option(help="HTTP port; by default serving.port.")] = None,
@@ -248,7 +257,7 @@ def up(
     local_broker: Annotated[bool, typer.Option("--local-broker", help="Start the in-memory broker too.")] = False,
     log_files: Annotated[bool, typer.Option("--log-files", help="Write logs to <data_dir>/logs instead.")] = False,
 ) -> None:
-    """Run everything on this machine, supervised: ingest, trainer and inference workers."""
+    """Run everything on this machine, supervised: ingest, trainer, upstream daemon if it is on, inference workers."""
     from ops.config import HeadraceConfig
     from ops.supervisor import Supervisor, SupervisorConfig
     from ops.up import UpOptions, addresses, children, prepare_database, serving_ports
@@ -360,7 +369,7 @@ def main() -> None:
 
 def _is_daemon() -> bool:
     """A supervised daemon that lost its broker or database is to be started again: not a refusal."""
-    return bool({"ingest", "train", "serve"} & set(sys.argv[1:2]))
+    return bool({"ingest", "train", "upstream", "serve"} & set(sys.argv[1:2]))
 
 
 def _run_workers(settings: Settings, num_workers: int, first_port: int | None, config: Path | None) -> None:

@@ -29,7 +29,8 @@ class HeadraceConfig:
     """Least severe log line that is written."""
 
     probe_host: str = "127.0.0.1"
-    """Address on which ingest and trainer answer /livez, /readyz, /metrics and /status; 0.0.0.0 in a container."""
+    """Address on which ingest, trainer and upstream daemon answer /livez, /readyz, /metrics and /status; 0.0.0.0 in a
+    container."""
 
     ingest_port: int = 9101
     """Port of the ingest worker's probes; 0 takes any free one."""
@@ -37,13 +38,16 @@ class HeadraceConfig:
     trainer_port: int = 9102
     """Port of the trainer's probes; 0 takes any free one."""
 
+    upstream_port: int = 9103
+    """Port of the upstream daemon's probes; 0 takes any free one."""
+
     @property
     def quarantine_dir(self) -> Path:
         """Where the trainer keeps batches that it has set aside."""
         return self.data_dir / "quarantine" / self.model
 
     def __post_init__(self) -> None:
-        for name in ("ingest_port", "trainer_port"):
+        for name in ("ingest_port", "trainer_port", "upstream_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"headrace.{name} = {getattr(self, name)}: must lie between 0 and 65535")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.model):

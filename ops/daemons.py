@@ -28,6 +28,7 @@ from stream.kafka import KafkaConfig, KafkaLog
 if TYPE_CHECKING:
     from model.config import ModelConfig
     from stream.label_rules import Awaited
+    from model.upstream_config import UpstreamModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def train(settings: Settings) -> int:
     from online_trainer.daemon import TrainerDaemon
     from online_trainer.drift_config import DriftConfig
     from online_trainer.parts import TrainerParts
+    from online_trainer.upstream_settings import UpstreamDaemonConfig
     from ops.snapshot_store import snapshot_storage
     from stream.events import EventRules
 
@@ -116,11 +118,64 @@ def train(settings: Settings) -> int:
                 metrics_root=config.data_dir / "metrics" / config.model,
                 clock=WallClock(),
                 mode=config.mode,
+                reads_vectors=settings.get(UpstreamDaemonConfig).is_on,
             )
         )
         report.of(daemon.ready, daemon.status)
         asyncio.run(_until_told_to_stop(daemon.run))
     return 0
+
+
+def upstream(settings: Settings) -> int:
+    """Run the upstream daemon until it is told to stop; returns the exit code."""
+    from feature_store.config import UserVectorsConfig
+    from kernels.host_memory import keep_freed_memory
+    from online_trainer.upstream_daemon import UpstreamDaemon
+    from online_trainer.upstream_parts import UpstreamParts
+    from online_trainer.upstream_settings import UpstreamDaemonConfig
+    from ops.snapshot_store import snapshot_storage
+    from stream.events import EventRules
+
+    config = settings.get(HeadraceConfig)
+    keep_freed_memory()
+    model_config = _upstream_model_config(settings)
+    signals = telemetry.start(settings.get(TelemetryConfig), daemon="upstream", mode=config.mode)
+    report = _Report()
+    with report.served(config.probe_host, config.upstream_port, signals), _open_store(settings, report) as store:
+        if store is None:
+            return 0
+        daemon = UpstreamDaemon(
+            UpstreamParts(
+                config=settings.get(UpstreamDaemonConfig),
+                model_config=model_config,
+                model_name=config.model,
+                log=KafkaLog(_current_log(settings, store)),
+                store=store,
+                snapshot_root=snapshot_storage(settings),
+                checkpoint_root=config.data_dir / "checkpoints" / f"{config.model}-upstream",
+                clock=WallClock(),
+                mode=config.mode,
+                actions=settings.get(EventRules).actions,
+                vectors=settings.get(UserVectorsConfig),
+            )
+        )
+        report.of(daemon.ready, daemon.status)
+        asyncio.run(_until_told_to_stop(daemon.run))
+    return 0
+
+
+def _upstream_model_config(settings: Settings) -> UpstreamModelConfig:
+    from model.ranking_model import upstream_model_config
+    from model.ranking_settings import RankingSettings
+    from model.upstream_config import UpstreamConfig
+    from stream.events import EventRules
+
+    try:
+        return upstream_model_config(
+            settings.get(UpstreamConfig), settings.get(RankingSettings), settings.get(EventRules).actions
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _model_config(settings: Settings) -> ModelConfig:

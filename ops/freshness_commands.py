@@ -57,6 +57,7 @@ async def _with_sources(
     from feature_store.config import FeatureStoreConfig
     from feature_store.store import FeatureStore
     from online_trainer.config import TrainerConfig
+    from online_trainer.upstream_settings import UpstreamDaemonConfig
     from ops.config import HeadraceConfig
     from ops.freshness_sources import FreshnessSources, SourceParts, reachable_host
     from ops.snapshot_store import snapshot_storage
@@ -65,7 +66,10 @@ async def _with_sources(
     from stream.kafka import KafkaConfig, KafkaLog
 
     own, certificate = settings.get(HeadraceConfig), settings.get(AccessConfig).tls_certfile
-    probes = [f"http://{reachable_host(own.probe_host)}:{port}" for port in (own.ingest_port, own.trainer_port)]
+    ports = [own.ingest_port, own.trainer_port]
+    if settings.get(UpstreamDaemonConfig).is_on:
+        ports.append(own.upstream_port)
+    probes = [f"http://{reachable_host(own.probe_host)}:{port}" for port in ports]
     store = FeatureStore(settings.get(FeatureStoreConfig))
     try:
         async with httpx.AsyncClient(headers=_authorization(token_file), verify=_verify(certificate)) as client:

@@ -11,13 +11,14 @@ from typing import Any, Final
 
 from feature_store.records import PublishedSnapshot
 from ops.snapshot_freshness import SnapshotFreshness
-from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, AgeHistogram, AgePair
+from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, FV_VECTOR, AgeHistogram, AgePair
 
 HOP_WORDS: Final = {
     F1_STORED: "stored",
     F2_LEARNED: "learned",
     F3_PUBLISHED: "published",
     F4_ANSWERED: "answered, slowest replica",
+    FV_VECTOR: "in its user's vector",
 }
 
 Positions = Mapping[int, int]
@@ -31,6 +32,8 @@ class Facts:
     now_ms: int
     ingest_pages: Sequence[Mapping[str, Any]] = ()
     trainer_page: Mapping[str, Any] | None = None
+    upstream_page: Mapping[str, Any] | None = None
+    """Of the upstream daemon, where there is one."""
     worker_pages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Replica → its status page."""
     running: frozenset[str] = frozenset()
@@ -138,7 +141,7 @@ def report_of(facts: Facts) -> FreshnessReport:
     stored, trainer = facts.stored, facts.trainer_page
     learned = None if trainer is None else _positions(trainer.get("positions", {}))
     answering = [one for replica, one in facts.answered_with.items() if replica in facts.running or not facts.running]
-    hops = (
+    hops: tuple[HopFigures, ...] = (
         _hop(F1_STORED, _recent(facts.ingest_pages, F1_STORED), facts.num_unread),
         _hop(F2_LEARNED, _recent([] if trainer is None else [trainer], F2_LEARNED), _behind(stored, learned)),
         _hop(
@@ -152,6 +155,10 @@ def report_of(facts: Facts) -> FreshnessReport:
             max((_behind(stored, _lineage(one)) or 0 for one in answering), default=None),
         ),
     )
+    if facts.upstream_page is not None:
+        # Of high-value events alone: who waits are users, and what else is unread there is not known.
+        page = facts.upstream_page
+        hops = (*hops, _hop(FV_VECTOR, _recent([page], FV_VECTOR), int(page["waiting"])))
     replicas = sorted({*facts.running, *facts.worker_pages, *(known.replicas if known is not None else ())})
     return FreshnessReport(
         at_ms=now_ms,

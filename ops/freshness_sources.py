@@ -22,7 +22,7 @@ from ops.log_positions import read_status
 from ops.snapshot_freshness import SnapshotFreshness
 from stream.clock import Clock
 from stream.errors import LogUnavailableError
-from stream.freshness import F1_STORED, F2_LEARNED, F4_ANSWERED, RECENT_MS
+from stream.freshness import F1_STORED, F2_LEARNED, F4_ANSWERED, FV_VECTOR, RECENT_MS
 from stream.log import EventLog
 
 _LOOK_BACK_MS: Final = 2 * RECENT_MS
@@ -83,6 +83,7 @@ class FreshnessSources:
             now_ms=self.parts.clock.now_ms(),
             ingest_pages=ingest,
             trainer_page=next((page for page in pages if F2_LEARNED in page.get("freshness", {})), None),
+            upstream_page=next((page for page in pages if FV_VECTOR in page.get("freshness", {})), None),
             worker_pages={page["replica"]: page for page in pages if F4_ANSWERED in page.get("freshness", {})},
             running=running,
             snapshots=None if found is None else self._known,

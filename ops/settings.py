@@ -64,12 +64,14 @@ SECTIONS: Final = (
     Section("labels", "stream.label_rules", "LabelConfig"),
     Section("store", "feature_store.config", "FeatureStoreConfig", {"url": "sqlite:///var/headrace.db"}),
     Section("hot", "feature_store.config", "HotHistoriesConfig"),
+    Section("user_vectors", "feature_store.config", "UserVectorsConfig"),
     Section("model", "model.config", "ModelConfig"),
     Section("loss", "model.config", "LossConfig"),
     Section("optimizer", "model.config", "OptimizerConfig"),
     Section("ranking", "model.ranking_settings", "RankingSettings"),
     Section("llatte", "model.llatte_config", "LlatteSettings"),
     Section("upstream", "model.upstream_config", "UpstreamConfig"),
+    Section("upstream_daemon", "online_trainer.upstream_settings", "UpstreamDaemonConfig"),
     Section("items", "online_trainer.config", "ItemsConfig"),
     Section("trainer", "online_trainer.config", "TrainerConfig"),
     Section("drift", "online_trainer.drift_config", "DriftConfig"),
@@ -180,11 +182,40 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
             ranking.targets(events.actions)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+    _refuse_upstream(configs)
     trainer, serving = configs.get("trainer"), configs.get("serving")
     if trainer is not None and serving is not None and serving.lease_interval_ms * 2 > trainer.replica_timeout_s * 1000:
         raise SettingsError(
             f"serving.lease_interval_ms = {serving.lease_interval_ms} is over half of trainer.replica_timeout_s = "
             f"{trainer.replica_timeout_s:g}: the trainer would take live workers for gone; lower the first"
+        )
+
+
+def _refuse_upstream(configs: Mapping[str, Any]) -> None:
+    """Refuse settings under which the upstream daemon could not work, or its readers would miss what they look for."""
+    daemon, events, ranking = configs.get("upstream_daemon"), configs.get("events"), configs.get("ranking")
+    if daemon is None or events is None:
+        return
+    try:
+        daemon.action_mask(events.actions)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if not daemon.is_on:
+        return
+    if ranking is not None and ranking.kind != "llatte":
+        raise SettingsError(
+            f"upstream_daemon.is_on is true and ranking.kind = {ranking.kind!r}: nobody would read users' vectors; set "
+            'ranking.kind = "llatte", or upstream_daemon.is_on = false'
+        )
+    labels, vectors = configs.get("labels"), configs.get("user_vectors")
+    if labels is None or vectors is None or ranking is None or ranking.learn_from != "impressions":
+        return
+    needed_ms = labels.window_ms + labels.allowed_lateness_ms + labels.correction_ms
+    if vectors.keep_ms < needed_ms:
+        raise SettingsError(
+            f"user_vectors.keep_ms = {vectors.keep_ms} is less than the {needed_ms} ms that a label may take "
+            "(labels.window_ms, allowed_lateness_ms and correction_ms): training would not find the vectors that "
+            "answers had; raise it"
         )
 
 

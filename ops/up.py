@@ -9,6 +9,7 @@ from pathlib import Path
 
 from feature_store import schema
 from feature_store.config import FeatureStoreConfig
+from online_trainer.upstream_settings import UpstreamDaemonConfig
 from ops.config import HeadraceConfig
 from ops.errors import SettingsError
 from ops.settings import FILE_VARIABLE, Settings, variable_of
@@ -49,6 +50,8 @@ def children(settings: Settings, options: UpOptions) -> list[Child]:
         host, port = local_broker_address(settings.get(KafkaConfig).bootstrap_servers)
         broker = [_child("broker", environment, "broker", "--host", host, "--port", str(port))]
     daemons = [_child("ingest", environment, "ingest"), _child("trainer", environment, "train")]
+    if settings.get(UpstreamDaemonConfig).is_on:
+        daemons.append(_child("upstream", environment, "upstream"))
     return [*broker, *daemons, *_workers(settings, options, environment)]
 
 
@@ -78,7 +81,7 @@ def serving_ports(settings: Settings, options: UpOptions) -> list[int]:
         raise SettingsError("port 0 takes any free one, and several workers need consecutive ports: name the first")
     ports = list(range(first, first + options.num_replicas))
     config = settings.get(HeadraceConfig)
-    for name in ("ingest_port", "trainer_port"):
+    for name in ("ingest_port", "trainer_port", "upstream_port"):
         if getattr(config, name) in ports:
             raise SettingsError(
                 f"headrace.{name} = {getattr(config, name)} is also the port of an inference worker: "
@@ -124,8 +127,11 @@ def addresses(settings: Settings, ports: Sequence[int]) -> list[str]:
     config = settings.get(HeadraceConfig)
     host = settings.get(ServingConfig).host
     scheme = "https" if settings.get(AccessConfig).tls_certfile else "http"
-    return [
+    lines = [
         *(f"serving  {scheme}://{host}:{port}" for port in ports),
         f"ingest   http://{config.probe_host}:{config.ingest_port}/status",
         f"trainer  http://{config.probe_host}:{config.trainer_port}/status",
     ]
+    if settings.get(UpstreamDaemonConfig).is_on:
+        lines.append(f"upstream http://{config.probe_host}:{config.upstream_port}/status")
+    return lines

@@ -38,6 +38,13 @@ FAIL_POINTS: Final = (
     "trainer.snapshots_pruned",
     "trainer.publications_pruned",
     "trainer.snapshot_announced",
+    "upstream.computed",
+    "upstream.written",
+    "upstream.committed",
+    "upstream.learned",
+    "upstream.version_written",
+    "upstream.version_begun",
+    "upstream.version_served",
     "serving.swapped",
 )
 """Every fail point, for the tests that visit them all."""

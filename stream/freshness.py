@@ -22,6 +22,8 @@ F1_STORED: Final = "F1"
 F2_LEARNED: Final = "F2"
 F3_PUBLISHED: Final = "F3"
 F4_ANSWERED: Final = "F4"
+FV_VECTOR: Final = "FV"
+"""Beside the way to an answer: visible in its user's vector. Of high-value events, where an upstream daemon runs."""
 HOPS: Final = (F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED)
 
 _BUCKETS_PER_OCTAVE: Final = 8

@@ -138,6 +138,7 @@ class Installation:
         environment = self.environment | {
             "HEADRACE_HEADRACE__INGEST_PORT": str(port),
             "HEADRACE_HEADRACE__TRAINER_PORT": str(port),
+            "HEADRACE_HEADRACE__UPSTREAM_PORT": str(port),
             "HEADRACE_FAIL_POINT": fail_point,
             **settings,
         }

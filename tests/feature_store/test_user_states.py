@@ -208,6 +208,11 @@ def prune(store: FeatureStore, now_ms: int, **settings: Any) -> tuple[int, int |
     return store.user_states.prune("m", now_ms=now_ms, **given)
 
 
+def test_there_may_be_nothing_to_prune(store: FeatureStore) -> None:
+    assert prune(store, 10) == (0, None)
+    assert store.user_states.newest("m", np.array([1]), width=WIDTH).version.tolist() == [-1]
+
+
 def test_what_was_superseded_long_ago_is_pruned_and_the_newest_stays(filled: FeatureStore) -> None:
     assert prune(filled, 3_000) == (0, None)
     assert prune(filled, 3_001) == (1, None)

@@ -54,6 +54,7 @@ def labels(interactions: Interactions, outcomes: NDArray[np.int64], after_ms: in
             user_id=interactions.user_id[part],
             shown_at_ms=shown_at_ms,
             known_before_ms=shown_at_ms,
+            written_before_ms=shown_at_ms,
             below_seq=np.full(num, NEVER),
             offsets=np.arange(num + 1, dtype=np.int64),
             item_id=items,

@@ -38,6 +38,7 @@ def shown(moments: list[tuple[int, int, int]], lengths: list[int] | None = None)
         user_id=np.full(len(moments), 7),
         shown_at_ms=columns[0],
         known_before_ms=columns[1],
+        written_before_ms=columns[1],
         below_seq=columns[2],
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item_id=np.arange(num),

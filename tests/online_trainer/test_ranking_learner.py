@@ -71,6 +71,7 @@ class Shown:
             user_id=rows.user_id[row : row + 1],
             shown_at_ms=rows.event_time_ms[row : row + 1],
             known_before_ms=np.array([NEVER]),
+            written_before_ms=np.array([NEVER]),
             below_seq=np.array([NEVER]),
             offsets=np.array([0, 2]),
             item_id=np.array([rows.item_id[row], other]),

@@ -64,6 +64,10 @@ class World:
         page = {"positions": {"0": position}, "freshness": {"F2": self.recorded("F2", ages_ms)}}
         self.urls.append(f"http://127.0.0.1:{self.listen(page)}")
 
+    def start_upstream(self, ages_ms: list[int], *, waiting: int) -> None:
+        page = {"waiting": waiting, "freshness": {"FV": self.recorded("FV", ages_ms)}}
+        self.urls.append(f"http://127.0.0.1:{self.listen(page)}")
+
     def start_worker(self, version: int, **page: Any) -> str:
         """A replica that answers; its name."""
         told: dict[str, Any] = {"freshness": {"F4": {}}, "snapshot": {"version": version}, **page}
@@ -183,6 +187,16 @@ async def test_figures_follow_what_happens_while_it_looks_and_replicas_come_and_
     report = report_of(await sources.look())
     assert figures(report)[3] == (10, 10, 0.5), "the slowest replica counts"
     assert report.hops[3].append.p50_ms == about(6_100)
+
+
+async def test_vectors_of_users_are_a_hop_of_their_own_where_they_are_kept(world: World) -> None:
+    world.start_ingest([100] * 4)
+    assert [hop.hop for hop in (await world.report()).hops] == ["F1", "F2", "F3", "F4"]
+    world.start_upstream([5_000] * 3, waiting=1)
+    hop = (await world.report()).hops[-1]
+    assert (hop.hop, hop.num_events, hop.num_waiting) == ("FV", 3, 1)
+    assert hop.append.p50_ms == pytest.approx(5_000, rel=0.05)
+    assert hop.event.p50_ms == pytest.approx(5_200, rel=0.05)
 
 
 async def test_a_quiet_stream_is_idle_and_not_stale(world: World) -> None:

@@ -242,6 +242,18 @@ def test_less_history_kept_than_models_are_given_is_refused() -> None:
     load(environment={"HEADRACE_STORE__MAX_HISTORY": "0"})
 
 
+def test_an_upstream_daemon_that_nobody_would_read_or_whose_vectors_go_too_soon_is_refused() -> None:
+    is_on = {"HEADRACE_UPSTREAM_DAEMON__IS_ON": "true", "HEADRACE_RANKING__TASKS": '["rating"]'}
+    with pytest.raises(SettingsError, match=r"upstream_daemon\.is_on is true and ranking\.kind = 'hstu'"):
+        load(environment=is_on)
+    llatte = is_on | {"HEADRACE_RANKING__KIND": "llatte"}
+    load(environment=llatte)
+    with pytest.raises(SettingsError, match=r"user_vectors\.keep_ms = 1000 is less than the 23700000 ms that a label"):
+        load(environment=llatte | {"HEADRACE_USER_VECTORS__KEEP_MS": "1000"})
+    with pytest.raises(SettingsError, match=r"upstream_daemon\.actions names buy: declared in events\.actions are "):
+        load(environment={"HEADRACE_UPSTREAM_DAEMON__ACTIONS": '["buy"]'})
+
+
 def test_only_text_is_a_secret() -> None:
     secret = [
         f"{section.table}.{field.name}"

@@ -26,6 +26,17 @@ def test_it_starts_ingest_trainer_and_as_many_workers_as_asked_for(tmp_path: Pat
     assert [child.command[-1] for child in started] == ["ingest", "train", "7000", "7001"]
 
 
+def test_the_upstream_daemon_is_started_if_it_is_on(tmp_path: Path) -> None:
+    llatte = {"HEADRACE_RANKING__TASKS": '["rating"]', "HEADRACE_RANKING__KIND": "llatte"}
+    settings = _settings(tmp_path, HEADRACE_UPSTREAM_DAEMON__IS_ON="true", **llatte)
+    started = children(settings, UpOptions())
+    assert [child.name for child in started] == ["ingest", "trainer", "upstream", "serving-8080"]
+    assert started[2].command[-1] == "upstream"
+    assert "upstream http://127.0.0.1:9103/status" in addresses(settings, [8080])
+    with pytest.raises(SettingsError, match=r"headrace\.upstream_port = 9103 is also the port"):
+        serving_ports(settings, UpOptions(first_port=9103))
+
+
 def test_the_local_broker_is_the_first_to_start_and_so_the_last_to_stop(tmp_path: Path) -> None:
     settings = _settings(tmp_path, HEADRACE_LOG__BOOTSTRAP_SERVERS="localhost:9192")
     started = children(settings, UpOptions(has_local_broker=True))
