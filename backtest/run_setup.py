@@ -14,6 +14,7 @@ from backtest.run_config import BacktestConfig
 from backtest.training import Training
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
+from model.transducers import with_action_bits
 from online_trainer.learner import LearnerConfig, OnlineLearner
 
 
@@ -59,7 +60,8 @@ def with_settings(learner: LearnerConfig, settings: dict[str, dict[str, Any]]) -
             if name not in known:
                 raise ValueError(f"an arm sets {table}.{name}, which does not exist: known are {', '.join(known)}")
         changed[table] = replace(own, **values)
-    return replace(learner, **changed)
+    found = replace(learner, **changed)
+    return replace(found, model=with_action_bits(found.model, found.actions))
 
 
 def with_seed(learner: LearnerConfig, seed: int) -> LearnerConfig:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Final, Literal
 
 from model.encoder_plan import Attention, EncoderPlan, GlobalAttention, Tokens
+from model.transducers import Transducer, check_transducers, part_config
 
 _NOT_IN_HASH: Final = (
     "max_items",
@@ -22,6 +23,7 @@ _NOT_IN_HASH: Final = (
     "truncated_layers",
     "truncated_len",
     "truncated_hop",
+    "transducers",
 )
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -58,6 +60,10 @@ class ModelConfig:
     truncated_hop: int | None = None
     """Interactions by which what they read moves on at a time, so that what is kept of a user stays valid meanwhile;
     1: with each. Not set: an eighth of truncated_len."""
+    transducers: tuple[Transducer, ...] = ()
+    """Encoders that each read the interactions with some actions only, with a length and depth of their own, and are
+    fused: [{name = "views", actions = ["view"], max_len = 48}, {name = "deeds", actions = ["like", "purchase"],
+    num_layers = 1}]. What is left out of max_len and num_layers is the model's. None: one encoder reads all."""
     embedding_dim: int = 64
     """Width D of item embeddings and of the residual stream."""
     num_layers: int = 2
@@ -116,6 +122,9 @@ class ModelConfig:
     """Seed of all initial weights; what is random in a new item's embedding is a function of this seed and its id."""
 
     def __post_init__(self) -> None:
+        # Settings of an arm of a backtest come as JSON has them.
+        object.__setattr__(self, "value_thresholds", tuple(self.value_thresholds))
+        object.__setattr__(self, "transducers", tuple(Transducer.of(one) for one in self.transducers))
         _require_one_of(self, "kind", ("hstu", "ultra_hstu", "sasrec", "gru"))
         _require_one_of(self, "attention_activation", ("silu", "softmax"))
         plan = self.plan()
@@ -184,10 +193,16 @@ class ModelConfig:
             raise ValueError(f"value_thresholds is {list(self.value_thresholds)}; it must ascend and be finite")
         if self.value_thresholds and not plan.reads_actions:
             raise ValueError("value_thresholds is set, but tokens are items alone: set tokens to merged or interleaved")
+        check_transducers(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as stored in a manifest."""
         return asdict(self)
+
+    @property
+    def reads_actions(self) -> bool:
+        """Whether what was done with items decides what the encoder computes."""
+        return self.plan().reads_actions or bool(self.transducers)
 
     def config_hash(self) -> str:
         """sha256 in hex: equal only for models whose weights are interchangeable.
@@ -199,6 +214,9 @@ class ModelConfig:
         fields |= {"relative_bias": plan.has_relative_bias} | plan.identity()
         if plan.reads_actions and self.value_thresholds:
             fields["value_thresholds"] = list(self.value_thresholds)
+        if self.transducers:
+            parts = [(one.mask, part_config(self, one)) for one in self.transducers]
+            fields["transducers"] = [[mask, own.max_len, own.num_layers, own.plan().identity()] for mask, own in parts]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

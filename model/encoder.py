@@ -7,10 +7,11 @@ import torch
 from model.config import ModelConfig
 from model.gru import GRU
 from model.hstu import HSTU
+from model.mixture import TransducerMixture
 from model.sasrec import SASRec
 from model.token_hstu import TokenHSTU
 
-Encoder = HSTU | TokenHSTU | SASRec | GRU
+Encoder = HSTU | TokenHSTU | TransducerMixture | SASRec | GRU
 
 
 def build_encoder(config: ModelConfig, generator: torch.Generator) -> Encoder:
@@ -19,4 +20,6 @@ def build_encoder(config: ModelConfig, generator: torch.Generator) -> Encoder:
         return GRU(config, generator)
     if config.kind == "sasrec":
         return SASRec(config, generator)
+    if config.transducers:
+        return TransducerMixture(config, generator)
     return TokenHSTU(config, generator) if config.plan().reads_actions else HSTU(config, generator)

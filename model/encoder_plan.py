@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from model.transducers import hop_start
+
 Tokens = Literal["items", "merged", "interleaved"]
 Attention = Literal["full", "semi_local"]
 GlobalAttention = Literal["newest_queries", "oldest_keys"]
@@ -51,14 +53,14 @@ class EncoderPlan:
 
     def truncated_start(self, num_interactions: int) -> int:
         """The first interaction that truncated layers read of so many: 0 up to truncated_len, then in hops."""
-        beyond = max(0, num_interactions - self.truncated_len)
-        return -(-beyond // self.truncated_hop) * self.truncated_hop
+        return hop_start(num_interactions, self.truncated_len, self.truncated_hop)
 
     def in_tokens(self, num_targets_max: int = 0) -> dict[str, Any]:
         """The settings of an encoder over tokens, of which a row ends with at most so many targets."""
         each = self.tokens_per_interaction
         found: dict[str, Any] = {
             "tokens": "items",
+            "transducers": (),
             "value_thresholds": (),
             "relative_bias": self.has_relative_bias,
             "attention": "full",

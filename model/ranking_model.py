@@ -12,6 +12,7 @@ from model.llatte_config import LlatteSettings
 from model.llatte_ranking_config import LlatteRankingConfig
 from model.ranking_network import RankingConfig, RankingModelConfig
 from model.ranking_settings import RankingSettings
+from model.transducers import with_action_bits
 from model.upstream_config import UpstreamConfig, UpstreamModelConfig
 
 
@@ -23,11 +24,12 @@ def with_ranking_head(
     *,
     upstream_width: int = UpstreamConfig().width,
 ) -> ModelConfig:
-    """The model with the head that the settings describe, if they do. actions: as declared, in order of their bits.
+    """The model with the head that the settings describe, if they do, its transducers with the bits of their actions.
 
-    llatte, upstream_width: of the ranker if it is LLaTTE's, None: by default. ValueError as `RankingSettings.targets`,
-    and for an encoder that cannot rank.
+    actions: as declared, in order of their bits. llatte, upstream_width: of the ranker if it is LLaTTE's, None: by
+    default. ValueError as `RankingSettings.targets`, and for an encoder that cannot rank.
     """
+    model = with_action_bits(model, actions)
     if not settings.tasks:
         return model
     ranking: RankingConfig | LlatteRankingConfig

@@ -8,6 +8,7 @@ Shapes: B users, L interactions, C candidates, T tokens, D width, K tasks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,9 @@ from model.config import ModelConfig
 from model.hstu import HSTU
 from model.initial import NORM_EPS
 from model.llatte_ranking_config import LlatteRankingConfig
+from model.mixture import Fusion, checked_transducers, reads
 from model.sequence import Candidates, Interactions, TokenSequence, interleaved, merged
+from model.transducers import part_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,13 +104,23 @@ class Engagements:
     offsets: Tensor
     values_L: Tensor | None = None
 
+    def take(self, kept_K: Tensor) -> Engagements:
+        """Only these of the L interactions, int64[K] ascending."""
+        return Engagements(
+            item_LD=self.item_LD.index_select(0, kept_K),
+            actions_L=self.actions_L[kept_K],
+            timestamps_ms_L=self.timestamps_ms_L[kept_K],
+            offsets=torch.searchsorted(kept_K, self.offsets),
+            values_L=None if self.values_L is None else self.values_L[kept_K],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActionPredictions:
     """Logits of bce tasks and values of mse tasks, a column for each.
 
     candidates_CK: float[C, K]. interactions_LK: float[L, K], what was to be expected of each interaction of a history
-    when its item was met; None of merged tokens, which know their own action.
+    when its item was met; None of merged tokens, which know their own action, and of a mixture of transducers.
     """
 
     candidates_CK: Tensor
@@ -133,7 +146,14 @@ class RankingNetwork(nn.Module):
             ),
             generator,
         )
-        self.encoder = HSTU(config.encoder_config(model), generator, num_targets_max=config.max_candidates)
+        self.transducers = checked_transducers(model)
+        if self.transducers:
+            own = [config.encoder_config(part_config(model, one)) for one in self.transducers]
+            self.encoders = nn.ModuleList(HSTU(one, generator, num_targets_max=config.max_candidates) for one in own)
+            self.max_lens = [part_config(model, one).max_len for one in self.transducers]
+            self.fusion = Fusion(len(own), model.embedding_dim, generator)
+        else:
+            self.encoder = HSTU(config.encoder_config(model), generator, num_targets_max=config.max_candidates)
         self.heads = ActionHeads(
             config.tasks,
             embedding_dim=model.embedding_dim,
@@ -155,24 +175,43 @@ class RankingNetwork(nn.Module):
         more candidates of a user than max_candidates (where reading the offsets needs no device synchronisation).
         """
         self.check_lengths(engagements, candidates)
-        sequence = self.tokens(engagements, candidates)
-        x_TD = self.encoder.hidden_states(
-            sequence.x_TD,
-            None,
-            sequence.offsets,
-            # What a token predicts happens at its own time.
-            (sequence.timestamps_ms_T, sequence.timestamps_ms_T),
-            places_L=sequence.places(),
-            num_targets_B=sequence.num_targets_B,
-            dropout=dropout,
-            kernel=kernel,
-        )
-        return ActionPredictions(
-            candidates_CK=self.predict(x_TD.index_select(0, sequence.candidate_positions_C)),
-            interactions_LK=None
-            if self.config.tokens == "merged"
-            else self.predict(x_TD.index_select(0, sequence.item_positions_L)),
-        )
+        states, interactions_LK = [], None
+        for encoder, read in self.readings(engagements):
+            sequence = self.tokens(read, candidates)
+            x_TD = encoder.hidden_states(
+                sequence.x_TD,
+                None,
+                sequence.offsets,
+                # What a token predicts happens at its own time.
+                (sequence.timestamps_ms_T, sequence.timestamps_ms_T),
+                places_L=sequence.places(),
+                num_targets_B=sequence.num_targets_B,
+                dropout=dropout,
+                kernel=kernel,
+            )
+            states.append(x_TD.index_select(0, sequence.candidate_positions_C))
+            if self.config.tokens == "interleaved" and not self.transducers:
+                interactions_LK = self.predict(x_TD.index_select(0, sequence.item_positions_L))
+        return ActionPredictions(candidates_CK=self.predict(self.fused(states)), interactions_LK=interactions_LK)
+
+    def readings(self, engagements: Engagements) -> list[tuple[HSTU, Engagements]]:
+        """Each encoder, and what it reads of the histories: all, or what is its transducer's own."""
+        if not self.transducers:
+            return [(self.encoder, engagements)]
+        found = []
+        for transducer, max_len, encoder in zip(self.transducers, self.max_lens, self.encoders, strict=True):
+            assert isinstance(encoder, HSTU), "made by this class"
+            own_L = reads(transducer, max_len, engagements.actions_L, engagements.offsets)
+            found.append((encoder, engagements.take(own_L.nonzero().flatten())))
+        return found
+
+    def fused(self, states: Sequence[Tensor]) -> Tensor:
+        """float[P, D], of what each encoder gave at the same candidates."""
+        if not self.transducers:
+            return states[0]
+        normed = [functional.layer_norm(x_PD, x_PD.shape[1:], eps=NORM_EPS) for x_PD in states]
+        fused_PD: Tensor = self.fusion(normed)
+        return fused_PD
 
     def loss(
         self,
@@ -188,7 +227,8 @@ class RankingNetwork(nn.Module):
         """
         if interactions is not None and predictions.interactions_LK is None:
             raise ValueError(
-                "interactions have labels, but merged tokens know their own action: pass them as candidates"
+                "interactions have labels, but merged tokens and those of transducers predict nothing of them: pass"
+                " them as candidates"
             )
         pairs = [
             (predicted, labels)

@@ -8,6 +8,7 @@ kept of a token and layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kernels.implementations import KernelName
 from kernels.jagged import position_index, row_index
+from model.hstu import HSTU
 from model.key_values import KeyValues, NewestStates, packed_places
 from model.ranking_network import Engagements, RankingNetwork
 from model.sequence import Candidates
@@ -51,13 +53,14 @@ def score_candidates(
     longer than max_len.
     """
     network.check_lengths(engagements, None)
-    history = None
-    if not network.encoder.config.time_embedding:  # with it, tokens of a history depend on when it is asked about
-        history = _read(network, engagements, kernel)
+    readings = network.readings(engagements)
+    histories = None
+    if not readings[0][0].config.time_embedding:  # with it, tokens of a history depend on when it is asked about
+        histories = [(encoder, _read(network, encoder, own, kernel)) for encoder, own in readings]
     parts = micro_batches(candidates.offsets, network.config.max_candidates)
     found = [
-        _predict_behind(network, history, candidates_of(candidates, part), kernel)
-        if history is not None
+        _predict_behind(network, histories, candidates_of(candidates, part), kernel)
+        if histories is not None
         else network(engagements, candidates_of(candidates, part), kernel=kernel).candidates_CK
         for part in parts
     ]
@@ -102,8 +105,8 @@ def candidates_of(candidates: Candidates, part: CandidatePart) -> Candidates:
     )
 
 
-def _read(network: RankingNetwork, engagements: Engagements, kernel: KernelName) -> ReadHistories:
-    encoder, sequence = network.encoder, network.tokens(engagements, None)
+def _read(network: RankingNetwork, encoder: HSTU, engagements: Engagements, kernel: KernelName) -> ReadHistories:
+    sequence = network.tokens(engagements, None)
     offsets, width = sequence.offsets, KeyValues.width(encoder.config)
     x_TD = sequence.x_TD
 
@@ -140,9 +143,21 @@ def _read(network: RankingNetwork, engagements: Engagements, kernel: KernelName)
 
 
 def _predict_behind(
-    network: RankingNetwork, history: ReadHistories, candidates: Candidates, kernel: KernelName
+    network: RankingNetwork,
+    histories: Sequence[tuple[HSTU, ReadHistories]],
+    candidates: Candidates,
+    kernel: KernelName,
 ) -> Tensor:
-    """float[M, K] of one micro-batch."""
+    """float[M, K] of one micro-batch, behind what each encoder has read."""
+    item_MD = network.candidate_tokens(candidates.item_CD)
+    states = [_states_behind(encoder, history, item_MD, candidates, kernel) for encoder, history in histories]
+    return network.predict(network.fused(states))
+
+
+def _states_behind(
+    encoder: HSTU, history: ReadHistories, item_MD: Tensor, candidates: Candidates, kernel: KernelName
+) -> Tensor:
+    """float[M, D]."""
     behind = _Behind.of(history.whole, candidates.offsets)
     asked_at_ms_M = candidates.request_times_ms_B[behind.row_M]
     times_ms = asked_at_ms_M.new_empty(behind.kept.layers.shape[1])
@@ -161,15 +176,14 @@ def _predict_behind(
             kept=read.kept,
         )
         kept = replace(kept, newest=newest)
-    x_MD = network.encoder.extended_states(
-        network.candidate_tokens(candidates.item_CD),
+    return encoder.extended_states(
+        item_MD,
         None,
         (times_ms, times_ms),
         kept,
         num_targets_B=candidates.offsets.diff(),
         kernel=kernel,
     )
-    return network.predict(x_MD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,13 +98,15 @@ class Recommender(ItemModel):
             item_LD = send(take_items(self.items.weight, rows_L))
         times_ms = (send(batch.timestamps_ms_L), send(batch.query_times_ms_L))
         read = (send(known_L), send(batch.offsets), times_ms)
-        acts = {"acts": self.acts_of(batch)} if self.config.plan().reads_actions else {}
+        acts = {"acts": self.acts_of(batch)} if self.config.reads_actions else {}
         return self.compute.call(self.encoder, item_LD, *read, **acts, dropout=dropout, kernel=kernel)
 
     def acts_of(self, batch: HistoryBatch) -> Acts:
         """What an encoder that reads actions is told of them. ValueError if the batch does not hold them."""
         if batch.actions_L is None or batch.values_L is None:
-            raise ValueError("this encoder reads actions (model.tokens): the batch needs actions_L and values_L")
+            raise ValueError(
+                "this encoder reads actions (model.tokens, model.transducers): the batch needs actions_L and values_L"
+            )
         return Acts(actions_L=self.compute.send(batch.actions_L), values_L=self.compute.send(batch.values_L))
 
     def scores(self, u_PD: Tensor, rows: Tensor | None = None, *, catalogue: Catalogue | None = None) -> Tensor:

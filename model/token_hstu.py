@@ -30,6 +30,10 @@ class Acts:
     actions_L: Tensor
     values_L: Tensor
 
+    def take(self, index_K: Tensor) -> Acts:
+        """Those of an index."""
+        return Acts(actions_L=self.actions_L[index_K], values_L=self.values_L[index_K])
+
 
 class TokenHSTU(nn.Module):
     """As ``HSTU``, and ``acts``: one L2-normalised state per interaction. config: lengths count interactions."""

@@ -30,8 +30,10 @@ from model.encoder_plan import EncoderPlan
 from model.hstu import HSTU
 from model.initial import NORM_EPS
 from model.key_values import KeyValues, NewestStates, packed_places
+from model.mixture import TransducerMixture
 from model.recommender import Recommender, take_items
 from model.token_hstu import Acts, TokenHSTU
+from model.transducers import read_by
 
 Int64s = NDArray[np.int64]
 
@@ -77,15 +79,31 @@ class NewestState:
     layers: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class MixedState:
+    """Of a mixture: what each transducer keeps of a user; None of one that has read nothing of them."""
+
+    parts: tuple[UserState | None, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return sum(part.num_bytes for part in self.parts if part is not None)
+
+
+KeptState = UserState | MixedState
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedUsers:
-    """u_BD: the newest state of each user, of unit length. states: what to keep of each. num_reused_B: positions
-    that were not computed.
+    """u_BD: the newest state of each user, of unit length. states: what to keep of each. num_reused_B, num_computed_B:
+    positions that were not computed, and that were; of a mixture, of all its transducers together.
     """
 
     u_BD: Tensor
-    states: list[UserState]
+    states: list[KeptState]
     num_reused_B: list[int]
+    num_computed_B: list[int]
 
 
 def keeps_user_states(config: ModelConfig) -> bool:
@@ -109,7 +127,7 @@ def window_len(num_interactions: int, *, max_len: int, hop: int) -> int:
 def encode_newest(
     recommender: Recommender,
     batch: HistoryBatch,
-    known: Sequence[UserState | None],
+    known: Sequence[KeptState | None],
     *,
     kernel: KernelName = "auto",
 ) -> EncodedUsers:
@@ -121,9 +139,67 @@ def encode_newest(
     if not keeps_user_states(recommender.config):
         raise ValueError("this encoder's states change with the time of the request (model.time_embedding, kind)")
     encoder = recommender.encoder
-    assert isinstance(encoder, HSTU | TokenHSTU), "checked by keeps_user_states"
     inputs_IL = _inputs(recommender, batch)
     inputs = [inputs_IL[:, start:end] for start, end in pairwise(batch.offsets.tolist())]
+    if isinstance(encoder, TransducerMixture):
+        return _encode_mixed(recommender, encoder, inputs, known, kernel)
+    assert isinstance(encoder, HSTU | TokenHSTU), "checked by keeps_user_states"
+    return _encode_rows(recommender, encoder, inputs, [_of_one(one) for one in known], kernel)
+
+
+def _of_one(known: KeptState | None) -> UserState | None:
+    assert not isinstance(known, MixedState), "kept under the same weights"
+    return known
+
+
+def _encode_mixed(
+    recommender: Recommender,
+    mixture: TransducerMixture,
+    inputs: Sequence[Int64s],
+    known: Sequence[KeptState | None],
+    kernel: KernelName,
+) -> EncodedUsers:
+    """Every transducer on what it reads of each user, fused at the newest."""
+    num_users = len(inputs)
+    states_TB: list[list[UserState | None]] = []
+    reused_B, computed_B = [0] * num_users, [0] * num_users
+    u_TBD = []
+    for number, (transducer, part) in enumerate(zip(mixture.transducers, mixture.encoders(), strict=True)):
+        own = [one[:, read_by(transducer, part.config.max_len, one[3])] for one in inputs]
+        users = [user for user, one in enumerate(own) if one.shape[1]]
+        u_BD = mixture.fusion.absent_TD[number].expand(num_users, -1).clone()
+        states: list[UserState | None] = [None] * num_users
+        if users:
+            before = [_of_part(known[user], number) for user in users]
+            found = _encode_rows(recommender, part, [own[user] for user in users], before, kernel)
+            u_BD[torch.tensor(users)] = found.u_BD
+            for place, user in enumerate(users):
+                states[user] = _of_one(found.states[place])
+                reused_B[user] += found.num_reused_B[place]
+                computed_B[user] += found.num_computed_B[place]
+        states_TB.append(states)
+        u_TBD.append(u_BD)
+    return EncodedUsers(
+        u_BD=functional.normalize(mixture.fusion(u_TBD), dim=1, eps=NORM_EPS),
+        states=[MixedState(parts) for parts in zip(*states_TB, strict=True)],
+        num_reused_B=reused_B,
+        num_computed_B=computed_B,
+    )
+
+
+def _of_part(known: KeptState | None, number: int) -> UserState | None:
+    assert not isinstance(known, UserState), "kept under the same weights"
+    return None if known is None else known.parts[number]
+
+
+def _encode_rows(
+    recommender: Recommender,
+    encoder: HSTU | TokenHSTU,
+    inputs: Sequence[Int64s],
+    known: Sequence[UserState | None],
+    kernel: KernelName,
+) -> EncodedUsers:
+    """Of users, each with at least one interaction, by one encoder."""
     users = [_User.of(one, own, encoder.plan) for one, own in zip(known, inputs, strict=True)]
     u_BD = torch.empty(len(inputs), recommender.config.embedding_dim)
     states: dict[int, UserState] = {}
@@ -138,13 +214,14 @@ def encode_newest(
         u_BD=u_BD,
         states=[states[place] for place in range(len(users))],
         num_reused_B=[user.num_reused for user in users],
+        num_computed_B=[user.num_interactions - user.num_reused for user in users],
     )
 
 
 def _inputs(recommender: Recommender, batch: HistoryBatch) -> Int64s:
     """int64[I, L]: all that the keys and values of a position depend on besides the positions before."""
     columns = [batch.rows_L, batch.timestamps_ms_L, batch.query_times_ms_L]
-    if recommender.config.plan().reads_actions:
+    if recommender.config.reads_actions:
         acts = recommender.acts_of(batch)
         columns += [acts.actions_L, acts.values_L.view(torch.int32).long()]
     return torch.stack(columns).numpy()

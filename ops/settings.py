@@ -365,11 +365,22 @@ def _build(section: Section, kind: type[Any], given: Mapping[str, _Given]) -> An
 
 def _convert(key: str, given: _Given, hint: Any) -> Any:
     value = _parsed(given.value, hint) if given.is_text else given.value
+    _refuse_unknown_inside(key, value, hint)
     try:
         return msgspec.convert(value, hint, strict=not given.is_text, dec_hook=_decode)
     except msgspec.ValidationError as error:
         shown = masked(key.rpartition(".")[2], given.value)
         raise SettingsError(f"{key} = {shown!r}: {error} (set in {given.origin})") from error
+
+
+def _refuse_unknown_inside(key: str, value: Any, hint: Any) -> None:
+    """SettingsError for a key that the dataclass of a list's elements does not have: decoding would drop it."""
+    elements = [one for one in typing.get_args(hint) if dataclasses.is_dataclass(one)]
+    for table in value if elements and isinstance(value, list | tuple) else ():
+        names = [field.name for field in fields(elements[0])]
+        for name in table if isinstance(table, dict) else ():
+            if name not in names:
+                raise SettingsError(f"unknown key {key}[].{name}{_nearest(name, names)}")
 
 
 def _parsed(text: str, hint: Any) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import HistoryBatch
-from model.user_state import UserState, encode_newest, keeps_user_states, window_len
+from model.user_state import KeptState, encode_newest, keeps_user_states, window_len
 from serving.config import ServingConfig
 from serving.weights import ServedWeights, WeightsInfo
 
@@ -53,17 +53,17 @@ class UserStateCache:
         self.num_misses = 0
         self.num_positions_reused = 0
         self.num_positions_computed = 0
-        self._states: OrderedDict[int, tuple[WeightsInfo, UserState]] = OrderedDict()
+        self._states: OrderedDict[int, tuple[WeightsInfo, KeptState]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def get(self, user_id: int, weights: WeightsInfo) -> UserState | None:
+    def get(self, user_id: int, weights: WeightsInfo) -> KeptState | None:
         """What was kept of a user under these very weights."""
         held = self._states.get(user_id)
         return held[1] if held is not None and held[0] is weights else None
 
-    def put(self, user_id: int, weights: WeightsInfo, state: UserState) -> None:
+    def put(self, user_id: int, weights: WeightsInfo, state: KeptState) -> None:
         """Keep a state in place of the one before; the users not asked for longest make room."""
         self.forget([user_id])
         if state.num_bytes > self.bytes_max:
@@ -116,9 +116,9 @@ class UserEncoder:
         assert info is not None, "no weights are loaded"
         known = [None if one.user_id is None else cache.get(one.user_id, info) for one in readings]
         found = encode_newest(self._weights.recommender, batch, known)
+        cache.num_positions_reused += sum(found.num_reused_B)
+        cache.num_positions_computed += sum(found.num_computed_B)
         for reading, state, num_reused in zip(readings, found.states, found.num_reused_B, strict=True):
-            cache.num_positions_reused += num_reused
-            cache.num_positions_computed += len(reading.rows) - num_reused
             if reading.user_id is not None:
                 cache.num_hits += num_reused > 0
                 cache.num_misses += num_reused == 0

@@ -48,6 +48,18 @@ EVERYTHING: dict[str, Any] = {
             },
         ),
         ArmConfig(
+            name="ultra-mixture",
+            settings={
+                "model": {
+                    "kind": "ultra_hstu",
+                    "transducers": [
+                        {"name": "clicks", "actions": ["click"], "max_len": 4},
+                        {"name": "deeds", "actions": ["like", "purchase"], "num_layers": 1},
+                    ],
+                }
+            },
+        ),
+        ArmConfig(
             name="ultra-fine-tuned",
             kind="fine_tuned",
             every="50s",
@@ -110,7 +122,7 @@ def test_all_arms_answer_the_same_queries_in_the_same_order(whole: tuple[RunOutc
     events = table(root, "queries")["event"].to_list()
     assert events == sorted(events)
     arms = sorted(path.name for path in (root / "ranks").iterdir())
-    assert len(arms) == 15
+    assert len(arms) == 16
     for arm in arms:
         assert table(root, f"ranks/{arm}")["event"].to_list() == events, arm
 

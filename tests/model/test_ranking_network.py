@@ -303,7 +303,7 @@ def test_labels_without_predictions_are_refused(model_config: ModelConfig) -> No
     network = network_of(model_config, "merged")
     history = engagements_of()
     predictions: ActionPredictions = network(history, candidates_of([1, 1, 1, 1]))
-    with pytest.raises(ValueError, match="merged tokens know their own action"):
+    with pytest.raises(ValueError, match="merged tokens and those of transducers"):
         network.loss(predictions, interactions=network.heads.labels(history.actions_L, history.values_L))
     with pytest.raises(ValueError, match="there are no labels"):
         network.loss(predictions)

@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.ranking_network import Engagements, RankingConfig, RankingNetwork
 from model.ranking_scores import score_candidates
 from model.sequence import Candidates
+from model.transducers import Transducer
 from tests.model.weights import far_from_start
 
 WIDTH = 16
@@ -87,6 +88,10 @@ def test_any_number_of_candidates_scores_as_one_at_a_time(tokens: str, lengths: 
     torch.testing.assert_close(scores, one_at_a_time(network, history, candidates), atol=1e-5, rtol=1e-5)
 
 
+MIXTURE = (
+    Transducer(name="odd", actions=("a",), mask=1, max_len=6, num_layers=1),
+    Transducer(name="even", actions=("b", "c"), mask=6),
+)
 ULTRA: dict[str, dict[str, Any]] = {
     "newest queries see all": {"attention": "semi_local", "local_attn_len": 3, "global_attn_len": 2},
     "all see oldest keys": {
@@ -96,6 +101,15 @@ ULTRA: dict[str, dict[str, Any]] = {
         "global_attn": "oldest_keys",
     },
     "truncated": {"truncated_layers": 2, "truncated_len": 6, "truncated_hop": 4},
+    "mixture": {"transducers": MIXTURE},
+    "mixture of all": {
+        "kind": "ultra_hstu",
+        "transducers": MIXTURE,
+        "local_attn_len": 1,
+        "global_attn_len": 2,
+        "truncated_len": 5,
+        "truncated_hop": 2,
+    },
     "all": {
         "kind": "ultra_hstu",
         "local_attn_len": 2,

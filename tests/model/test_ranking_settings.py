@@ -87,7 +87,7 @@ def test_settings_outside_their_range_are_refused(settings: dict[str, Any], says
 
 
 def test_an_encoder_that_cannot_keep_candidates_apart_is_refused() -> None:
-    with pytest.raises(ValueError, match="ranking needs hstu with silu"):
+    with pytest.raises(ValueError, match="ranking needs hstu or ultra_hstu with silu"):
         with_ranking_head(replace(MODEL, kind="sasrec"), SETTINGS, ACTIONS)
 
 

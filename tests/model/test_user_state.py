@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from kernels.implementations import KernelName
 from model.batch import HistoryBatch
 from model.config import ModelConfig
 from model.recommender import Recommender
-from model.user_state import UserState, encode_newest, keeps_user_states, window_len
+from model.transducers import Transducer
+from model.user_state import KeptState, UserState, encode_newest, keeps_user_states, window_len
 
 CONFIG = ModelConfig(
     embedding_dim=8, num_layers=3, num_heads=2, attention_dim=3, hidden_dim=5, max_len=12, num_time_buckets=40
@@ -37,6 +39,10 @@ def build(**options: Any) -> Recommender:
 
 
 RECOMMENDER = build()
+MIXTURE = (
+    Transducer(name="odd", actions=("a",), mask=1, max_len=4, num_layers=1),
+    Transducer(name="even", actions=("b", "c"), mask=6),
+)
 ULTRA: dict[str, dict[str, Any]] = {
     "merged": {"tokens": "merged", "value_thresholds": (1.0, 1.5)},
     "interleaved": {"tokens": "interleaved"},
@@ -50,6 +56,14 @@ ULTRA: dict[str, dict[str, Any]] = {
     "local": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 0},
     "truncated": {"truncated_layers": 2, "truncated_len": 5, "truncated_hop": 3},
     "truncated with each": {"truncated_layers": 1, "truncated_len": 4, "truncated_hop": 1},
+    "mixture": {"transducers": MIXTURE},
+    "mixture of all": {
+        "kind": "ultra_hstu",
+        "transducers": MIXTURE,
+        "local_attn_len": 1,
+        "global_attn_len": 1,
+        "truncated_len": 4,
+    },
     "all": {"kind": "ultra_hstu", "local_attn_len": 2, "global_attn_len": 2, "truncated_len": 6, "truncated_hop": 2},
     "all, interleaved, with bias": {
         "kind": "ultra_hstu",
@@ -85,7 +99,7 @@ def expected(recommender: Recommender, batch: HistoryBatch) -> torch.Tensor:
     return recommender.encode(batch)[batch.last_positions()]
 
 
-def check(recommender: Recommender, histories: list[History], known: list[UserState | None], now_ms: int) -> Any:
+def check(recommender: Recommender, histories: list[History], known: Sequence[KeptState | None], now_ms: int) -> Any:
     batch = batch_of(histories, now_ms)
     found = encode_newest(recommender, batch, known)
     torch.testing.assert_close(found.u_BD, expected(recommender, batch), rtol=0, atol=1e-5)
@@ -140,6 +154,7 @@ def test_users_of_one_batch_are_told_apart() -> None:
 
 def test_what_is_kept_does_not_hold_the_memory_of_the_batch() -> None:
     state = encode_newest(RECOMMENDER, batch_of([HISTORY] * 8, NOW_MS), [None] * 8).states[0]
+    assert isinstance(state, UserState)
     width = CONFIG.num_heads * (CONFIG.attention_dim + CONFIG.hidden_dim)
     assert state.layers.untyped_storage().nbytes() == CONFIG.num_layers * 9 * width * 4
     assert state.num_bytes == state.layers.untyped_storage().nbytes() + 3 * 9 * 8
@@ -204,7 +219,7 @@ def lives(draw: st.DrawFn) -> list[History]:
 def test_whatever_happens_to_histories_the_states_are_those_of_computing_all_again(
     users: list[list[History]], hop: int
 ) -> None:
-    known: dict[int, UserState] = {}
+    known: dict[int, KeptState] = {}
     for moment in range(max(len(life) for life in users)):
         present = [user for user, life in enumerate(users) if moment < len(life)]
         windows = []
@@ -224,7 +239,7 @@ def test_states_are_those_of_computing_all_again_with_each_part_of_ultra_hstu(
 ) -> None:
     recommender = build(**options)
     users = data.draw(st.lists(lives(), min_size=1, max_size=3))
-    known: dict[int, UserState] = {}
+    known: dict[int, KeptState] = {}
     for moment in range(max(len(life) for life in users)):
         present = [user for user, life in enumerate(users) if moment < len(life)]
         windows = [users[user][moment] for user in present]
@@ -265,6 +280,19 @@ def test_truncated_layers_are_computed_again_only_when_they_read_on() -> None:
     moved = check(recommender, [HISTORY[:9]], then.states, NOW_MS).states[0].newest
     assert moved is not None
     assert (moved.start, moved.states_ND.shape[0]) == (6, 2)
+
+
+def test_a_transducer_computes_nothing_anew_for_interactions_that_it_does_not_read() -> None:
+    recommender = build(**ULTRA["mixture"])
+    batch = batch_of([HISTORY], NOW_MS)
+    assert batch.actions_L is not None
+    batch.actions_L[:] = torch.tensor([1, 2, 1, 2, 1, 2, 1, 1, 4, 4])
+    first = encode_newest(recommender, batch.take(torch.arange(8)), [None])
+    again = encode_newest(recommender, batch, first.states)
+    assert (first.num_reused_B, first.num_computed_B) == ([0], [7])  # 5 are odd, of which it reads 4; 3 are even
+    # Of the odd ones the newest sees the time of the request; of the even ones it did, and is followed by two.
+    assert (again.num_reused_B, again.num_computed_B) == ([5], [4])
+    torch.testing.assert_close(again.u_BD, expected(recommender, batch), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", ["merged", "interleaved"])

@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from model.config import ModelConfig
 from ops.errors import SettingsError
 from ops.settings import SECTIONS as REAL_SECTIONS
 from ops.settings import Section, Setting, Settings, is_secret, load
@@ -262,3 +263,15 @@ def test_only_text_is_a_secret() -> None:
         if is_secret(field.name) and "str" not in str(field.type)
     ]
     assert secret == []
+
+
+def test_tables_in_a_list_are_read_and_what_they_do_not_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "headrace.toml"
+    path.write_text('[model]\ntransducers = [{name = "views", actions = ["view"], max_len = 8}]\n')
+    (views,) = load(path, environment={}).get(ModelConfig).transducers
+    assert (views.name, views.actions, views.max_len, views.num_layers) == ("views", ("view",), 8, None)
+    variable = {"HEADRACE_MODEL__TRANSDUCERS": '[{"name": "deeds", "actions": ["like"]}]'}
+    assert [one.name for one in load(path, environment=variable).get(ModelConfig).transducers] == ["deeds"]
+    path.write_text('[model]\ntransducers = [{name = "views", actions = ["view"], max_length = 8}]\n')
+    with pytest.raises(SettingsError, match=r"unknown key model.transducers\[\].max_length; did you mean max_len\?"):
+        load(path, environment={})

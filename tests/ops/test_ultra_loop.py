@@ -20,7 +20,16 @@ ULTRA = {
 }
 
 
-@pytest.mark.parametrize("settings", [ULTRA])
+MIXTURE = {
+    **ULTRA,
+    "transducers": [
+        {"name": "views", "actions": ["view"], "max_len": 4, "num_layers": 2, "mask": 2},
+        {"name": "deeds", "actions": ["like", "purchase"], "max_len": 8, "num_layers": 1, "mask": 24},
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", [ULTRA, MIXTURE], ids=["one", "mixture"])
 def test_events_are_learned_from_and_answered_with(tmp_path: Path, settings: dict[str, object]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.ops.loop_in_one_process", str(tmp_path), json.dumps(settings)],
