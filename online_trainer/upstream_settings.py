@@ -13,7 +13,8 @@ class UpstreamDaemonConfig:
     """Settings of `headrace upstream`."""
 
     is_on: bool = False
-    """`headrace up` starts the daemon, and the trainer looks for vectors. `headrace upstream` by itself does not ask."""
+    """`headrace up` starts the daemon, and the trainer looks for vectors. `headrace upstream` by itself does not
+    ask."""
     actions: tuple[str, ...] = ()
     """Actions of events.actions after which a user's vector is computed anew, such as ("purchase",): those that say
     much about the user. Without any, all are."""

@@ -27,8 +27,8 @@ from stream.kafka import KafkaConfig, KafkaLog
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
-    from stream.label_rules import Awaited
     from model.upstream_config import UpstreamModelConfig
+    from stream.label_rules import Awaited
 
 logger = logging.getLogger(__name__)
 
