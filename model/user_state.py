@@ -319,17 +319,17 @@ def _key_values(core: HSTU, users: Sequence[_User], each: int) -> KeyValues:
 
 def _rows(core: HSTU, num_layers: int, lengths: Sequence[int], reused: Sequence[int], each: int) -> KeyValues:
     """Of rows of so many positions, as many of which are reused."""
-    lengths_B, reused_B = each * torch.tensor(lengths), each * torch.tensor(reused)
-    zero = torch.zeros(1, dtype=torch.int64)
-    offsets = torch.cat([zero, lengths_B.cumsum(0)])
-    num_new_B = lengths_B - reused_B
-    new_M = packed_places(offsets[:-1] + reused_B, num_new_B)
+    # In numpy: a few dozen numbers, for which each operation of torch would cost ten times its work.
+    lengths_B, reused_B = each * np.array(lengths, np.int64), each * np.array(reused, np.int64)
+    offsets, new_offsets = (np.concatenate([[0], np.cumsum(part)]) for part in (lengths_B, lengths_B - reused_B))
+    places = [np.arange(known, length) for known, length in zip(reused_B, lengths_B, strict=True)]
+    new_M = np.concatenate([own + start for own, start in zip(places, offsets[:-1], strict=True)])
     return KeyValues(
         layers=torch.empty(num_layers, int(offsets[-1]), KeyValues.width(core.config)),
-        offsets=offsets,
-        query_offsets=torch.cat([zero, num_new_B.cumsum(0)]) if any(reused) else None,
-        new_M=new_M,
-        places_M=new_M - torch.repeat_interleave(offsets[:-1], num_new_B),
+        offsets=torch.from_numpy(offsets),
+        query_offsets=torch.from_numpy(new_offsets) if any(reused) else None,
+        new_M=torch.from_numpy(new_M),
+        places_M=torch.from_numpy(np.concatenate(places)),
     )
 
 
