@@ -1,5 +1,5 @@
-/* All layers of HSTU for the newest positions of rows whose older keys and values are kept: one position at a time, since
-   there are few of them, and one request after the other asks for one.
+/* All layers of HSTU for the newest positions of rows whose older keys and values are kept: mostly one, asked for by one
+   request after the other, and all of a row that is read for the first time.
 
    README.md has the maths. Compiled once per machine by kernels/native_build.py, for numbers of REAL_BITS 32 or 64; no
    call allocates or keeps anything. All sums are formed in one order.
@@ -31,11 +31,16 @@ typedef struct {
     double alpha, eps;
 } Call;
 
-/* Scratch of a call in numbers of REAL. */
-int64_t hstu_decode_scratch(int64_t D, int64_t heads, int64_t A, int64_t V, int64_t max_len)
+enum { MANY = 8 }; /* new positions of a row from which on transposing its keys costs less than it saves */
+
+INLINE int64_t entered_width(const Call *call) { return 2 * call->heads * (call->A + call->V); }
+INLINE int64_t keys_to(int64_t max_len) { return vectors(max_len) * LANES; }
+
+/* Scratch of a call in numbers of REAL, for rows of at most num_new new positions. */
+int64_t hstu_decode_scratch(int64_t D, int64_t heads, int64_t A, int64_t V, int64_t max_len, int64_t num_new)
 {
-    const int64_t G = heads * V;
-    return D + (2 * G + 2 * heads * A) + 4 * G + 2 * max_len + 8 * LANES;
+    return (num_new + ROWS) * (D + 2 * heads * (A + V)) + 4 * heads * V + 2 * keys_to(max_len) + 8 * LANES +
+           (num_new >= MANY ? heads * A * keys_to(max_len) : 0);
 }
 
 INLINE REAL total(vec sums)
@@ -122,75 +127,127 @@ static void fill_bias(const Call *call, const Layer *layer, REAL *score, const i
     }
 }
 
-/* o = attention of one query over the keys 0..i of its row, of one head. score: bias, or zeros; overwritten. */
-static void attend(const Call *call, REAL *o, const REAL *q, const REAL *keys, REAL *score, int64_t i, int64_t head)
+/* Where the parts of a call are kept. normed and entered: of all new positions of a row. */
+typedef struct {
+    REAL *normed, *entered, *o, *y, *bias, *score, *kT;
+} Scratch;
+
+static Scratch scratch_of(const Call *call, int64_t num_new)
 {
-    const int64_t stride = call->heads * (call->A + call->V);
-    const REAL *k = keys + head * call->A, *v = keys + call->heads * call->A + head * call->V;
+    const int64_t G = call->heads * call->V;
+    Scratch s = {.entered = call->scratch}; /* first, since whole vectors of it are written */
+    s.normed = s.entered + (num_new + ROWS) * entered_width(call);
+    s.o = s.normed + (num_new + ROWS) * call->D;
+    s.y = s.o + G;
+    s.bias = s.y + 3 * G;
+    s.score = s.bias + keys_to(call->max_len) + LANES;
+    s.kT = num_new >= MANY ? s.score + keys_to(call->max_len) + LANES : NULL;
+    return s;
+}
+
+/* A row of n positions, num_new of them new: its keys and values in one layer, times, and what enters that layer. */
+typedef struct {
+    REAL *x, *kept;
+    const int64_t *key_times_s, *query_times_s;
+    int64_t n, num_new;
+} Row;
+
+/* entered = activated(norm(x) W) of every new position; their keys and values are kept. */
+static void enter(const Call *call, const Layer *layer, const Row *row, const Scratch *s)
+{
+    const int64_t D = call->D, G = call->heads * call->V, QK = call->heads * call->A, E = entered_width(call);
+    for (int64_t m = 0; m < row->num_new; m++)
+        normalise(s->normed + m * D, row->x + m * D, D, (REAL)call->eps, layer->input_scale, layer->input_shift);
+    const int is_whole = E % LANES == 0 && (uintptr_t)layer->uvqk % VECTOR_BYTES == 0 &&
+                         (uintptr_t)s->entered % VECTOR_BYTES == 0;
+    for (int64_t m = 0; m < row->num_new; m += ROWS) {
+        const int64_t num = least(ROWS, row->num_new - m);
+        if (is_whole) {
+            rows_product(s->entered + m * E, E, s->normed + m * D, D, 1, layer->uvqk, E, num, E / LANES, D, 0);
+            continue;
+        }
+        memset(s->entered + m * E, 0, sizeof(REAL) * num * E);
+        for (int64_t r = m; r < m + num; r++)
+            add_product(s->entered + r * E, s->normed + r * D, layer->uvqk, E, D, E);
+    }
+    if (!call->gate_only)
+        silu(s->entered, row->num_new * E, 1);
+    for (int64_t m = 0; m < row->num_new; m++) {
+        REAL *u = s->entered + m * E, *v = u + G, *k = v + G + QK, *own = row->kept + (row->n - row->num_new + m) * (QK + G);
+        if (call->gate_only) /* not by whole vectors: behind u comes v */
+            for (int64_t w = 0; w < G; w++)
+                u[w] = u[w] / (1 + EXP(-u[w]));
+        memcpy(own, k, sizeof(REAL) * QK);
+        memcpy(own + QK, v, sizeof(REAL) * G);
+    }
+    if (s->kT)
+        for (int64_t j = 0; j < row->n; j++)
+            for (int64_t w = 0; w < QK; w++)
+                s->kT[w * keys_to(call->max_len) + j] = row->kept[j * (QK + G) + w];
+}
+
+/* o = attention of the new position m over the keys 0..i of its row, of one head. */
+static void attend(const Call *call, const Row *row, const Scratch *s, REAL *o, const REAL *q, int64_t i, int64_t head,
+                   int has_bias)
+{
+    const int64_t stride = call->heads * (call->A + call->V), A = call->A, ld = keys_to(call->max_len);
+    const REAL *k = row->kept + head * A, *v = row->kept + call->heads * A + head * call->V;
     const REAL alpha = (REAL)call->alpha;
+    REAL *score = s->score;
+    if (s->kT) {
+        memset(score, 0, sizeof(REAL) * (i + 1));
+        add_product(score, q, s->kT + head * A * ld, ld, A, i + 1);
+    } else {
+        for (int64_t j = 0; j <= i; j++)
+            score[j] = dot(q, k + j * stride, A);
+    }
     for (int64_t j = 0; j <= i; j++)
-        score[j] += alpha * dot(q + head * call->A, k + j * stride, call->A);
+        score[j] = alpha * score[j] + (has_bias ? s->bias[j] : 0);
     silu(score, i + 1, (REAL)call->max_len);
     for (int64_t w = 0; w < call->V; w++)
         o[w] = 0;
     add_product(o, score, v, stride, i + 1, call->V);
 }
 
-/* One layer for the position i of a row: x becomes the next layer's; its keys and values are kept. keys, key_s: of the
-   row's first position. */
-static void one_position(const Call *call, const Layer *layer, REAL *x, REAL *keys, const int64_t *key_s, int64_t i,
-                         int64_t query_s)
+/* x of the new position m becomes the next layer's. */
+static void leave(const Call *call, const Layer *layer, const Row *row, const Scratch *s, int64_t m)
 {
-    const int64_t D = call->D, G = call->heads * call->V, QK = call->heads * call->A, E = 2 * G + 2 * QK;
-    REAL *normed = call->scratch, *entered = normed + D, *o = entered + E + LANES, *y = o + G, *bias = y + 3 * G;
-    REAL *score = bias + call->max_len + LANES;
-    normalise(normed, x, D, (REAL)call->eps, layer->input_scale, layer->input_shift);
-    for (int64_t e = 0; e < E; e++)
-        entered[e] = 0;
-    add_product(entered, normed, layer->uvqk, E, D, E);
-    if (call->gate_only) { /* not by whole vectors: behind u comes v */
-        for (int64_t e = 0; e < G; e++)
-            entered[e] = entered[e] / (1 + EXP(-entered[e]));
-    } else {
-        silu(entered, E, 1);
-    }
-    const REAL *u = entered, *v = u + G, *q = v + G, *k = q + QK;
-    REAL *own = keys + i * (QK + G);
-    for (int64_t w = 0; w < QK; w++)
-        own[w] = k[w];
-    for (int64_t w = 0; w < G; w++)
-        own[QK + w] = v[w];
+    const int64_t D = call->D, G = call->heads * call->V, i = row->n - row->num_new + m;
+    const REAL *u = s->entered + m * entered_width(call), *q = u + 2 * G;
+    REAL *x = row->x + m * D, *gated = call->concat ? s->y + 2 * G : s->y;
     if (layer->time_weight)
-        fill_bias(call, layer, bias, key_s, i, query_s);
-    for (int64_t head = 0; head < call->heads; head++) {
-        for (int64_t j = 0; j <= i; j++)
-            score[j] = layer->time_weight ? bias[j] : 0;
-        attend(call, o + head * call->V, q, keys, score, i, head);
-    }
-    REAL *gated = call->concat ? y + 2 * G : y;
-    normalise(gated, o, G, (REAL)call->eps, layer->output_scale, layer->output_shift);
+        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m]);
+    for (int64_t head = 0; head < call->heads; head++)
+        attend(call, row, s, s->o + head * call->V, q + head * call->A, i, head, layer->time_weight != NULL);
+    normalise(gated, s->o, G, (REAL)call->eps, layer->output_scale, layer->output_shift);
     for (int64_t w = 0; w < G; w++)
         gated[w] *= u[w];
     if (call->concat)
         for (int64_t w = 0; w < G; w++) {
-            y[w] = u[w];
-            y[G + w] = o[w];
+            s->y[w] = u[w];
+            s->y[G + w] = s->o[w];
         }
     for (int64_t d = 0; d < D; d++)
         x[d] += layer->output_bias[d];
-    add_product(x, y, layer->output, D, call->concat ? 3 * G : G, D);
+    add_product(x, s->y, layer->output, D, call->concat ? 3 * G : G, D);
 }
 
 void hstu_decode_run(const Call *call)
 {
     const int64_t width = call->heads * (call->A + call->V);
     for (int64_t b = 0; b < call->num_rows; b++) {
-        const int64_t first = call->offsets[b], n = call->offsets[b + 1] - first;
-        const int64_t first_query = call->query_offsets[b], num_new = call->query_offsets[b + 1] - first_query;
-        for (int64_t l = 0; l < call->num_layers; l++)
-            for (int64_t m = 0; m < num_new; m++)
-                one_position(call, call->layers + l, call->x + (first_query + m) * call->D,
-                             call->kept + (l * call->num_positions + first) * width, call->key_times_s + first,
-                             n - num_new + m, call->query_times_s[first_query + m]);
+        const int64_t first = call->offsets[b], first_new = call->query_offsets[b];
+        Row row = {.x = call->x + first_new * call->D,
+                   .key_times_s = call->key_times_s + first,
+                   .query_times_s = call->query_times_s + first_new,
+                   .n = call->offsets[b + 1] - first,
+                   .num_new = call->query_offsets[b + 1] - first_new};
+        const Scratch s = scratch_of(call, row.num_new);
+        for (int64_t l = 0; l < call->num_layers; l++) {
+            row.kept = call->kept + (l * call->num_positions + first) * width;
+            enter(call, call->layers + l, &row, &s);
+            for (int64_t m = 0; m < row.num_new; m++)
+                leave(call, call->layers + l, &row, &s, m);
+        }
     }
 }

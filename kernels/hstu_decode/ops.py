@@ -109,11 +109,12 @@ def hstu_decode(
     x_MD = x_MD.contiguous().clone()
     times_L, times_M = (times.contiguous() for times in times_s)
     width = heads * (attention_dim + hidden_dim)
-    _check(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width, max_len)
+    num_new = _checked(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width, max_len)
     time_weight = layers[0].time_weight if layers else None
     buckets = None if time_weight is None else bucket_from_s(time_weight.shape[0] - 1)
     sizes = (x_MD.shape[1], heads, attention_dim, hidden_dim, max_len)
-    scratch = torch.empty(library.hstu_decode_scratch(*(ctypes.c_int64(size) for size in sizes)), dtype=x_MD.dtype)
+    scratch_size = library.hstu_decode_scratch(*(ctypes.c_int64(size) for size in (*sizes, num_new)))
+    scratch = torch.empty(scratch_size, dtype=x_MD.dtype)
     call = _Call(
         (_Layer * len(layers))(*(layer.pointers() for layer in layers)),
         *(_pointer(tensor) for tensor in (x_MD, kept_layers_LW, offsets, query_offsets, times_L, times_M, buckets)),
@@ -131,7 +132,7 @@ def hstu_decode(
     return x_MD
 
 
-def _check(
+def _checked(
     x_MD: Tensor,
     kept_layers_LW: Tensor,
     layers: Sequence[LayerWeights],
@@ -140,8 +141,8 @@ def _check(
     times_s: tuple[Tensor, Tensor],
     width: int,
     max_len: int,
-) -> None:
-    """What would make the C code read or write outside of the tensors."""
+) -> int:
+    """The most new positions of a row; ValueError for what would make the C code read or write elsewhere."""
     if kept_layers_LW.shape != (len(layers), times_s[0].shape[0], width) or not kept_layers_LW.is_contiguous():
         raise ValueError(
             f"kept_layers_LW must be contiguous [{len(layers)}, {times_s[0].shape[0]}, {width}], got"
@@ -158,10 +159,13 @@ def _check(
         bounds = rows.tolist()
         if bounds[0] != 0 or bounds[-1] != num_values or bounds != sorted(bounds):
             raise ValueError(f"{name} must ascend from 0 to {num_values}")
-    longest = max((end - start for start, end in pairwise(offsets.tolist())), default=0)
+    longest, num_new = (
+        max((b - a for a, b in pairwise(rows.tolist())), default=0) for rows in (offsets, query_offsets)
+    )
     tables = [layer.position_weight for layer in layers if layer.position_weight is not None]
     if longest > max_len or any(table.shape[0] != 2 * max_len - 1 for table in tables):
         raise ValueError(f"rows (the longest has {longest} positions) and position_weight must fit max_len {max_len}")
+    return num_new
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
