@@ -7,6 +7,7 @@ from typing import Final, Literal, get_args
 
 from model.config import DeviceChoice, Precision
 from model.row_precision import ROW_PRECISIONS, RowPrecision
+from online_trainer.text_content import TextEncoding
 
 LagPolicy = Literal["fall_behind", "larger_batches", "thin"]
 LAG_POLICIES: Final[tuple[LagPolicy, ...]] = get_args(LagPolicy)
@@ -192,8 +193,12 @@ class ItemsConfig:
     popularity."""
 
     content_items: int = 200_000
-    """Items whose content (embedding and categories on the topic `items`, 0.26 kB each) is kept, the newest: where a
-    new item's embedding starts is then learned from items with similar content. 0: content is not read."""
+    """Items whose content (embedding or text, and categories, on the topic `items`; 0.26 kB each) is kept, the newest:
+    where a new item's embedding starts is then learned from items with similar content. 0: content is not read."""
+    text_encoder: TextEncoding = "ngrams"
+    """What makes an embedding of title and text of an item that comes without one. ngrams: hashed words and parts of
+    them. wordllama: the pip package of that name (`headrace[text]`, 33 MB), which knows what words mean; English above
+    all. none: titles and texts are not read. After a change all items are read anew."""
     cold_items: int = 1_000
     """Items with content and without an interaction that have a row at the same time, so that they can be recommended;
     further ones get theirs with their first interaction. They are candidates everywhere, and take time like others."""
@@ -202,6 +207,10 @@ class ItemsConfig:
         for name in ("content_items", "cold_items"):
             if not 0 <= getattr(self, name) <= 1 << 31:
                 raise ValueError(f"items.{name} = {getattr(self, name)}: must be between 0 and {1 << 31}")
+        if self.text_encoder not in get_args(TextEncoding):
+            raise ValueError(
+                f"items.text_encoder = {self.text_encoder!r}: must be {' or '.join(get_args(TextEncoding))}"
+            )
         if not 1 <= self.min_interactions <= 255:
             raise ValueError(f"items.min_interactions = {self.min_interactions}: must be between 1 and 255")
         if not 0 < self.admission_probability <= 1:

@@ -32,6 +32,7 @@ from online_trainer.parts import TrainerParts
 from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
 from online_trainer.steps import LearnedSteps
+from online_trainer.text_content import text_encoder
 from stream.errors import LogResetError, LogUnavailableError
 from stream.failpoints import fail_point
 from stream.freshness import F2_LEARNED, FreshnessRecorder
@@ -63,7 +64,7 @@ class TrainerDaemon:
         self._learner = self._resume(checkpoint)
         self._metrics_file = MetricsFile(parts.metrics_root, keep_parts=parts.config.keep_metrics_parts)
         self._metrics_file.begin(self._learner.ledger.num_steps)
-        self._feed = ItemFeed(parts.log, parts.clock) if parts.items_config.content_items else None
+        self._feed = self._item_feed()
         self._given_up: dict[int, int] = {}
         self._has_looked_ahead = False
         self._publisher = Publisher(
@@ -118,6 +119,13 @@ class TrainerDaemon:
             learner.load_checkpoint(checkpoint)
             logger.info("continuing after step %d, %d interactions", checkpoint.step, learner.ledger.num_interactions)
         return learner
+
+    def _item_feed(self) -> ItemFeed | None:
+        """None where content is not read. ValueError for a text encoder that is not installed."""
+        items = self._parts.items_config
+        if not items.content_items:
+            return None
+        return ItemFeed(self._parts.log, self._parts.clock, text_encoder(items.text_encoder))
 
     def _label_feed(self) -> LabelFeed | None:
         """None where nothing learns from labels."""

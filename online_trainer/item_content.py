@@ -23,6 +23,8 @@ Float32s = NDArray[np.float32]
 
 CONTENT_DIM: Final = 64
 """C: embeddings of any length and categories are projected to this width, which changes cosines by about 1/8."""
+_TEXT_BESIDE_CATEGORIES: Final = 0.25
+"""Titles of films beside their genres, as much as these: HR@10 on ml-1m .0583 instead of .0606; a quarter: .0601."""
 _RIDGE: Final = 1.0
 """Weight of the penalty on the projection, in items: more of them outweigh the prior, which is the mean of all."""
 _ITEMS_PER_CALL: Final = 1_000
@@ -43,15 +45,19 @@ class ItemNews:
     append_ms: int
 
 
-def content_vector(embedding: Float32s | None, categories: Sequence[str]) -> Float32s | None:
-    """float32[C] of unit length: a content embedding of any length and categories, projected; None without either.
+def content_vector(
+    embedding: Float32s | None, categories: Sequence[str], text: Float32s | None = None
+) -> Float32s | None:
+    """float32[C] of unit length: embeddings of any length and categories, projected; None without any.
 
     A function of its arguments alone: the signs of the projection are a hash of the places, and a category is a row of
-    signs that its name's hash says. Embedding and categories weigh the same where an item has both.
+    signs that its name's hash says. Embedding and categories weigh the same where an item has both. text: what an
+    encoder makes of title and text; not looked at beside an embedding, and a quarter beside categories.
     """
-    total = np.zeros(CONTENT_DIM)
-    if embedding is not None and np.isfinite(embedding).all():
-        total += _unit(_signs(np.arange(len(embedding), dtype=np.uint64)).T @ embedding.astype(np.float64))
+    total, embedded = np.zeros(CONTENT_DIM), text if embedding is None else embedding
+    if embedded is not None and np.isfinite(embedded).all():
+        projected = _unit(_signs(np.arange(len(embedded), dtype=np.uint64)).T @ embedded.astype(np.float64))
+        total += projected * (_TEXT_BESIDE_CATEGORIES if embedding is None and categories else 1.0)
     if categories:
         total += _unit(_signs(np.array([stable_id(name) for name in sorted(set(categories))], np.uint64)).sum(0))
     vector = _unit(total).astype(np.float32)

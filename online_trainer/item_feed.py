@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from feature_store.records import Item
 from online_trainer.item_content import ItemNews, content_vector
+from online_trainer.text_content import TextEncoder, hashed_ngrams, item_text
 from stream.clock import Clock
 from stream.errors import LogResetError, MessageFormatError
 from stream.log import EventLog, LogReader, PartitionId, Record, Start
@@ -30,8 +33,9 @@ _QUIET_MS: Final = 500
 class ItemFeed:
     """Reads `items` beside the updates, from given positions on. Unreadable messages are ingest's to report."""
 
-    def __init__(self, log: EventLog, clock: Clock) -> None:
-        self._log, self._clock = log, clock
+    def __init__(self, log: EventLog, clock: Clock, encode: TextEncoder = hashed_ngrams) -> None:
+        """encode: the titles and texts of items that come without an embedding."""
+        self._log, self._clock, self._encode = log, clock, encode
         self._reader: LogReader = log.reader()
         self._waiting: deque[ItemNews] = deque()
 
@@ -77,7 +81,7 @@ class ItemFeed:
     async def _poll(self, timeout_ms: int) -> list[Record]:
         records = await self._reader.poll(timeout_ms=timeout_ms, max_records=_RECORDS_PER_POLL)
         now_ms = self._clock.now_ms()
-        self._waiting.extend(news for record in records if (news := _news(record, now_ms)) is not None)
+        self._waiting.extend(news for record in records if (news := _news(record, now_ms, self._encode)) is not None)
         return records
 
     def due(self, append_ms: int) -> list[ItemNews]:
@@ -88,18 +92,24 @@ class ItemFeed:
         return found
 
 
-def _news(record: Record, now_ms: int) -> ItemNews | None:
+def _news(record: Record, now_ms: int, encode: TextEncoder) -> ItemNews | None:
     try:
         item_id, _, item = read_item(record.key, record.value)
     except MessageFormatError:
         return None
-    embedding = None if item is None or item.embedding is None else np.frombuffer(item.embedding, "<f4")
     return ItemNews(
         item_id=item_id,
-        content=None if item is None else content_vector(embedding, item.categories),
+        content=None if item is None else _content(item, encode),
         is_available=item is not None and item.available,
         partition=record.partition,
         offset=record.offset,
         # A producer whose clock is ahead must not hold up what comes behind it.
         append_ms=min(record.timestamp_ms, now_ms),
     )
+
+
+def _content(item: Item, encode: TextEncoder) -> NDArray[np.float32] | None:
+    if item.embedding is not None:
+        return content_vector(np.frombuffer(item.embedding, "<f4"), item.categories)
+    text = item_text(item.title, item.text)
+    return content_vector(None, item.categories, encode(text) if text else None)

@@ -458,6 +458,7 @@ class OnlineLearner:
             "guard": self._guard.state(),
             "drift": self.drift.state(),
             "items_read": {str(partition): offset for partition, offset in sorted(self.items_read.items())},
+            "text_encoder": self._config.items.text_encoder,
         }
         if self.ranking is not None:
             tensors |= {f"ranking.{name}": tensor for name, tensor in self.ranking.tensors().items()}
@@ -484,7 +485,11 @@ class OnlineLearner:
         self.evaluation.load_state(part("metrics."))
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._replay.load_state(part("replay."))
-        self._content.load_state(part("content."))
+        if checkpoint.state.get("text_encoder", "none") == self._config.items.text_encoder:
+            self._content.load_state(part("content."))
+        else:
+            logger.warning("items.text_encoder has changed: what is said about items is read from its start")
+            self.items_read = {}
         if self._lengths is not None:
             self._lengths.load_state(part("lengths."))
         self._guard.load_state(checkpoint.state["guard"])
