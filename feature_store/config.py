@@ -107,17 +107,23 @@ class HotHistoriesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserVectorsConfig:
-    """How long vectors of users are kept."""
+    """How long vectors of users are kept, and how inference workers keep up with them."""
 
     keep_ms: int = 86_400_000
     """How long (ms) a vector that was superseded stays in the store: for training that looks back, on labels that took
     their time and in a trainer that is behind."""
     states_max: int = 256
     """Vectors of one user and version kept at most, the newest."""
+    refresh_ms: int = 1_000
+    """How often (ms) an inference worker looks for new vectors of the users it holds in memory."""
+    cached_users: int = 50_000
+    """Users whose vectors an inference worker holds in memory; the longest unused make room."""
 
     def __post_init__(self) -> None:
         _check_range("user_vectors.keep_ms", self.keep_ms, 0, MAX_AGE_MS)
         _check_range("user_vectors.states_max", self.states_max, 1, 1_000_000)
+        _check_range("user_vectors.refresh_ms", self.refresh_ms, 10, 3_600_000)
+        _check_range("user_vectors.cached_users", self.cached_users, 1, 100_000_000)
 
 
 def parse_url(text: str) -> URL:

@@ -12,7 +12,7 @@ from feature_store.engine import writing as write_transaction
 from feature_store.publications import load_watermark
 from feature_store.removing import count_forgotten
 from feature_store.retention import Retention
-from feature_store.tables import history_chunk
+from feature_store.tables import history_chunk, user_state
 from feature_store.user_states import StatePruning, StateQuery, UpstreamVersion, UserVectors
 
 
@@ -54,6 +54,12 @@ class UserStateStore:
         """(written_at_ms, user id) of vectors written at or after a time, in order, at most `limit` behind `after`."""
         with read_transaction(self._engine) as connection:
             return user_states.load_written_since(connection, model, version, since_ms, after, limit)
+
+    def newest_written_ms(self) -> int:
+        """When (epoch ms) the newest vector of all was written; 0 before the first."""
+        query = select(func.coalesce(func.max(user_state.c.written_at_ms), 0))
+        with read_transaction(self._engine) as connection:
+            return int(connection.execute(query).scalar_one())
 
     def newest_seq(self, model: str, version: int, user_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """i64[U], `next_seq` of each user's newest vector of a version; -1 where there is none."""

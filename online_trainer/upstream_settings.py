@@ -13,7 +13,7 @@ class UpstreamDaemonConfig:
     """Settings of `headrace upstream`."""
 
     is_on: bool = False
-    """`headrace up` starts the daemon, and the trainer looks for vectors. `headrace upstream` by itself does not
+    """`headrace up` starts the daemon, and trainer and workers look for vectors. `headrace upstream` by itself does not
     ask."""
     actions: tuple[str, ...] = ()
     """Actions of events.actions after which a user's vector is computed anew, such as ("purchase",): those that say

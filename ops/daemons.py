@@ -204,8 +204,10 @@ def serve(settings: Settings, port: int) -> int:
 
     It starts without broker, database and weights, and says on /readyz what it waits for.
     """
+    from feature_store.config import UserVectorsConfig
     from model.ranking_settings import RankingSettings
     from model.storage import LocalStorage
+    from online_trainer.upstream_settings import UpstreamDaemonConfig
     from ops.snapshot_store import snapshot_storage
     from serving.access_config import AccessConfig
     from serving.config import ServingConfig
@@ -231,6 +233,8 @@ def serve(settings: Settings, port: int) -> int:
         store=store,
         hot_config=settings.get(HotHistoriesConfig),
         rules=settings.get(EventRules),
+        vectors=settings.get(UserVectorsConfig),
+        reads_vectors=settings.get(UpstreamDaemonConfig).is_on,
         clock=WallClock(),
         mode=config.mode,
         replica=f"{socket.gethostname()}:{port}",

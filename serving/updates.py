@@ -18,6 +18,7 @@ from serving.history_reader import HistoryReader
 from serving.item_names import ItemNames
 from serving.popularity import LivePopularity
 from serving.user_states import UserStateCache
+from serving.vector_cache import UserVectorCache
 from serving.weights import ServedWeights
 from stream.clock import Clock, WatermarkClock
 from stream.errors import LogResetError, LogUnavailableError, MessageFormatError
@@ -71,7 +72,7 @@ class UncoveredUpdates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateTargets:
-    """What updates change; the first four belong to the model thread."""
+    """What updates change; the first four, and `vectors`, belong to the model thread."""
 
     histories: HistoryReader
     user_states: UserStateCache
@@ -82,6 +83,22 @@ class UpdateTargets:
     replay_clock: WatermarkClock | None
     """Follows the event time of a replayed stream; None when live."""
     snapshot_announced: Callable[[], None]
+    vectors: UserVectorCache | None = None
+    """None: this worker reads no users' vectors."""
+
+    def forget(self, user_ids: tuple[int, ...]) -> None:
+        """Drop users whose histories were removed; in the model thread."""
+        ids = np.array(user_ids, np.int64)
+        self.histories.forget(ids)
+        self.user_states.forget(user_ids)
+        if self.vectors is not None:
+            self.vectors.forget(ids)
+
+    def clear(self) -> None:
+        """Drop what the log should have kept up: updates may have been missed; in the model thread."""
+        self.histories.clear()
+        if self.vectors is not None:
+            self.vectors.clear()
 
 
 class UpdateFollower:
@@ -153,7 +170,7 @@ class UpdateFollower:
             starts |= {(topic, partition): "latest" for partition in await reader.partitions(topic)}
         await reader.assign(starts)
         # What was read before we listened may have changed unheard since.
-        await self._model_thread.run(self._targets.histories.clear)
+        await self._model_thread.run(self._targets.clear)
         self._applied.clear()
         self._clear_at_s = self._clock.monotonic_s() + _SETTLE_S
         self.problem = None
@@ -161,7 +178,7 @@ class UpdateFollower:
     async def _clear_when_settled(self) -> None:
         if self._clear_at_s is not None and self._clock.monotonic_s() >= self._clear_at_s:
             self._clear_at_s = None
-            await self._model_thread.run(self._targets.histories.clear)
+            await self._model_thread.run(self._targets.clear)
 
     def _note_problem(self, problem: str) -> None:
         if problem != self.problem:
@@ -202,8 +219,7 @@ class UpdateFollower:
     def _apply_in_model_thread(self, update: HistoryUpdate) -> None:
         targets, interactions = self._targets, update.interactions
         if update.forgotten:
-            targets.histories.forget(np.array(update.forgotten, np.int64))
-            targets.user_states.forget(update.forgotten)
+            targets.forget(update.forgotten)
         if len(interactions):
             if targets.weights.info is None:
                 targets.live_popularity.add(interactions.item_id, interactions.event_time_ms)

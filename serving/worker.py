@@ -66,6 +66,7 @@ class ServingWorker:
         withheld = WithheldItems(self._names)
         self._weights = ServedWeights(parts.model_config, withheld)
         self._histories = HistoryReader(parts.store.config, parts.hot_config, parts.clock)
+        self._vectors = parts.vector_cache(self._model_thread)
         live_popularity = LivePopularity(
             half_life_s=parts.model_config.trend_half_life_s,
             floor=parts.model_config.trend_floor,
@@ -150,6 +151,7 @@ class ServingWorker:
             categories=self._categories,
             head=RankingHead(self._weights, self._parts.ranking),
             blocking_actions=blocking_mask(self.config, self._parts.rules),
+            vectors=self._vectors,
         )
 
     def _update_follower(self, live_popularity: LivePopularity) -> UpdateFollower:
@@ -162,6 +164,7 @@ class ServingWorker:
             uncovered=self._uncovered,
             replay_clock=self._replay_clock,
             snapshot_announced=self._swapper.announce,
+            vectors=self._vectors,
         )
         parts = self._parts
         return UpdateFollower(self.config, parts.log, parts.model_name, self._model_thread, targets, parts.clock)
@@ -236,6 +239,9 @@ class ServingWorker:
         observe("headrace.serving.user_states.bytes", "By", "Memory of user states", lambda: states.num_bytes)
         observe("headrace.serving.user_states.hits", "{history}", "Histories reused", lambda: states.num_hits)
         observe("headrace.serving.user_states.misses", "{history}", "Histories read anew", lambda: states.num_misses)
+        if (vectors := self._vectors) is not None:
+            observe("headrace.serving.user_vectors.hits", "{user}", "Vectors in memory", lambda: vectors.num_hits)
+            observe("headrace.serving.user_vectors.misses", "{user}", "Vectors looked up", lambda: vectors.num_misses)
 
     def _weights_age_s(self) -> float | None:
         held = self._swapper.held
@@ -272,6 +278,8 @@ class ServingWorker:
             ]
             if self._impressions is not None:
                 work.append(self._impressions.run())
+            if self._vectors is not None:
+                work.append(self._vectors.run())
             self._background = [group.create_task(one) for one in work]
             started.set()
 
@@ -317,6 +325,8 @@ class ServingWorker:
             await asyncio.wait_for(asyncio.to_thread(self._lease.end), FLUSH_S)
         self._model_thread.close()
         self._histories.close()
+        if self._vectors is not None:
+            self._vectors.close()
 
     async def wait_until_failed(self) -> None:
         """Return when the worker has ended, by itself or because it was stopped."""
@@ -367,6 +377,7 @@ class ServingWorker:
             "weights_behind_ms": self._uncovered.behind_ms(self.clock.now_ms()),
             "events_accepted": self.intake.num_accepted,
             "user_states": self._encoder.cache.status(),
+            "user_vectors": None if self._vectors is None else self._vectors.status(),
             "hot": {name: getattr(hot, name) for name in hot.__dataclass_fields__},
             "updates": self._updates.status(),
             "broker": {
