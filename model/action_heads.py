@@ -5,6 +5,7 @@ Shapes: P positions, K tasks, D model width, F hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,11 +22,15 @@ class ActionTask:
     name: str
     """What it is called in metrics and answers."""
     kind: Literal["bce", "mse"]
-    """bce: the probability of an action. mse: the interaction's value (such as the logarithm of seconds watched)."""
+    """bce: the probability of an action. mse: the interaction's value (such as seconds watched)."""
     action_bit: int | None = None
     """The kind of action whose probability a bce task predicts: its bit among an interaction's actions."""
     value_at_least: float | None = None
     """Or, of a bce task, the value whose reaching it predicts (a rating of 8 or more)."""
+    center: float = 0.0
+    """Of an mse task: (value - center) / scale is what the network predicts."""
+    scale: float = 1.0
+    """Of an mse task."""
     weight: float = 1.0
     """Factor of the task's loss in the sum."""
 
@@ -38,6 +43,11 @@ class ActionTask:
             )
         if self.action_bit is not None and not 0 <= self.action_bit < 62:
             raise ValueError(f"action_bit of task {self.name!r} is {self.action_bit}; it must be 0 to 61")
+        if not math.isfinite(self.center) or not 0 < self.scale < math.inf:
+            raise ValueError(
+                f"task {self.name!r} has center {self.center} and scale {self.scale}; both must be finite, and the"
+                " scale above 0"
+            )
         if not self.weight >= 0:
             raise ValueError(f"weight of task {self.name!r} is {self.weight}; it must be 0 or more")
 
@@ -82,7 +92,7 @@ class ActionHeads(nn.Module):
         self.register_buffer("weights_K", torch.tensor([task.weight for task in tasks]), persistent=False)
 
     def forward(self, state_PD: Tensor, item_PD: Tensor | None = None) -> Tensor:
-        """float[P, K], a column for each task: logits of bce tasks, values of mse tasks.
+        """float[P, K], a column for each task: logits of bce tasks, of mse tasks values less center, by scale.
 
         state_PD: float[P, D]. item_PD: float[P, D], to be multiplied with it; None where the state is of the item.
         """
@@ -91,6 +101,14 @@ class ActionHeads(nn.Module):
         x_PD = state_PD if item_PD is None else state_PD * item_PD
         hidden_PF = functional.silu(torch.addmm(self.hidden_bias, x_PD, self.hidden_weight))
         return torch.addmm(self.task_bias, hidden_PF, self.task_weight)
+
+    def answers(self, predictions_PK: Tensor) -> Tensor:
+        """float[P, K]: probabilities of bce tasks, values of mse tasks in their own unit."""
+        answers_PK = torch.sigmoid(predictions_PK)
+        for column, task in enumerate(self.tasks):
+            if task.kind == "mse":
+                answers_PK[:, column] = task.center + task.scale * predictions_PK[:, column]
+        return answers_PK
 
     def probabilities(self, predictions_PK: Tensor) -> dict[str, Tensor]:
         """float[P] in [0, 1] of each bce task, by name."""
@@ -130,7 +148,7 @@ class ActionHeads(nn.Module):
         assert values_P is not None
         if task.value_at_least is not None:
             return (values_P >= task.value_at_least).to(dtype)
-        return values_P.to(dtype)
+        return ((values_P - task.center) / task.scale).to(dtype)
 
     def task_losses(self, predictions_PK: Tensor, labels: ActionLabels) -> Tensor:
         """float[K]: the mean loss of each task over its labelled positions, 0 where there are none.

@@ -82,9 +82,11 @@ def action_tasks(settings: RankingSettings, actions: Sequence[str]) -> tuple[Act
     return tuple(
         ActionTask(
             name=name,
-            kind="bce",
+            kind="mse" if target.is_value else "bce",
             action_bit=target.action_bit,
             value_at_least=target.value_at_least,
+            center=settings.value_center if target.is_value else 0.0,
+            scale=settings.value_scale if target.is_value else 1.0,
             weight=settings.task_weights.get(name, 1.0),
         )
         for name, target in zip(settings.tasks, settings.targets(actions), strict=True)

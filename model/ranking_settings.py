@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 _VALUE_TASK: Final = "value>="
+_REGRESSION: Final = "value"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskTarget:
-    """What a task predicts: the bit of an action, or a value to be reached."""
+    """What a task predicts: the bit of an action, a value to be reached, or, with neither, the value itself."""
 
     action_bit: int | None = None
     value_at_least: float | None = None
+
+    @property
+    def is_value(self) -> bool:
+        """Whether it is the value itself."""
+        return self.action_bit is None and self.value_at_least is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +29,9 @@ class RankingSettings:
     """The ranking head: probabilities of what a user will do with an item, for `POST /v1/rank`."""
 
     tasks: tuple[str, ...] = ()
-    """What is predicted, at most 16: names of actions ("purchase") and values to be reached ("value>=8"). Without any
-    there is no head, and candidates are ranked by the retrieval score. Changing it needs a new model."""
+    """What is predicted, at most 16: names of actions ("purchase"), values to be reached ("value>=8"), and the value
+    itself ("value", such as seconds watched: what it is where there is one). Without any there is no head, and
+    candidates are ranked by the retrieval score. Changing it needs a new model."""
     kind: Literal["hstu", "llatte"] = "hstu"
     """hstu: the candidate is one more token of the history, all layers of the model's own kind. llatte: the settings of
     [llatte], which reads the user's vector from upstream as well."""
@@ -37,7 +44,13 @@ class RankingSettings:
     task_weights: dict[str, float] = field(default_factory=dict)
     """Factors of the tasks' losses: {purchase = 3.0}; 1 for those not named."""
     score_weights: dict[str, float] = field(default_factory=dict)
-    """The score of `/v1/rank` is the sum of weight times probability over the tasks; 1 for those not named."""
+    """The score of `/v1/rank` is the sum of weight times prediction over the tasks, of "value" in its own unit; 1 for
+    those not named."""
+    value_center: float = 0.0
+    """Of the task "value": about the mean of your values, in their unit. Squared errors of (value - value_center) /
+    value_scale are learned from, so that the task counts about as much as the others. Needs a new model."""
+    value_scale: float = 1.0
+    """Of the task "value": about their standard deviation. Needs a new model."""
     value_thresholds: tuple[float, ...] = ()
     """Values of the interactions in a history that the head tells apart, ascending: (5, 8) for ratings."""
     max_candidates: int = 64
@@ -82,6 +95,10 @@ class RankingSettings:
         for name in ("max_candidates", "task_hidden_dim", "batch_items", "max_pending_items", "remembered_labels"):
             if not 1 <= getattr(self, name) <= 10_000_000:
                 raise ValueError(f"ranking.{name} = {getattr(self, name)}: must be between 1 and 10,000,000")
+        if not math.isfinite(self.value_center):
+            raise ValueError(f"ranking.value_center = {self.value_center}: must be a finite number")
+        if not 0 < self.value_scale < math.inf:
+            raise ValueError(f"ranking.value_scale = {self.value_scale}: must be a finite number above 0")
         if self.min_labels < 0:
             raise ValueError(f"ranking.min_labels = {self.min_labels}: must not be negative")
         for name in ("dense_learning_rate", "row_learning_rate"):
@@ -104,11 +121,13 @@ class RankingSettings:
 def _target(name: str, actions: Sequence[str]) -> TaskTarget:
     if name in actions:
         return TaskTarget(action_bit=actions.index(name))
+    if name == _REGRESSION:
+        return TaskTarget()
     threshold = _number(name.removeprefix(_VALUE_TASK)) if name.startswith(_VALUE_TASK) else None
     if threshold is None:
         raise ValueError(
-            f"ranking.tasks names {name!r}: it must be an action of events.actions ({', '.join(actions)}) or a value "
-            f'to be reached, such as "{_VALUE_TASK}8"'
+            f"ranking.tasks names {name!r}: it must be an action of events.actions ({', '.join(actions)}), a value "
+            f'to be reached, such as "{_VALUE_TASK}8", or "{_REGRESSION}"'
         )
     return TaskTarget(value_at_least=threshold)
 

@@ -9,6 +9,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from online_trainer.action_metrics import ActionMetrics
 from online_trainer.prequential import MeasuredRanks
+from online_trainer.value_metrics import ValueMetrics
 
 
 def observe_ranks(meter: Meter, read: Callable[[], list[MeasuredRanks]]) -> None:
@@ -35,8 +36,8 @@ def observe_ranks(meter: Meter, read: Callable[[], list[MeasuredRanks]]) -> None
     )
 
 
-def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], ActionMetrics]]) -> None:
-    """Publish metrics of predicted actions by task, span and metric; those that are not defined are left out."""
+def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], ActionMetrics | ValueMetrics]]) -> None:
+    """Publish metrics of predicted actions and values by task, span and metric; what is not defined is left out."""
 
     def quality(_options: CallbackOptions) -> Iterator[Observation]:
         for (task, span), metrics in read().items():
@@ -46,7 +47,7 @@ def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], Ac
                     yield Observation(value, attributes)
 
     meter.create_observable_gauge(
-        "headrace.trainer.actions", [quality], description="Prequential metrics of predicted actions"
+        "headrace.trainer.actions", [quality], description="Prequential metrics of predicted actions and values"
     )
 
 

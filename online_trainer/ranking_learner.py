@@ -35,6 +35,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.quarantine import LossGuard
+from online_trainer.value_metrics import ValueMeter, ValueMetrics
 from online_trainer.vectors_as_of import VectorsAsOf
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,9 @@ class RankingLearner:
             parameters=model.ranking_parameters(),
         )
         self._learned = LearnedLabels(settings.remembered_labels)
-        self._meters = ActionMeters(settings.tasks, trainer.metrics_window)
+        tasks = self._network.heads.tasks
+        self._meters = ActionMeters(tuple(one.name for one in tasks if one.kind == "bce"), trainer.metrics_window)
+        self._values = {one.name: ValueMeter(trainer.metrics_window) for one in tasks if one.kind == "mse"}
         self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
         self._generator = torch.Generator().manual_seed(trainer.seed)
 
@@ -160,7 +163,7 @@ class RankingLearner:
         )
         batch = replace(shown_batch(items, histories, self._model.items), upstream=upstream)
         found = ranking_pass(self._model, batch, labels, generator=self._generator)
-        self._measure(found.predictions_CK, labels, items.is_measured)
+        self._measure(found.predictions_CK, labels, items, batch.shown_rows_C)
         loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss
         reason = self._guard.objection(loss)
         if reason is None and not self._train(found):
@@ -171,10 +174,18 @@ class RankingLearner:
         self.account.num_learned += len(items)
         return None
 
-    def _measure(self, predictions_CK: Tensor, labels: ActionLabels, is_measured: NDArray[np.bool_]) -> None:
-        measured_C = torch.from_numpy(is_measured)
+    def _measure(self, predictions_CK: Tensor, labels: ActionLabels, items: LabelledItems, item_rows_C: Tensor) -> None:
+        measured_C = torch.from_numpy(items.is_measured)
+        answers_CK = self._network.heads.answers(predictions_CK)
         for column, task in enumerate(self._network.heads.tasks):
             rows = labels.labelled_PK[:, column] & measured_C
+            if task.kind == "mse":
+                self._values[task.name].add(
+                    item_rows_C[rows].numpy(),
+                    answers_CK[rows, column].double().numpy(),
+                    items.value[rows.numpy()].astype(np.float64),
+                )
+                continue
             self._meters[task.name].add(
                 predictions_CK[rows, column].double().numpy(), labels.values_PK[rows, column].long().numpy()
             )
@@ -193,14 +204,22 @@ class RankingLearner:
     def follow(self, moves: RowMoves) -> None:
         """Move what is kept by row as ``ItemTable.remove`` moved the rows."""
         self._optimizer.follow(moves)
+        for meter in self._values.values():
+            meter.follow(moves)
 
-    def measured(self) -> dict[tuple[str, str], ActionMetrics]:
+    def measured(self) -> dict[tuple[str, str], ActionMetrics | ValueMetrics]:
         """(task, `lifetime` or `window`) → prequential metrics; from any thread."""
-        return self._meters.measured()
+        values: dict[tuple[str, str], ActionMetrics | ValueMetrics] = {}
+        for task, meter in self._values.items():
+            values |= {(task, "lifetime"): meter.lifetime(), (task, "window"): meter.windowed()}
+        return values | self._meters.measured()
 
     def summary(self) -> dict[str, float]:
         """`ranking.task.span.metric`; absent where it is not defined."""
-        return {f"ranking.{name}": value for name, value in self._meters.summary().items()}
+        named = self._meters.summary()
+        for task, meter in self._values.items():
+            named |= {f"{task}.{name}": value for name, value in meter.summary().items()}
+        return {f"ranking.{name}": value for name, value in named.items()}
 
     def status(self) -> dict[str, object]:
         """Counts, JSON-ready."""
@@ -216,6 +235,8 @@ class RankingLearner:
         """Copies of everything that a later step depends on, with `state()`."""
         held = {f"optimizer.{name}": one for name, one in self._optimizer.state_dict().items()}
         held |= {f"meters.{name}": torch.from_numpy(one) for name, one in self._meters.state().items()}
+        for task, meter in self._values.items():
+            held |= {f"values.{task}.{name}": torch.from_numpy(one) for name, one in meter.state().items()}
         return held | {
             "learned": torch.from_numpy(self._learned.state()),
             "generator": self._generator.get_state(),
@@ -237,6 +258,8 @@ class RankingLearner:
             self.account = replace(self.account, log_id=log_id, positions={})
         self._optimizer.load_state_dict(part("optimizer."))
         self._meters.load_state({name: one.numpy() for name, one in part("meters.").items()})
+        for task, meter in self._values.items():
+            meter.load_state({name: one.numpy() for name, one in part(f"values.{task}.").items()})
         self._learned.load_state(tensors["learned"].numpy())
         self._generator.set_state(tensors["generator"])
         self._guard.load_state(state["guard"])

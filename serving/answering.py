@@ -112,12 +112,12 @@ class Answering:
 
     def _predictions(self, ranking: Ranking) -> list[dict[str, float] | None]:
         """Of each item; None where the ranking head says nothing of it."""
-        if ranking.probabilities is None:
+        if ranking.predictions is None:
             return [None] * len(ranking.item_ids)
         names = self._parts.task_names
         return [
             None if math.isnan(score) else dict(zip(names, row, strict=True))
-            for score, row in zip(ranking.scores.tolist(), ranking.probabilities.tolist(), strict=True)
+            for score, row in zip(ranking.scores.tolist(), ranking.predictions.tolist(), strict=True)
         ]
 
     def _note(self, user_id: int | str, request_id: str, ranking: Ranking, items: Sequence[ScoredItem]) -> None:

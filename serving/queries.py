@@ -73,7 +73,7 @@ class Ranking:
     """Computed from the items of the query's session."""
     ranked_by: RankedBy | None = None
     """What gave the scores of a RankQuery."""
-    probabilities: NDArray[np.float32] | None = None
+    predictions: NDArray[np.float32] | None = None
     """float32[K, tasks], of each item, where the ranking head gave the scores."""
     upstream_age_s: float | None = None
     """Of a RankQuery: seconds from the newest interaction that the user's vector from upstream knows to the request;

@@ -212,7 +212,7 @@ class Ranker:
         found = self._parts.head.score(requests, now_ms)
         return {
             place: replace(
-                self._in_order(batch[place], one.scores, None, ranked_by="head", probabilities=one.probabilities),
+                self._in_order(batch[place], one.scores, None, ranked_by="head", predictions=one.predictions),
                 upstream_age_s=one.upstream_age_s,
             )
             for place, one in zip(places, found, strict=True)
@@ -265,7 +265,7 @@ class Ranker:
         reason: str | None,
         *,
         ranked_by: RankedBy,
-        probabilities: NDArray[np.float32] | None = None,
+        predictions: NDArray[np.float32] | None = None,
     ) -> Ranking:
         """The candidates of a RankQuery by their scores."""
         # NaN (unknown) sorts last; equal scores keep the order of the request.
@@ -273,9 +273,7 @@ class Ranker:
         ranking = self._ranking(
             asked, item_ids=asked.query.item_ids[places], scores=scores[places], places=places, reason=reason
         )
-        return replace(
-            ranking, ranked_by=ranked_by, probabilities=None if probabilities is None else probabilities[places]
-        )
+        return replace(ranking, ranked_by=ranked_by, predictions=None if predictions is None else predictions[places])
 
     def _ranking(
         self,

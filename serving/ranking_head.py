@@ -1,4 +1,4 @@
-"""Ranking candidates by the ranking head of the weights in service: probabilities of each task, and one score of them.
+"""Ranking candidates by the ranking head of the weights in service: a prediction of each task, and one score of them.
 
 Shapes: U requests, L interactions of their histories, C candidates the model knows, K tasks.
 """
@@ -44,8 +44,8 @@ class HeadScores:
     """What the head says of one request's candidates, in their order; NaN for those the model does not know."""
 
     scores: Float32s
-    probabilities: Float32s
-    """[candidates, K]"""
+    predictions: Float32s
+    """[candidates, K] probabilities, and values in their own unit"""
     upstream_age_s: float | None
     """Of the vector that was read; None: none was."""
 
@@ -86,17 +86,17 @@ class RankingHead:
         logits_CK = rank_candidates(
             network, self._engagements(requests), self._candidates(requests, asked_at_ms), upstream
         )
-        probability_CK = torch.sigmoid(logits_CK).numpy()
+        prediction_CK = network.heads.answers(logits_CK).numpy()
         known = [one.candidate_rows >= 0 for one in requests]
         bounds = np.cumsum([mask.sum() for mask in known])[:-1]
-        parts = np.split(probability_CK, bounds)
+        parts = np.split(prediction_CK, bounds)
         return [self._spread(mask, part, age) for mask, part, age in zip(known, parts, ages, strict=True)]
 
-    def _spread(self, is_known: NDArray[np.bool_], probability_CK: Float32s, age_s: float | None) -> HeadScores:
+    def _spread(self, is_known: NDArray[np.bool_], prediction_CK: Float32s, age_s: float | None) -> HeadScores:
         scores = np.full(len(is_known), np.nan, np.float32)
-        probabilities = np.full((len(is_known), len(self.task_names)), np.nan, np.float32)
-        scores[is_known], probabilities[is_known] = probability_CK @ self._weight_K, probability_CK
-        return HeadScores(scores, probabilities, age_s)
+        predictions = np.full((len(is_known), len(self.task_names)), np.nan, np.float32)
+        scores[is_known], predictions[is_known] = prediction_CK @ self._weight_K, prediction_CK
+        return HeadScores(scores, predictions, age_s)
 
     def _engagements(self, requests: Sequence[ToRank]) -> Engagements:
         newest = slice(-self._weights.max_len, None)

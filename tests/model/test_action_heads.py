@@ -250,3 +250,21 @@ def test_a_task_that_makes_no_sense_is_refused(setting: dict[str, Any], says: st
 def test_tasks_need_names_of_their_own(tasks: list[ActionTask]) -> None:
     with pytest.raises(ValueError, match="tasks are named"):
         heads_of(tasks)
+
+
+def test_a_value_is_learned_less_its_center_by_its_scale_and_answered_in_its_own_unit() -> None:
+    tasks = (ActionTask(name="click", kind="bce", action_bit=0), ActionTask(name="s", kind="mse", center=60, scale=20))
+    heads = ActionHeads(tasks, embedding_dim=4, hidden_dim=3, generator=seeded())
+    labels = heads.labels(torch.tensor([1, 1, 0]), torch.tensor([100.0, math.nan, math.nan]))
+    assert labels.labelled_PK[:, 1].tolist() == [True, False, False]
+    assert labels.values_PK[0].tolist() == [1.0, 2.0]
+    answers = heads.answers(torch.tensor([[0.0, 2.0], [3.0, -1.0]]))
+    torch.testing.assert_close(answers, torch.tensor([[0.5, 100.0], [torch.sigmoid(torch.tensor(3.0)).item(), 40.0]]))
+    predictions = torch.tensor([[0.0, 1.5]])
+    assert heads.task_losses(predictions, heads.labels(torch.tensor([1]), torch.tensor([100.0])))[1] == 0.25
+
+
+@pytest.mark.parametrize("changes", [{"scale": 0.0}, {"scale": math.inf}, {"center": math.nan}])
+def test_a_unit_that_is_none_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="both must be finite, and the scale above 0"):
+        ActionTask(name="s", kind="mse", **changes)

@@ -34,6 +34,21 @@ def test_tasks_are_actions_and_values_to_be_reached() -> None:
     assert (good.action_bit, good.value_at_least, good.weight) == (None, 7.5, 1.0)
 
 
+def test_a_task_may_be_the_value_itself_in_a_unit_of_its_own() -> None:
+    settings = RankingSettings(tasks=("purchase", "value"), value_center=60.0, value_scale=90.0)
+    config = with_ranking_head(MODEL, settings, ACTIONS)
+    assert isinstance(config, RankingModelConfig)
+    purchase, value = config.ranking.tasks
+    assert (value.kind, value.center, value.scale) == ("mse", 60.0, 90.0)
+    assert (value.action_bit, value.value_at_least) == (None, None)
+    assert (purchase.kind, purchase.center, purchase.scale) == ("bce", 0.0, 1.0)
+    assert with_ranking_head(MODEL, replace(settings, value_scale=9.0), ACTIONS).config_hash() != config.config_hash()
+
+
+def test_an_action_that_is_called_value_is_an_action() -> None:
+    assert RankingSettings(tasks=("value",)).targets(("view", "value"))[0].action_bit == 1
+
+
 def test_what_changes_the_network_needs_a_new_model_and_what_does_not_does_not() -> None:
     own = with_ranking_head(MODEL, SETTINGS, ACTIONS).config_hash()
     assert own != MODEL.config_hash()
@@ -79,6 +94,9 @@ def test_a_task_about_something_else_is_refused(settings: dict[str, Any], says: 
         ({"tasks": ("click",), "task_weights": {"click": -1.0}}, "not below 0"),
         ({"max_candidates": 0}, "between 1 and"),
         ({"min_labels": -1}, "must not be negative"),
+        ({"value_scale": 0.0}, "ranking.value_scale = 0.0: must be a finite number above 0"),
+        ({"value_scale": float("nan")}, "ranking.value_scale = nan"),
+        ({"value_center": float("inf")}, "ranking.value_center = inf: must be a finite number"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any], says: str) -> None:

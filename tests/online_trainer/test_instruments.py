@@ -9,6 +9,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoi
 from online_trainer.action_metrics import ActionMeters
 from online_trainer.instruments import observe_actions, observe_ranks
 from online_trainer.prequential import PrequentialMeter, cells
+from online_trainer.value_metrics import ValueMeter
 
 
 def collected(reader: InMemoryMetricReader) -> dict[str, dict[tuple[object, ...], float]]:
@@ -46,3 +47,14 @@ def test_metrics_of_actions_are_published_by_metric_span_and_task() -> None:
     found = collected(reader)["headrace.trainer.actions"]
     assert found["auc", "window", "click"] == 1.0
     assert found["count", "lifetime", "click"] == 2
+
+
+def test_metrics_of_values_are_published_like_those_of_actions() -> None:
+    reader = InMemoryMetricReader()
+    values = ValueMeter(10)
+    values.add(np.array([0]), np.array([3.0]), np.array([1.0]))
+    observe_actions(MeterProvider([reader]).get_meter("test"), lambda: {("value", "window"): values.windowed()})
+    found = collected(reader)["headrace.trainer.actions"]
+    assert found["rmse", "window", "value"] == 2.0
+    assert found["rmse_item_mean", "window", "value"] == 1.0
+    assert found["rmse_to_item_mean", "window", "value"] == 2.0

@@ -21,6 +21,7 @@ from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_
 from online_trainer.label_queue import LabelBatch, LabelPosition, label_keys
 from online_trainer.labelled_items import LabelledItems
 from online_trainer.learner import OnlineLearner
+from online_trainer.value_metrics import ValueMetrics
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
 
 ACTIONS = ("click", "like")
@@ -295,3 +296,50 @@ def test_from_interactions_a_broken_run_continues_bit_by_bit(store: FeatureStore
 def test_the_only_action_is_nothing_to_learn_from_interactions() -> None:
     with pytest.raises(ValueError, match="the only action of events.actions"):
         with_ranking_head(MODEL, RankingSettings(tasks=("click",), learn_from="interactions"), ("click",))
+
+
+VALUE = replace(SETTINGS, tasks=("click", "value"), learn_from="interactions", value_center=50.0, value_scale=20.0)
+
+
+def valued(store: FeatureStore, num: int = 900) -> RecordedStream:
+    """Half of the users give high values, half low ones, whatever the item; every third interaction has none."""
+    plain = walks(num)
+    rng = np.random.default_rng(3)
+    of_user = np.where(plain.user_id % 2 == 0, 25.0, -25.0)
+    value = (50.0 + of_user + rng.normal(0, 2.0, len(plain))).astype(np.float32)
+    value[rng.random(len(plain)) < 1 / 3] = np.nan
+    return record_stream(store, replace(plain, value=value))
+
+
+def test_a_value_is_learned_and_measured_against_the_mean_of_its_item(store: FeatureStore, tmp_path: Path) -> None:
+    stream = valued(store)
+    settings = replace(VALUE, value_thresholds=(50.0,), dense_learning_rate=1e-2)
+    learner, batcher = learner_of(stream, settings, metrics_window=200), stream.batcher(learner_of(stream, settings))
+    while (batch := batcher.take()) is not None:
+        learner.step(batch)
+    assert learner.ranking is not None
+    found = learner.ranking.measured()
+    whole, newest = found["value", "lifetime"], found["value", "window"]
+    assert isinstance(whole, ValueMetrics)
+    assert isinstance(newest, ValueMetrics)
+    # A value is predicted where there is one, of items that have a row.
+    num_values = int(np.isfinite(batch_values(stream)).sum())
+    assert num_values - learner.ranking.account.num_unlisted <= whole.count <= num_values
+    # Who gives it decides, and the item says nothing: its mean is off by the difference between people.
+    assert newest.rmse_item_mean == pytest.approx(25.0, rel=0.15)
+    assert newest.rmse_to_item_mean is not None
+    assert newest.rmse_to_item_mean < 0.7
+    assert learner.metrics_summary()["ranking.value.window.rmse"] == newest.rmse
+    assert "ranking.value.lifetime.rmse_item_mean" in learner.metrics_summary()
+    write_checkpoint(tmp_path, learner.capture_checkpoint(), keep=1)
+    continued = learner_of(stream, settings, metrics_window=200)
+    checkpoint = read_newest_checkpoint(tmp_path, config_hash=continued.model.config.config_hash())
+    assert checkpoint is not None
+    continued.load_checkpoint(checkpoint)
+    assert continued.ranking is not None
+    assert continued.ranking.measured() == found
+    assert_equal(learner.capture_checkpoint(), continued.capture_checkpoint())
+
+
+def batch_values(stream: RecordedStream) -> np.ndarray:
+    return np.concatenate([update.interactions.value for update in stream.updates])

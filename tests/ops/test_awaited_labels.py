@@ -19,6 +19,7 @@ ACTIONS = ("view", "click", "purchase")
         (("click", "purchase"), ACTIONS, Awaited(action=0b110)),
         (("purchase", "value>=8"), ACTIONS, Awaited(action=0b100, value=True)),
         (("value>=8",), ACTIONS, Awaited(value=True)),
+        (("click", "value"), ACTIONS, Awaited(action=0b010, value=True)),
         (("click",), ("click",), Awaited()),
         (("value>=8", "rating"), ("rating",), Awaited()),
     ],

@@ -32,6 +32,13 @@ RANKING = RankingSettings(
 ITEMS: list[int | str] = [*range(10), "film/ten", "film/eleven"]
 FORMS = {
     "merged": RANKING,
+    "value": replace(
+        RANKING,
+        tasks=("like", "value"),
+        score_weights={"like": 2.0, "value": 0.5},
+        value_center=60.0,
+        value_scale=20.0,
+    ),
     "interleaved": replace(RANKING, tokens="interleaved"),
     "llatte": replace(RANKING, kind="llatte"),
 }
@@ -103,7 +110,7 @@ def expected_probabilities(town: HeadTown, history: list[int | str], times_ms: l
         shown_offsets=torch.tensor([0, 1]),
     )
     found = ranking_pass(recommender, batch, labels, generator=torch.Generator())
-    return torch.sigmoid(found.predictions_CK[0]).tolist()
+    return recommender.ranking.heads.answers(found.predictions_CK)[0].tolist()
 
 
 @every_form
@@ -121,14 +128,16 @@ async def test_an_answer_is_what_training_computes_of_each_candidate_alone(
     times_ms = [NOW_MS - 1_800_000 + 1_000 * (first + n) for n in range(8)]
     for item in answer["items"][:-1]:
         like, good = expected_probabilities(town, [*history], times_ms, item["item_id"])
-        assert item["predictions"] == pytest.approx({"like": like, "value>=8": good}, abs=1e-5)
+        assert item["predictions"] == pytest.approx(dict(zip(town.ranking.tasks, (like, good), strict=True)), abs=1e-5)
         assert item["score"] == pytest.approx(2 * like + 0.5 * good, abs=1e-5)
         assert item["known"]
     assert answer["items"][-1] == {"item_id": "film/unheard-of", "score": None, "known": False, "predictions": None}
     scores = [item["score"] for item in answer["items"][:-1]]
     assert scores == sorted(scores, reverse=True)
     (like, good) = expected_probabilities(town, [5], [NOW_MS - 600_000], 3)
-    assert ranked_8["items"][0]["predictions"] == pytest.approx({"like": like, "value>=8": good}, abs=1e-5)
+    assert ranked_8["items"][0]["predictions"] == pytest.approx(
+        dict(zip(town.ranking.tasks, (like, good), strict=True)), abs=1e-5
+    )
 
 
 async def test_until_the_head_has_learned_enough_the_retrieval_score_ranks(tmp_path: Path, database: Path) -> None:
