@@ -117,6 +117,7 @@ def _rows_of(model: Recommender, rows: Int64s) -> RowBlock:
         trend=items.trend[rows_R],
         removed_ids=torch.zeros(0, dtype=torch.int64),
         trend_as_of_ms=items.trend_as_of_ms,
+        content=items.content[rows_R] if items.content_dim else None,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ Int64s = NDArray[np.int64]
 
 _HELD_MAX = 500
 """Numbers that numpy assigns by index without letting go of the interpreter; for one more, it does."""
-_COLUMNS = ("weight", "bias", "trend", "seen_ms", "dirty")
+_COLUMNS = ("weight", "bias", "trend", "content", "seen_ms", "dirty")
 _CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_COLUMNS)
 
+
+CONTENT_DIM: Final = 64
+"""C: what is known about items besides their interactions is projected to this width, where a model reads it."""
 
 CentreOf = Callable[[Int64s, Tensor], Tensor]
 """From N new ids and float32[D], where new rows start, to float32[N, D], where each of these does."""
@@ -99,12 +102,15 @@ class ItemTable:
     weight: float32[max_items, D]. bias: float32[max_items]. trend: float64[max_items], log decayed popularity (see
     model.trend), -inf without interactions. seen_ms: int64[max_items], event time of an item's newest interaction (0:
     none; not part of snapshots). Where a snapshot removes an item, its row stays behind with bias -inf, so that it is
-    never ranked, until the next anchor. dirty: bool[max_items], rows changed since ``clear_dirty``. All on the CPU, in
-    reserved memory: rows beyond num_items hold anything, and a table grows without being copied.
+    never ranked, until the next anchor. content: float16[max_items, C], what is known about an item besides its
+    interactions, zeros where nothing is; C is 0 for models that do not read it. dirty: bool[max_items], rows changed
+    since ``clear_dirty``. All on the CPU, in reserved memory: rows beyond num_items hold anything, and a table grows
+    without being copied.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, content_dim: int = 0) -> None:
         self.config = config
+        self.content_dim = content_dim
         self.num_items = 0
         self.trend_as_of_ms = 0
         self._rate_per_ms = decay_rate_per_ms(config.trend_half_life_s)
@@ -114,6 +120,8 @@ class ItemTable:
         self.weight = reserved_zeros(config.max_items, config.embedding_dim)
         self.bias = reserved_zeros(config.max_items)
         self.trend = reserved_zeros(config.max_items, dtype=torch.float64)
+        # Halves are exact to 1/2000 of a unit vector's numbers, and travel in every row of a snapshot.
+        self.content = reserved_zeros(config.max_items, content_dim, dtype=torch.float16)
         self.seen_ms = reserved_zeros(config.max_items, dtype=torch.int64)
         self.dirty = reserved_zeros(config.max_items, dtype=torch.bool)
 
@@ -167,9 +175,30 @@ class ItemTable:
         self.weight[first:end] = weight_RD
         self.bias[first:end] = 0
         self.trend[first:end] = -torch.inf
+        self.content[first:end] = 0
         self.seen_ms[first:end] = 0
         self.dirty[first:end] = True
         self.num_items = end
+
+    def alike(self) -> ItemTable:
+        """An empty table of the same configuration."""
+        return ItemTable(self.config, content_dim=self.content_dim)
+
+    def describe(self, rows: Int64s, content_RC: NDArray[np.float32]) -> None:
+        """Set what is known about the items of these rows, int64[R] >= 0; float32[R, C]. Nothing where C is 0."""
+        if self.content_dim == 0 or len(rows) == 0:
+            return
+        index = torch.from_numpy(rows)
+        content = torch.from_numpy(content_RC).half()
+        changed = (self.content[index] != content).any(1)
+        self.content[index[changed]] = content[changed]
+        self.dirty[index[changed]] = True
+
+    def content_of(self, rows: Tensor) -> Tensor | None:
+        """float32[N, C] of int64[N] rows, zeros where the row is -1; None where C is 0."""
+        if self.content_dim == 0:
+            return None
+        return self.content[rows.clamp(min=0)].float() * (rows >= 0)[:, None]
 
     def activate(self, rows: Tensor) -> ActiveRows:
         """Leaves for one training step: the distinct rows of ``rows``; -1 is ignored."""
@@ -249,8 +278,15 @@ class ItemTable:
             index=roomier_index,
         )
 
-    def carry_out(self, change: RowChange, weight_RD: Tensor, bias_R: Tensor, trend_R: Tensor) -> None:
-        """Make a planned change; nothing is dirty afterwards, whatever was before."""
+    def carry_out(
+        self,
+        change: RowChange,
+        weight_RD: Tensor,
+        bias_R: Tensor,
+        trend_R: Tensor,
+        content_RC: Tensor | None = None,
+    ) -> None:
+        """Make a planned change; nothing is dirty afterwards, whatever was before. content: None where C is 0."""
         assert change.first == self.num_items, "the table has changed since this was planned"
         if change.index is not None:
             self._index = change.index
@@ -267,13 +303,17 @@ class ItemTable:
         self._ids[change.first : change.end] = change.new_ids
         rows = change.rows
         write_rows(self.weight, rows, weight_RD)
+        if content_RC is not None:
+            write_rows(self.content, rows, content_RC)
         assign(bias_V, rows, bias_R.numpy())
         assign(trend_V, rows, trend_R.numpy())
         self.num_items = change.end
         self.clear_dirty()
 
-    def put_back(self, num_items: int, rows: Tensor, ids: Int64s, columns: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Undo admissions beyond ``num_items`` and restore ``rows``; columns: weight_RD, bias_R, trend_R."""
+    def put_back(
+        self, num_items: int, rows: Tensor, ids: Int64s, columns: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        """Undo admissions beyond ``num_items`` and restore ``rows``: weight_RD, bias_R, trend_R, content_RC."""
         late = self._ids[num_items : self.num_items]
         self._index.remove(late[late >= 0])
         late[:] = -1
@@ -281,11 +321,11 @@ class ItemTable:
         self._ids[rows.numpy()] = ids
         back = (ids >= 0) & (self._index.find(ids) < 0)
         self._index.put(ids[back], rows.numpy()[back])
-        self.weight[rows], self.bias[rows], self.trend[rows] = columns
+        self.weight[rows], self.bias[rows], self.trend[rows], self.content[rows] = columns
 
     def exchange(self, other: ItemTable) -> None:
         """Swap everything with a table of the same configuration, by reference."""
-        if other.config != self.config:
+        if other.config != self.config or other.content_dim != self.content_dim:
             raise StateMismatchError("item tables of different configurations cannot be exchanged")
         for name in _CONTENT:
             mine = getattr(self, name)
@@ -309,7 +349,8 @@ class ItemTable:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of everything, as plain tensors."""
         n = self.num_items
-        return {
+        content = {"content": self.content[:n].clone()} if self.content_dim else {}
+        return content | {
             "ids": torch.from_numpy(self._ids[:n].copy()),
             "weight": self.weight[:n].clone(),
             "bias": self.bias[:n].clone(),
@@ -322,25 +363,29 @@ class ItemTable:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace everything by a ``state_dict``; StateMismatchError (and nothing replaced) if it does not fit."""
-        want: dict[str, Any] = {key: value.dtype for key, value in ItemTable(self.config).state_dict().items()}
+        want: dict[str, Any] = {key: value.dtype for key, value in self.alike().state_dict().items()}
         n = state["ids"].shape[0] if "ids" in state else -1
         if {key: value.dtype for key, value in state.items()} != want or state["weight"].shape != (
             n,
             self.config.embedding_dim,
         ):
             raise StateMismatchError(f"an item table needs {sorted(want)} of width {self.config.embedding_dim}")
-        self.restore(state["ids"].numpy(), state["weight"], state["bias"], state["trend"])
+        self.restore(state["ids"].numpy(), state["weight"], state["bias"], state["trend"], state.get("content"))
         self.seen_ms[:n], self.dirty[:n] = state["seen_ms"], state["dirty"]
         self._removed_ids = state["removed_ids"].tolist()
         self.trend_as_of_ms = int(state["trend_as_of_ms"])
 
-    def restore(self, ids: Int64s, weight_VD: Tensor, bias_V: Tensor, trend_V: Tensor) -> None:
-        """Replace all rows (ids of -1 are removed items); nothing is dirty afterwards."""
+    def restore(
+        self, ids: Int64s, weight_VD: Tensor, bias_V: Tensor, trend_V: Tensor, content_VC: Tensor | None = None
+    ) -> None:
+        """Replace all rows (ids of -1 are removed items); nothing is dirty afterwards. content: None where C is 0."""
         n = len(ids)
         self._index = IdIndex()
         kept = np.flatnonzero(ids >= 0)
         self._index.put(ids[kept], kept)
         self._ids[:n], self.weight[:n], self.bias[:n], self.trend[:n] = ids, weight_VD, bias_V, trend_V
+        if content_VC is not None:
+            self.content[:n] = content_VC
         self.seen_ms[:n], self.dirty[:n] = 0, False
         self._removed_ids = []
         self.num_items = n

@@ -84,6 +84,9 @@ class LlatteSettings:
     """Width of the layers that join candidate, user, request and sequence."""
     backbone_layers: int = 2
     """How many they are."""
+    content: bool = False
+    """Read what the topic `items` says about items (embedding or text, and categories) as part of their tokens. Needs
+    items.content_items above 0, and makes every row of a snapshot 128 bytes longer. Changing it needs a new model."""
     upstream_dropout: float = 0.1
     """Share of what is learned from, from which the user's vector is withheld: the ranker learns to do without, for the
     users who have none and for hours when nobody makes them."""

@@ -24,6 +24,7 @@ from model.action_encoder import ActionEncoderConfig
 from model.action_heads import ActionHeads, ActionLabels
 from model.config import ModelConfig
 from model.initial import normal, xavier
+from model.item_table import CONTENT_DIM
 from model.llatte import LlatteEncoder, ReadRows, RMSNorm, joined_rows, learned_queries
 from model.llatte_ranking_config import LlatteRankingConfig
 from model.llatte_tokens import AGE_BUCKETS, ActionTokens, age_bucket, at_rows
@@ -91,7 +92,7 @@ class LlatteRanker(nn.Module):
                 num_actions=config.num_actions, embedding_dim=width, value_thresholds=config.value_thresholds
             ),
             item_dim=width,
-            content_dim=0,
+            content_dim=CONTENT_DIM if settings.content else 0,
             generator=generator,
         )
         self.queries = learned_queries(network, generator)
@@ -144,7 +145,7 @@ class LlatteRanker(nn.Module):
         num_positions = engagements.item_LD.shape[0]
         x_LD = self.tokens(
             engagements.item_LD,
-            None,
+            engagements.content_LF,
             engagements.actions_L,
             engagements.values_L,
             (engagements.timestamps_ms_L, at_rows(asked_at_ms_B, engagements.offsets, num_positions)),
@@ -164,7 +165,7 @@ class LlatteRanker(nn.Module):
         """float[C, K]: predictions of candidates behind rows that were read."""
         row_C = row_index(candidates.offsets, candidates.item_CD.shape[0])
         asked_at_ms_C = candidates.request_times_ms_B.index_select(0, row_C)
-        token_CD = self.tokens.candidates(candidates.item_CD, None, asked_at_ms_C)
+        token_CD = self.tokens.candidates(candidates.item_CD, candidates.content_CF, asked_at_ms_C)
         own_CD = self.encoder.behind(rows, token_CD, candidates.offsets)
         shared_BR = rows.queries_BQD.flatten(1) @ self.readout_shared
         read_CR = functional.silu(shared_BR.index_select(0, row_C) + own_CD @ self.readout_own)

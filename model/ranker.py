@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kernels.implementations import KernelName
+from model.config import ModelConfig
+from model.item_table import CONTENT_DIM
 from model.llatte_ranker import LlatteRanker
 from model.llatte_ranking_config import LlatteRankingConfig
 from model.ranking_network import ActionPredictions, Engagements, RankingModelConfig, RankingNetwork
@@ -21,6 +23,12 @@ def ranker_of(config: RankingModelConfig, generator: torch.Generator) -> Ranker:
     if isinstance(config.ranking, LlatteRankingConfig):
         return LlatteRanker(config, config.ranking, generator)
     return RankingNetwork(config, config.ranking, generator)
+
+
+def content_dim_of(config: ModelConfig) -> int:
+    """C: how much of what is known about items besides their interactions the model reads."""
+    ranking = config.ranking if isinstance(config, RankingModelConfig) else None
+    return CONTENT_DIM if isinstance(ranking, LlatteRankingConfig) and ranking.llatte.content else 0
 
 
 def predict(
@@ -64,14 +72,19 @@ def rank_nothing(ranker: Ranker, width: int) -> None:
 
     width: of item embeddings.
     """
+    content = torch.zeros(2, ranker.tokens.content_dim) if isinstance(ranker, LlatteRanker) else None
     history = Engagements(
         item_LD=torch.zeros(1, width),
         actions_L=torch.zeros(1, dtype=torch.int64),
         timestamps_ms_L=torch.tensor([0]),
         offsets=torch.tensor([0, 1]),
         values_L=torch.zeros(1),
+        content_LF=None if content is None else content[:1],
     )
     shown = Candidates(
-        item_CD=torch.zeros(2, width), request_times_ms_B=torch.tensor([1]), offsets=torch.tensor([0, 2])
+        item_CD=torch.zeros(2, width),
+        request_times_ms_B=torch.tensor([1]),
+        offsets=torch.tensor([0, 2]),
+        content_CF=content,
     )
     rank_candidates(ranker, history, shown)

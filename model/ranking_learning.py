@@ -78,11 +78,13 @@ def ranking_pass(
             timestamps_ms_L=batch.timestamps_ms_L,
             offsets=batch.offsets,
             values_L=batch.values_L,
+            content_LF=recommender.items.content_of(batch.rows_L),
         ),
         Candidates(
             item_CD=embedding(batch.shown_rows_C),
             request_times_ms_B=batch.shown_at_ms_R,
             offsets=batch.shown_offsets,
+            content_CF=recommender.items.content_of(batch.shown_rows_C),
         ),
         batch.upstream,
         dropout=generator,

@@ -96,6 +96,7 @@ class Engagements:
 
     item_LD: float[L, D]. actions_L: int64[L], a bit for each kind of action. timestamps_ms_L: int64[L], epoch
     milliseconds. offsets: int64[B + 1]. values_L: float[L], NaN where unknown; needed where there are thresholds.
+    content_LF: float[L, F], what is known about the items besides, for a ranker that reads it.
     """
 
     item_LD: Tensor
@@ -103,6 +104,7 @@ class Engagements:
     timestamps_ms_L: Tensor
     offsets: Tensor
     values_L: Tensor | None = None
+    content_LF: Tensor | None = None
 
     def take(self, kept_K: Tensor) -> Engagements:
         """Only these of the L interactions, int64[K] ascending."""

@@ -102,6 +102,7 @@ def candidates_of(candidates: Candidates, part: CandidatePart) -> Candidates:
         item_CD=candidates.item_CD[part.places_M],
         request_times_ms_B=candidates.request_times_ms_B,
         offsets=part.offsets,
+        content_CF=None if candidates.content_CF is None else candidates.content_CF[part.places_M],
     )
 
 

@@ -23,7 +23,7 @@ from model.encoder import build_encoder
 from model.initial import NORM_EPS
 from model.item_model import ItemModel
 from model.item_table import ActiveRows, ItemTable
-from model.ranker import ranker_of
+from model.ranker import content_dim_of, ranker_of
 from model.ranking_network import RankingModelConfig
 from model.token_hstu import Acts
 
@@ -59,7 +59,7 @@ class Recommender(ItemModel):
         # The logarithm of the scale is learned: steps are relative, and it stays positive.
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         self.trend_coefficient = nn.Parameter(torch.tensor(config.trend_coefficient))
-        self.items = ItemTable(config)
+        self.items = ItemTable(config, content_dim=content_dim_of(config))
         # Last: the other weights start out the same with it and without.
         self.ranking = ranker_of(config, generator) if isinstance(config, RankingModelConfig) else None
 

@@ -48,12 +48,13 @@ class Candidates:
     """Items shown, or to be shown, to each of B users after their history.
 
     item_CD: float[C, D]. request_times_ms_B: int64[B], when they are asked for, epoch milliseconds. offsets:
-    int64[B + 1] into C.
+    int64[B + 1] into C. content_CF: float[C, F], what is known about them besides, for a ranker that reads it.
     """
 
     item_CD: Tensor
     request_times_ms_B: Tensor
     offsets: Tensor
+    content_CF: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_rows("item_CD", self.item_CD, self.offsets)

@@ -80,7 +80,8 @@ class RowBlock:
     """Item rows in the table's order, new items last.
 
     ids int64[R], weight float32[R, D], bias float32[R], trend float64[R] (see model.trend), removed_ids int64[K]
-    (removed before the rows are put in place), trend_as_of_ms: newest interaction the trend contains.
+    (removed before the rows are put in place), trend_as_of_ms: newest interaction the trend contains. content:
+    float16[R, C], what is known about the items besides their interactions; None of models that do not read it.
     """
 
     ids: Tensor
@@ -89,6 +90,7 @@ class RowBlock:
     trend: Tensor
     removed_ids: Tensor
     trend_as_of_ms: int
+    content: Tensor | None = None
 
     def tensors(self, precision: RowPrecision = "float32") -> dict[str, Tensor]:
         """The content of rows.safetensors; embeddings other than float32 as codes and a scale a row."""
@@ -97,7 +99,8 @@ class RowBlock:
             rounded = rounded_rows(self.weight, precision)
             width = torch.tensor([rounded.width], dtype=torch.int64)
             weight = {"weight_codes": rounded.codes, "weight_scale": rounded.scale, "weight_width": width}
-        return {
+        content = {} if self.content is None else {"content": self.content}
+        return content | {
             "ids": self.ids,
             **weight,
             "bias": self.bias,
@@ -117,12 +120,15 @@ class RowBlock:
             "removed_ids": torch.int64,
             "trend_as_of_ms": torch.int64,
         }
+        if "content" in tensors:
+            dtypes["content"] = torch.float16
         if {name: tensor.dtype for name, tensor in tensors.items()} != dtypes:
             raise SnapshotCorruptError(f"{ROWS_NAME} must hold exactly {dtypes}")
         if precision != "float32":
             tensors = {**_without_codes(tensors), "weight": _weight_of_codes(tensors, precision)}
         num_rows = tensors["ids"].shape[0]
-        if tensors["weight"].dim() != 2 or any(tensors[n].shape[0] != num_rows for n in ("weight", "bias", "trend")):
+        by_row = [name for name in ("weight", "bias", "trend", "content") if name in tensors]
+        if tensors["weight"].dim() != 2 or any(tensors[name].shape[0] != num_rows for name in by_row):
             raise SnapshotCorruptError(f"{ROWS_NAME} holds columns of different lengths")
         as_of_ms = int(tensors.pop("trend_as_of_ms"))
         return RowBlock(**tensors, trend_as_of_ms=as_of_ms)

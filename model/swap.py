@@ -27,8 +27,8 @@ class UndoDelta:
     """What ``undo_snapshot`` needs: everything a snapshot replaced, once.
 
     version, content_hash, row_precision: the one to go back to, None if there was none. applied: the one to undo.
-    rows: int64[R], the rows that existed before and were exchanged; ids, weight, bias, trend: their content. num_items,
-    trend_as_of_ms: of the table. table: all of what an anchor replaced, None after a delta.
+    rows: int64[R], the rows that existed before and were exchanged; ids, weight, bias, trend, content: what was in
+    them. num_items, trend_as_of_ms: of the table. table: all of what an anchor replaced, None after a delta.
     """
 
     version: int | None
@@ -41,6 +41,7 @@ class UndoDelta:
     weight: Tensor
     bias: Tensor
     trend: Tensor
+    content: Tensor
     num_items: int
     trend_as_of_ms: int
     table: ItemTable | None
@@ -64,6 +65,7 @@ def take_rows(recommender: ItemModel, kind: SnapshotKind) -> RowBlock:
         trend=items.trend[rows],
         removed_ids=torch.from_numpy(removed),
         trend_as_of_ms=items.trend_as_of_ms,
+        content=items.content[rows] if items.content_dim else None,
     )
 
 
@@ -122,6 +124,9 @@ def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot
         )
     if block.weight.shape[1] != items.config.embedding_dim:
         raise StateMismatchError(f"rows are {block.weight.shape[1]} wide, not {items.config.embedding_dim}")
+    content_dim = 0 if block.content is None else block.content.shape[1]
+    if content_dim != items.content_dim:
+        raise StateMismatchError(f"content of rows is {content_dim} wide, not {items.content_dim}")
     change, table = None, None
     if manifest.kind == "delta":
         change = items.plan(block.removed_ids.numpy(), block.ids.numpy())
@@ -130,8 +135,8 @@ def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot
     else:
         if len(block.ids) > items.config.max_items:
             raise ItemTableFullError(f"{len(block.ids)} items exceed max_items ({items.config.max_items})")
-        table = ItemTable(items.config)
-        table.restore(block.ids.numpy(), block.weight, block.bias, block.trend)
+        table = items.alike()
+        table.restore(block.ids.numpy(), block.weight, block.bias, block.trend, block.content)
         table.trend_as_of_ms = block.trend_as_of_ms
         rows = torch.empty(0, dtype=torch.int64)
     dense = recommender.match_dense_state(snapshot.dense)
@@ -146,6 +151,7 @@ def plan_snapshot(recommender: ItemModel, snapshot: Snapshot) -> PlannedSnapshot
         weight=items.weight[rows],
         bias=items.bias[rows],
         trend=items.trend[rows],
+        content=items.content[rows],
         num_items=items.num_items,
         trend_as_of_ms=items.trend_as_of_ms,
         table=table,
@@ -163,7 +169,7 @@ def carry_out(planned: PlannedSnapshot) -> UndoDelta:
         assert planned.undo.table is not None
         recommender.items.exchange(planned.undo.table)
     else:
-        recommender.items.carry_out(planned.change, block.weight, block.bias, block.trend)
+        recommender.items.carry_out(planned.change, block.weight, block.bias, block.trend, block.content)
         recommender.items.trend_as_of_ms = block.trend_as_of_ms
     recommender.snapshot_version = planned.undo.applied
     recommender.snapshot_hash = planned.snapshot.content_hash
@@ -236,6 +242,7 @@ def _merge_rows(first: RowBlock, then: RowBlock) -> RowBlock:
         weight=column(first.weight, then.weight),
         bias=column(first.bias, then.bias),
         trend=column(first.trend, then.trend),
+        content=None if first.content is None or then.content is None else column(first.content, then.content),
         removed_ids=torch.cat([first.removed_ids, then.removed_ids]),
         trend_as_of_ms=then.trend_as_of_ms,
     )
@@ -260,7 +267,7 @@ def undo_snapshot(recommender: ItemModel, undo: UndoDelta) -> None:
     if undo.table is not None:
         items.exchange(undo.table)
     else:
-        items.put_back(undo.num_items, undo.rows, undo.ids, (undo.weight, undo.bias, undo.trend))
+        items.put_back(undo.num_items, undo.rows, undo.ids, (undo.weight, undo.bias, undo.trend, undo.content))
         items.trend_as_of_ms = undo.trend_as_of_ms
     recommender.snapshot_version, recommender.snapshot_hash = undo.version, undo.content_hash
     recommender.snapshot_row_precision = undo.row_precision

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from feature_store.ids import stable_id
 from model.id_index import IdIndex, mix64
-from model.item_table import ItemTable
+from model.item_table import CONTENT_DIM, ItemTable
 
 Int64s = NDArray[np.int64]
 Float32s = NDArray[np.float32]
 
-CONTENT_DIM: Final = 64
-"""C: embeddings of any length and categories are projected to this width, which changes cosines by about 1/8."""
 _TEXT_BESIDE_CATEGORIES: Final = 0.25
 """Titles of films beside their genres, as much as these: HR@10 on ml-1m .0583 instead of .0606; a quarter: .0601."""
 _RIDGE: Final = 1.0
@@ -51,8 +49,9 @@ def content_vector(
     """float32[C] of unit length: embeddings of any length and categories, projected; None without any.
 
     A function of its arguments alone: the signs of the projection are a hash of the places, and a category is a row of
-    signs that its name's hash says. Embedding and categories weigh the same where an item has both. text: what an
-    encoder makes of title and text; not looked at beside an embedding, and a quarter beside categories.
+    signs that its name's hash says, which changes cosines by about 1/8. Embedding and categories weigh the same where
+    an item has both. text: what an encoder makes of title and text; not looked at beside an embedding, and a quarter
+    beside categories.
     """
     total, embedded = np.zeros(CONTENT_DIM), text if embedding is None else embedding
     if embedded is not None and np.isfinite(embedded).all():

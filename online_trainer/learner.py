@@ -21,6 +21,7 @@ from model.learning import SupervisedPass, supervised_pass
 from model.load_balance import LengthBalancer
 from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
+from model.ranker import content_dim_of
 from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from model.row_precision import RowPrecision
@@ -77,6 +78,11 @@ class LearnerConfig:
     """Names of the actions in order of their bits, as declared in events.actions."""
 
     def __post_init__(self) -> None:
+        if content_dim_of(self.model) and not self.items.content_items:
+            raise ValueError(
+                "llatte.content is on and items.content_items is 0, so that nothing would be known about any item:"
+                " raise items.content_items, or set llatte.content to false"
+            )
         if self.model.max_items < 2 * self.trainer.batch_interactions_max:
             raise ValueError(
                 f"model.max_items is {self.model.max_items}; the items of a step and as many new ones must find room:"
@@ -174,6 +180,7 @@ class OnlineLearner:
                 self._content.put(one.item_id, one.content)
             self.items_read[one.partition] = one.offset + 1
         self._admit_cold([one.item_id for one in news if one.content is not None and one.is_available])
+        self._describe(np.unique(np.array([one.item_id for one in news if one.content is not None], np.int64)))
 
     def _admit_cold(self, ids: Sequence[int]) -> None:
         items = self.model.items
@@ -186,6 +193,16 @@ class OnlineLearner:
         room = min(self._config.items.cold_items - num_cold, self._config.model.max_items // 2 - items.num_items)
         items.admit(cold[: max(room, 0)], centre_of=self._centre_of, as_of_ms=self.ledger.watermark_ms)
         self.ledger.num_cold += min(max(room, 0), len(cold))
+
+    def _describe(self, ids: NDArray[np.int64]) -> None:
+        """Tell the table what is known about items that have a row."""
+        items = self.model.items
+        if items.content_dim == 0 or len(ids) == 0:
+            return
+        rows = items.lookup(ids)
+        is_known, content = self._content.of(ids)
+        has_row = rows[is_known] >= 0
+        items.describe(rows[is_known][has_row], content[has_row])
 
     def _centre_of(self, new_ids: NDArray[np.int64], otherwise_D: Tensor) -> Tensor:
         return self._content.centres(self.model.items, new_ids, otherwise_D)
@@ -230,7 +247,9 @@ class OnlineLearner:
     def _admit_items(self, new: Interactions) -> None:
         unknown = self.model.items.lookup(new.item_id) < 0
         ids = new.item_id[unknown]
-        self.model.items.admit(ids[self._admission.admitted(ids, new.event_key[unknown])], centre_of=self._centre_of)
+        admitted = ids[self._admission.admitted(ids, new.event_key[unknown])]
+        self.model.items.admit(admitted, centre_of=self._centre_of)
+        self._describe(np.unique(admitted))
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""

@@ -110,12 +110,14 @@ class RankingHead:
             timestamps_ms_L=torch.from_numpy(np.concatenate([one.history.event_time_ms[newest] for one in requests])),
             offsets=_offsets(lengths),
             values_L=torch.from_numpy(np.concatenate([one.history.value[newest] for one in requests])),
+            content_LF=self._weights.items.content_of(torch.from_numpy(rows_L)),
         )
 
     def _candidates(self, requests: Sequence[ToRank], asked_at_ms: Sequence[int]) -> Candidates:
         known = [one.candidate_rows[one.candidate_rows >= 0] for one in requests]
         return Candidates(
             item_CD=self._embeddings(np.concatenate(known)),
+            content_CF=self._weights.items.content_of(torch.from_numpy(np.concatenate(known))),
             request_times_ms_B=torch.tensor(asked_at_ms),
             offsets=_offsets([len(rows) for rows in known]),
         )

@@ -244,3 +244,22 @@ def test_wrong_settings_are_named() -> None:
         LlatteSettings(num_layers=0)
     with pytest.raises(ValueError, match="ranking.kind = 'dlrm': must be hstu or llatte"):
         RankingSettings(kind="dlrm")  # type: ignore[arg-type]
+
+
+def test_content_is_part_of_tokens_where_it_is_read() -> None:
+    ranker = far_from_start(LlatteRanker(MODEL, replace(CONFIG, llatte=replace(SETTINGS, content=True)), seeded()))
+    history, candidates = engagements_of([3]), candidates_of([2])
+    with pytest.raises(ValueError, match="content_LF is None; these weights read content of 64 numbers"):
+        ranker(history, candidates)
+    of_history, of_candidates = (torch.randn(n, 64, dtype=torch.float64, generator=seeded(n)) for n in (3, 2))
+
+    def scores(of_history: Tensor, of_candidates: Tensor) -> Tensor:
+        shown = replace(candidates, content_CF=of_candidates)
+        return rank_candidates(ranker, replace(history, content_LF=of_history), shown)
+
+    before = scores(of_history, of_candidates)
+    assert (scores(of_history.flip(0), of_candidates) - before).abs().max() > 1e-4
+    changed = of_candidates.clone()
+    changed[1] += 1
+    assert torch.equal(scores(of_history, changed)[0], before[0])
+    assert not torch.equal(scores(of_history, changed)[1], before[1])

@@ -10,19 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
-from model.item_table import ItemTable
+from model.item_table import CONTENT_DIM, ItemTable
+from model.llatte_config import LlatteSettings
+from model.ranking_model import with_ranking_head
+from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from model.snapshot import chain, list_versions, load_snapshot
 from model.swap import apply_snapshot
 from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
 from online_trainer.config import ItemsConfig
-from online_trainer.item_content import CONTENT_DIM, ItemContent, ItemNews, content_vector
+from online_trainer.item_content import ItemContent, ItemNews, content_vector
 from online_trainer.learner import OnlineLearner
 from stream.clock import WallClock
 from stream.messages import HistoryUpdate, ItemMessage, encode_message
-from tests.online_trainer.conftest import MODEL, RecordedStream, record_stream, walks
+from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream, walks
 from tests.online_trainer.test_daemon import Site, learn, running, site, until
 from tests.online_trainer.test_learner import assert_equal, run
 
@@ -294,3 +298,42 @@ async def test_a_topic_of_items_that_was_made_anew_is_read_from_its_start(site: 
     say(site, 2_000, "b")
     site.send(just_now(updates[2:]))
     assert (await learn(site.daemon(items=COLD), 200))["cold_items"] == 6
+
+
+# Content as a part of what the ranker reads
+
+
+def reading_learner(stream: RecordedStream, **items: Any) -> OnlineLearner:
+    ranking = RankingSettings(kind="llatte", tasks=("click",), learn_from="interactions")
+    model = with_ranking_head(MODEL, ranking, ("click", "like"), LlatteSettings(content=True))
+    config = replace(
+        stream.config(), model=model, ranking=ranking, actions=("click", "like"), items=ItemsConfig(**items)
+    )
+    return OnlineLearner(config, HotHistories(stream.store, HOT), log_id="main")
+
+
+def test_a_ranker_reads_content_that_came_before_and_after_the_first_interaction(store: FeatureStore) -> None:
+    stream = record_stream(store, walks(60))
+    learner = reading_learner(stream, cold_items=2)
+    batcher, items = stream.batcher(learner), learner.model.items
+    first = batcher.take()
+    assert first is not None
+    early, late = np.unique(first.interactions.item_id)[:2].tolist()
+    learner.tell([news_of(early, "early"), news_of(1_000_000, "cold", offset=1)])
+    learner.step(first)
+    while batch := batcher.take():
+        learner.step(batch)
+    learner.tell([news_of(late, "late", offset=2), news_of(early, "changed", offset=3)])
+    rows = items.lookup(np.array([early, late, 1_000_000]))
+    assert rows.min() >= 0
+    found = items.content_of(torch.from_numpy(rows))
+    assert found is not None
+    for one, category in zip(found.numpy(), ("changed", "late", "cold"), strict=True):
+        np.testing.assert_allclose(one, vector(category), atol=3e-4)
+    assert learner.ranking is not None
+    assert learner.ranking.account.num_learned > 0
+
+
+def test_a_ranker_that_reads_content_needs_content_to_be_kept(store: FeatureStore) -> None:
+    with pytest.raises(ValueError, match="llatte.content is on and items.content_items is 0"):
+        reading_learner(record_stream(store, walks(10)), content_items=0)

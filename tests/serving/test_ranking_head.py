@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from model.item_table import CONTENT_DIM
+from model.llatte_config import LlatteSettings
 from model.manifest import Lineage
 from model.ranking_learning import ShownBatch, ranking_pass
 from model.ranking_model import with_ranking_head
@@ -41,7 +43,9 @@ FORMS = {
     ),
     "interleaved": replace(RANKING, tokens="interleaved"),
     "llatte": replace(RANKING, kind="llatte"),
+    "llatte with content": replace(RANKING, kind="llatte"),
 }
+LLATTE = {"llatte": LlatteSettings(), "llatte with content": LlatteSettings(content=True)}
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -77,7 +81,7 @@ class HeadTown(Town):
 async def head_town(tmp_path: Path, database: Path, form: str = "merged") -> HeadTown:
     plain = build_town(tmp_path, database)
     ranking = FORMS[form]
-    publisher = Publisher(tmp_path / "snapshots", with_ranking_head(MODEL, ranking, ACTIONS))
+    publisher = Publisher(tmp_path / "snapshots", with_ranking_head(MODEL, ranking, ACTIONS, LLATTE.get(form)))
     town = HeadTown(root=plain.root, store=plain.store, log=plain.log, clock=plain.clock, publisher=publisher)
     town.ranking = ranking
     await town.log.create_topics()
@@ -88,6 +92,9 @@ async def head_town(tmp_path: Path, database: Path, form: str = "merged") -> Hea
     )
     for _ in range(3):
         town.publisher.learn(ITEMS)
+    items = publisher.recommender.items
+    rows = items.lookup(np.array([to_id(one) for one in ITEMS], np.int64))
+    items.describe(rows, np.random.default_rng(0).normal(size=(len(rows), CONTENT_DIM)).astype(np.float32))
     return town
 
 
