@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
-from kernels.hstu_decode import LayerWeights, hstu_decode, is_available
+from kernels.hstu_decode import LayerWeights, hstu_decode, is_available, takes
 from kernels.hstu_input import hstu_input
 from kernels.hstu_output import hstu_output
 from kernels.implementations import KernelName
@@ -286,8 +286,8 @@ class HSTU(nn.Module):
         kernel: KernelName,
     ) -> Tensor:
         """x_MD behind these layers, whose keys and values are the ones kept."""
-        if kernel == "auto" and mask.is_causal_only and self._decodes(x_MD):
-            return self._decoded(list(layers), x_MD, times_s, kept)
+        if kernel == "auto" and takes(mask) and self._decodes(x_MD):
+            return self._decoded(list(layers), x_MD, times_s, kept, mask)
         for number, layer in enumerate(layers):
             x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
         return x_MD
@@ -300,7 +300,12 @@ class HSTU(nn.Module):
         return is_small and is_available(x_MD.dtype, x_MD.device)
 
     def _decoded(
-        self, layers: list[HSTULayer], x_MD: Tensor, times_s: tuple[Tensor, Tensor], kept: KeyValues
+        self,
+        layers: list[HSTULayer],
+        x_MD: Tensor,
+        times_s: tuple[Tensor, Tensor],
+        kept: KeyValues,
+        mask: AttentionMask,
     ) -> Tensor:
         config = layers[0].config  # truncated layers have a max_len of their own
         return hstu_decode(
@@ -318,6 +323,7 @@ class HSTU(nn.Module):
             eps=NORM_EPS,
             gate_only=config.gate_only_activation,
             concat=config.concat_output,
+            mask=mask,
         )
 
     def truncated_starts(self, lengths_B: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ typedef struct {
     const int64_t *bucket_from_s;                  /* shortest gap of each bucket, then one that none reaches */
     REAL *scratch;
     int64_t num_layers, num_rows, num_positions, D, heads, A, V, max_len, gate_only, concat;
+    int64_t max_attn_len, min_full_attn_len, num_oldest_keys; /* of AttentionMask */
     double alpha, eps;
 } Call;
 
@@ -110,21 +111,36 @@ static void silu(REAL *x, int64_t n, REAL divisor)
     }
 }
 
-/* score[j] = bias of the query of place i, asked at query_s, and the keys 0..i. Going back in time a gap hardly ever
-   shrinks, so its bucket is found from the one before it. */
-static void fill_bias(const Call *call, const Layer *layer, REAL *score, const int64_t *key_s, int64_t i, int64_t query_s)
+/* Keys that a query sees: [0, oldest) and [low, its own place], oldest <= low; see mask.py. */
+typedef struct {
+    int64_t oldest, low;
+} Sight;
+
+static Sight sight(const Call *call, int64_t i, int64_t n)
+{
+    if (call->max_attn_len == 0 || i <= call->max_attn_len || (call->min_full_attn_len && i >= n - call->min_full_attn_len))
+        return (Sight){0, 0};
+    const int64_t low = i - call->max_attn_len;
+    return (Sight){least(call->num_oldest_keys, low), low};
+}
+
+/* bias[j] of the query of place i, asked at query_s, and the keys [from, to), whose buckets are found going back in time
+   from *bucket on: a gap hardly ever shrinks. */
+static void fill_bias(const Call *call, const Layer *layer, REAL *bias, const int64_t *key_s, int64_t i, int64_t query_s,
+                      int64_t from, int64_t to, int64_t *bucket)
 {
     const int64_t *from_s = call->bucket_from_s;
     const REAL *position = layer->position_weight + call->max_len - 1 - i;
-    int64_t c = 0;
-    for (int64_t j = i; j >= 0; j--) {
+    int64_t c = *bucket;
+    for (int64_t j = to - 1; j >= from; j--) {
         const int64_t gap_s = query_s > key_s[j] ? query_s - key_s[j] : key_s[j] - query_s;
         while (gap_s >= from_s[c + 1])
             c++;
         while (gap_s < from_s[c])
             c--;
-        score[j] = position[j] + layer->time_weight[c];
+        bias[j] = position[j] + layer->time_weight[c];
     }
+    *bucket = c;
 }
 
 /* Where the parts of a call are kept. normed and entered: of all new positions of a row. */
@@ -186,27 +202,25 @@ static void enter(const Call *call, const Layer *layer, const Row *row, const Sc
                 s->kT[w * keys_to(call->max_len) + j] = row->kept[j * (QK + G) + w];
 }
 
-/* o = attention of the new position m over the keys 0..i of its row, of one head. */
-static void attend(const Call *call, const Row *row, const Scratch *s, REAL *o, const REAL *q, int64_t i, int64_t head,
-                   int has_bias)
+/* o += attention of one query over the keys [from, to) of its row, of one head. */
+static void attend(const Call *call, const Row *row, const Scratch *s, REAL *o, const REAL *q, int64_t head, int64_t from,
+                   int64_t to, int has_bias)
 {
     const int64_t stride = call->heads * (call->A + call->V), A = call->A, ld = keys_to(call->max_len);
     const REAL *k = row->kept + head * A, *v = row->kept + call->heads * A + head * call->V;
     const REAL alpha = (REAL)call->alpha;
     REAL *score = s->score;
     if (s->kT) {
-        memset(score, 0, sizeof(REAL) * (i + 1));
-        add_product(score, q, s->kT + head * A * ld, ld, A, i + 1);
+        memset(score + from, 0, sizeof(REAL) * (to - from));
+        add_product(score + from, q, s->kT + head * A * ld + from, ld, A, to - from);
     } else {
-        for (int64_t j = 0; j <= i; j++)
+        for (int64_t j = from; j < to; j++)
             score[j] = dot(q, k + j * stride, A);
     }
-    for (int64_t j = 0; j <= i; j++)
+    for (int64_t j = from; j < to; j++)
         score[j] = alpha * score[j] + (has_bias ? s->bias[j] : 0);
-    silu(score, i + 1, (REAL)call->max_len);
-    for (int64_t w = 0; w < call->V; w++)
-        o[w] = 0;
-    add_product(o, score, v, stride, i + 1, call->V);
+    silu(score + from, to - from, (REAL)call->max_len);
+    add_product(o, score + from, v + from * stride, stride, to - from, call->V);
 }
 
 /* x of the new position m becomes the next layer's. */
@@ -215,10 +229,19 @@ static void leave(const Call *call, const Layer *layer, const Row *row, const Sc
     const int64_t D = call->D, G = call->heads * call->V, i = row->n - row->num_new + m;
     const REAL *u = s->entered + m * entered_width(call), *q = u + 2 * G;
     REAL *x = row->x + m * D, *gated = call->concat ? s->y + 2 * G : s->y;
-    if (layer->time_weight)
-        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m]);
-    for (int64_t head = 0; head < call->heads; head++)
-        attend(call, row, s, s->o + head * call->V, q + head * call->A, i, head, layer->time_weight != NULL);
+    const Sight seen = sight(call, i, row->n);
+    const int has_bias = layer->time_weight != NULL;
+    int64_t bucket = 0;
+    if (has_bias) {
+        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m], seen.low, i + 1, &bucket);
+        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m], 0, seen.oldest, &bucket);
+    }
+    memset(s->o, 0, sizeof(REAL) * G);
+    for (int64_t head = 0; head < call->heads; head++) {
+        REAL *o = s->o + head * call->V;
+        attend(call, row, s, o, q + head * call->A, head, 0, seen.oldest, has_bias);
+        attend(call, row, s, o, q + head * call->A, head, seen.low, i + 1, has_bias);
+    }
     normalise(gated, s->o, G, (REAL)call->eps, layer->output_scale, layer->output_shift);
     for (int64_t w = 0; w < G; w++)
         gated[w] *= u[w];

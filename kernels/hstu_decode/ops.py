@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import KernelUnavailableError
+from kernels.hstu_attention.mask import CAUSAL, AttentionMask
 from kernels.hstu_attention.native import bucket_from_s
 from kernels.native_build import native_library
 
@@ -64,6 +65,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("key_times_s", "query_times_s", "bucket_from_s", "scratch")),
         *((name, ctypes.c_int64) for name in ("num_layers", "num_rows", "num_positions", "D", "heads", "A", "V")),
         *((name, ctypes.c_int64) for name in ("max_len", "gate_only", "concat")),
+        *((name, ctypes.c_int64) for name in ("max_attn_len", "min_full_attn_len", "num_oldest_keys")),
         ("alpha", ctypes.c_double),
         ("eps", ctypes.c_double),
     ]  # fmt: skip
@@ -72,6 +74,11 @@ class _Call(ctypes.Structure):
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether ``hstu_decode`` can be had for tensors of this dtype and device; compiles it the first time."""
     return device.type == "cpu" and dtype in {torch.float32, torch.float64} and _library(dtype) is not None
+
+
+def takes(mask: AttentionMask) -> bool:
+    """Whether ``hstu_decode`` computes under this mask."""
+    return mask.num_targets_B is None and mask.contextual_len == 0
 
 
 def hstu_decode(
@@ -90,6 +97,7 @@ def hstu_decode(
     eps: float,
     gate_only: bool,
     concat: bool,
+    mask: AttentionMask = CAUSAL,
 ) -> Tensor:
     """x_MD behind the last layer; the new positions' keys and values are written into kept_layers_LW. No gradients.
 
@@ -97,12 +105,14 @@ def hstu_decode(
     W], the keys and values of all positions, packed heads one after the other, keys before values. offsets,
     query_offsets: int64[B + 1], how the L positions and the M new ones fall to the rows of at most max_len positions.
     times_s: int64[L] and int64[M] seconds, as ``RelativeBias`` takes them. gate_only: SiLU on the gate alone. concat:
-    the output matrix reads gate, attended and gated.
+    the output matrix reads gate, attended and gated. mask: without targets and contextual positions.
 
-    Equal, up to rounding, to hstu_input, hstu_attention (causal) and hstu_output layer by layer. Pays for few new
+    Equal, up to rounding, to hstu_input, hstu_attention and hstu_output layer by layer. Pays for few new
     positions: the weights of a layer are read again for each. KernelUnavailableError where ``is_available`` is false,
     ValueError for shapes that do not fit.
     """
+    if not takes(mask):
+        raise ValueError("hstu_decode takes no targets and no contextual positions: go through the layers instead")
     library = _library(x_MD.dtype) if x_MD.device.type == "cpu" else None
     if library is None:
         raise KernelUnavailableError("hstu_decode is for a CPU, and needs a C compiler: go through the layers instead")
@@ -125,6 +135,7 @@ def hstu_decode(
         *sizes,
         gate_only,
         concat,
+        *(mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys),
         alpha,
         eps,
     )

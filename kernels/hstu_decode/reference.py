@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.hstu_attention import CAUSAL, RelativeBias
+from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias
 from kernels.hstu_attention.reference import hstu_attention_reference
 from kernels.hstu_decode.ops import LayerWeights
 from kernels.hstu_input.reference import hstu_input_reference
@@ -30,6 +30,7 @@ def hstu_decode_reference(
     eps: float,
     gate_only: bool,
     concat: bool,
+    mask: AttentionMask = CAUSAL,
 ) -> Tensor:
     """The truth ``hstu_decode`` is tested against; arguments as there."""
     gate, keys = heads * hidden_dim, heads * attention_dim
@@ -64,7 +65,7 @@ def hstu_decode_reference(
             max_len=max_len,
             alpha=alpha,
             bias=bias,
-            mask=CAUSAL,
+            mask=mask,
             query_offsets=query_offsets,
         )
         x_MD = hstu_output_reference(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import KernelUnavailableError
+from kernels.hstu_attention import CAUSAL, AttentionMask
 from kernels.hstu_decode import LayerWeights, hstu_decode, is_available
 from kernels.hstu_decode.reference import hstu_decode_reference
 
@@ -77,6 +78,7 @@ def arguments(
         "eps": 1e-6,
         "gate_only": options.get("gate_only", False),
         "concat": concat,
+        "mask": options.get("mask", CAUSAL),
     }
 
 
@@ -90,7 +92,7 @@ def compare(given: dict[str, Any], tolerance: float) -> None:
     torch.testing.assert_close(given["x_MD"], entered, rtol=0, atol=0)
 
 
-ROWS = [(7, 2), (1, 1), (MAX_LEN, 1), (5, 5), (0, 0), (MAX_LEN, 4), (9, 0)]
+ROWS = [(7, 2), (15, 12), (1, 1), (MAX_LEN, 1), (5, 5), (0, 0), (MAX_LEN, 4), (9, 0)]
 
 
 @needs_compiler
@@ -103,6 +105,9 @@ ROWS = [(7, 2), (1, 1), (MAX_LEN, 1), (5, 5), (0, 0), (MAX_LEN, 4), (9, 0)]
         {"bias": False},
         {"norms": True, "gate_only": True, "concat": True, "alpha": 0.3},
         {"norms": True, "concat": True},
+        {"mask": AttentionMask(max_attn_len=4)},
+        {"mask": AttentionMask(max_attn_len=3, min_full_attn_len=2), "bias": False},
+        {"mask": AttentionMask(max_attn_len=2, num_oldest_keys=5)},
     ],
 )
 def test_it_equals_the_layers_one_after_the_other(
@@ -129,6 +134,7 @@ def test_large_scores_and_numbers_that_are_none_come_out_as_they_do_there() -> N
         ("offsets", torch.tensor([0, 4, 11]), "offsets must ascend from 0 to 12"),
         ("query_offsets", torch.tensor([0, 1, 3]), "query_offsets must ascend from 0 to 2"),
         ("offsets", torch.tensor([0, 13, 12]), "offsets must ascend from 0 to 12"),
+        ("mask", AttentionMask(contextual_len=1), "no contextual positions"),
         ("max_len", 5, "the longest has 6 positions"),
         ("max_len", 40, "position_weight must fit max_len 40"),
         ("query_offsets", torch.tensor([0, 2]), "query_offsets must be contiguous int64"),
