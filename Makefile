@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-model: $(STAMP) ## training steps and attention on a CPU, packed against p
 
 bench-semi-local: $(STAMP) ## semi-local against full attention on a CPU, time and memory by length; ARGS="--lengths 2048 16384 --kernels native"
 	@PYTHONPATH=. $(BIN)/python -m benchmarks.bench_semi_local $(ARGS)
+
+bench-recompute: $(STAMP) ## a layer's memory and time with and without model.recompute, on a CPU; ARGS="--steps 5"
+	@PYTHONPATH=. $(BIN)/python -m benchmarks.bench_recompute $(ARGS)
 
 bench-dirichlet: $(STAMP) ## pointwise against softmax attention on a Dirichlet-process stream
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_dirichlet.py $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,16 +219,22 @@ def input_output(bench: Bench) -> None:
     rows = dense_rows(bench, sizes.layer_len, sizes.layer_len * sizes.layer_rows)
     layer = HSTULayer(_config(bench, rows.length, bias=False), torch.Generator().manual_seed(0))
     layer = layer.to(bench.device, bench.dtype)
+    again = HSTULayer(replace(layer.config, recompute=True), torch.Generator().manual_seed(0))
+    again = again.to(bench.device, bench.dtype)
     x_LD = bench.randn(rows.num_positions, sizes.width).requires_grad_()
     nothing = torch.zeros(rows.num_positions, dtype=torch.int64, device=bench.device)
     call = functools.partial(fused_layer, layer, x_LD, rows.offsets, (nothing, nothing))
     forwards: dict[str, Callable[[], Tensor]] = {
         "model.hstu": lambda: layer(x_LD, rows.offsets, (nothing, nothing), dropout=None, kernel="triton"),
+        "model.recompute": lambda: again(x_LD, rows.offsets, (nothing, nothing), dropout=None, kernel="triton"),
         "halves, kept": functools.partial(call, recompute=False),
         "halves, recomputed": functools.partial(call, recompute=True),
         "whole layer checkpointed": lambda: _checkpointed(call),
     }
-    arms = [_kept_arm(bench, layer, x_LD, name, forward) for name, forward in forwards.items()]
+    arms = [
+        _kept_arm(bench, again if name == "model.recompute" else layer, x_LD, name, forward)
+        for name, forward in forwards.items()
+    ]
     positions, pairs = rows.num_positions, rows.causal_pairs
     attention_work = 4.0 * sizes.width * pairs * (1 + BACKWARD_BY_FORWARD)
     work = {STEP: attention_work + 5 * 3 * 2.0 * positions * sizes.width**2}

@@ -14,6 +14,7 @@ from model.transducers import Transducer, check_transducers, part_config
 
 _NOT_IN_HASH: Final = (
     "max_items",
+    "recompute",
     "tokens",
     "value_thresholds",
     "attention",
@@ -31,7 +32,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What the model is. Two models exchange weights only if all of this but max_items is equal (``config_hash``)."""
+    """What the model is. Two models exchange weights only if all of this but max_items and recompute is equal."""
 
     kind: Literal["hstu", "ultra_hstu", "sasrec", "gru"] = "hstu"
     """Encoder of histories. hstu: pointwise attention. ultra_hstu: the same for longer histories, with other defaults
@@ -99,6 +100,10 @@ class ModelConfig:
     """Share of input features dropped in training. 0: each interaction is learned once, so little is memorised."""
     linear_dropout: float = 0.0
     """Share of gated attention outputs dropped in training, before the output matrix of a layer."""
+    recompute: bool = False
+    """While training, keep of each HSTU layer only its input and what attention returned, and compute normed input, u,
+    q, k, v and gated norm again for the gradients: a sixth of the memory, a few per cent of time with long histories.
+    Weights are the same, so it may be changed at any time."""
     temperature: float = 0.2
     """Cosine similarities start out divided by this; the scale is learned from there. The research code's 0.05 suits
     many passes: in one pass over a stream, untrained items then outweigh the trend (HR@10 0.96 against 1.05 times
@@ -207,7 +212,8 @@ class ModelConfig:
     def config_hash(self) -> str:
         """sha256 in hex: equal only for models whose weights are interchangeable.
 
-        Of every field but max_items; of those that make a plan, what they come to.
+        Of every field but max_items and recompute, which say how it is computed and kept, not what it is; of those that
+        make a plan, what they come to.
         """
         fields = {name: value for name, value in self.as_dict().items() if name not in _NOT_IN_HASH}
         plan = self.plan()

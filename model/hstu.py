@@ -8,10 +8,11 @@ Shapes: L packed positions, D model width, H heads, A query/key width, V value w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,13 @@ from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_att
 from kernels.hstu_decode import LayerWeights, hstu_decode, is_available, takes
 from kernels.hstu_input import hstu_input
 from kernels.hstu_output import hstu_output
-from kernels.implementations import KernelName
+from kernels.implementations import KernelName, choose
 from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
 from model.history_input import HistoryInput
 from model.initial import NORM_EPS, dropout_seed, normal, xavier
 from model.key_values import KeyValues, packed_places
+from model.recomputation import RepeatedPart
 
 _PRODUCTS_MAX = 1 << 22
 """New positions times numbers of a layer's input matrix up to which they are computed one by one: all at once,
@@ -38,7 +40,7 @@ class HSTULayer(nn.Module):
 
     The norms are required for stability, since nothing else bounds the sums. Options of ModelConfig: affine_norms,
     gate_only_activation (only ``u`` passes through SiLU), scaled_scores, concat_output, relative_bias,
-    attention_activation.
+    attention_activation, recompute.
     """
 
     def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
@@ -75,42 +77,68 @@ class HSTULayer(nn.Module):
         number of this layer; then x_LD, and the times of queries, are of the new positions only.
         """
         config = self.config
-        entered = hstu_input(
-            x_LD,
-            self.uvqk,
-            split_sizes=self.split_sizes,
-            norm_weight_D=None if self.input_norm is None else self.input_norm.weight,
-            norm_bias_D=None if self.input_norm is None else self.input_norm.bias,
-            eps=NORM_EPS,
-            activate="u" if config.gate_only_activation else "uvqk",
-            kernel=kernel,
+        query_offsets = None if kept is None else kept[0].query_offsets
+        attend = partial(
+            self._attend, offsets=offsets, times=times, query_offsets=query_offsets, mask=mask, kernel=kernel
         )
-        k_LHA = entered.k_LA.view(-1, config.num_heads, config.attention_dim)
-        v_LHV = entered.v_LG.view(-1, config.num_heads, config.hidden_dim)
+        seed = None if dropout is None or config.linear_dropout == 0.0 else dropout_seed(dropout)
+        weights = self.weights()
+        enter = partial(self._enter, weights=weights, kernel=kernel)
+        leave = partial(self._leave, weights=weights, seed=seed, kernel=kernel)
+        if config.recompute and torch.is_grad_enabled() and kept is None:
+            # The fused output half recomputes by itself.
+            is_fused = choose(kernel, x_LD.device, has_cpu_path=False) != "reference"
+            return _recomputed(partial(enter, recompute=False), attend, leave, x_LD, weights, is_fused=is_fused)
+        entered = enter(x_LD)
+        k_LHA, v_LHV = entered.k_LHA, entered.v_LHV
         if kept is not None:
             k_LHA, v_LHV = kept[0].put(kept[1], k_LHA, v_LHV)
-        o_LHV = self._attend(
-            entered.q_LA.view(-1, config.num_heads, config.attention_dim),
-            k_LHA,
-            v_LHV,
-            offsets,
-            times,
-            query_offsets=None if kept is None else kept[0].query_offsets,
-            mask=mask,
+        return leave(attend(entered.q_LHA, k_LHA, v_LHV).flatten(1), entered.u_LG, x_LD)
+
+    def _enter(self, x_LD: Tensor, *, weights: LayerWeights, kernel: KernelName, recompute: bool = True) -> _Entered:
+        norm_weight, norm_bias = weights.input_norm or (None, None)
+        entered = hstu_input(
+            x_LD,
+            weights.uvqk_DE,
+            split_sizes=self.split_sizes,
+            norm_weight_D=norm_weight,
+            norm_bias_D=norm_bias,
+            eps=NORM_EPS,
+            activate="u" if self.config.gate_only_activation else "uvqk",
+            recompute=recompute,
             kernel=kernel,
         )
+        config = self.config
+        return _Entered(
+            u_LG=entered.u_LG,
+            q_LHA=entered.q_LA.view(-1, config.num_heads, config.attention_dim),
+            k_LHA=entered.k_LA.view(-1, config.num_heads, config.attention_dim),
+            v_LHV=entered.v_LG.view(-1, config.num_heads, config.hidden_dim),
+        )
+
+    def _leave(
+        self,
+        attended_LG: Tensor,
+        u_LG: Tensor,
+        x_LD: Tensor,
+        *,
+        weights: LayerWeights,
+        seed: int | None,
+        kernel: KernelName,
+    ) -> Tensor:
+        norm_weight, norm_bias = weights.output_norm or (None, None)
         return hstu_output(
-            o_LHV.flatten(1),
-            entered.u_LG,
+            attended_LG,
+            u_LG,
             x_LD,
-            self.output_weight,
-            bias_D=self.output_bias,
-            norm_weight_G=None if self.output_norm is None else self.output_norm.weight,
-            norm_bias_G=None if self.output_norm is None else self.output_norm.bias,
+            weights.output_WD,
+            bias_D=weights.output_bias_D,
+            norm_weight_G=norm_weight,
+            norm_bias_G=norm_bias,
             eps=NORM_EPS,
-            concat=config.concat_output,
-            dropout_p=config.linear_dropout,
-            seed=None if dropout is None or config.linear_dropout == 0.0 else dropout_seed(dropout),
+            concat=self.config.concat_output,
+            dropout_p=self.config.linear_dropout,
+            seed=seed,
             kernel=kernel,
         )
 
@@ -165,6 +193,46 @@ class HSTULayer(nn.Module):
             query_offsets=query_offsets,
             kernel=kernel,
         )
+
+
+class _Entered(NamedTuple):
+    """What attention and the gate of a layer read."""
+
+    u_LG: Tensor
+    q_LHA: Tensor
+    k_LHA: Tensor
+    v_LHV: Tensor
+
+
+def _recomputed(
+    enter: Callable[[Tensor], _Entered],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    leave: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x_LD: Tensor,
+    weights: LayerWeights,
+    *,
+    is_fused: bool,
+) -> Tensor:
+    """A layer that keeps x_LD and what attention returned for its backward pass, and computes the rest again there.
+
+    is_fused: ``leave`` keeps nothing but its inputs anyway.
+    """
+    norms = (*(weights.input_norm or ()), *(weights.output_norm or ()))
+    tensors = (weights.uvqk_DE, weights.output_WD, weights.output_bias_D, *norms)
+    first = RepeatedPart(enter, kept=(x_LD, *tensors))
+    u_LG, q_LHA, k_LHA, v_LHV = first(x_LD)
+    with first.leaving_out_outputs():
+        attended_LG = attend(q_LHA, k_LHA, v_LHV).flatten(1)
+        if is_fused:
+            return leave(attended_LG, u_LG, x_LD)
+    # Not the tensors themselves: they hold the graph that this is to be a part of.
+    attended, x = (one.detach().requires_grad_(one.requires_grad) for one in (attended_LG, x_LD))
+
+    def again() -> tuple[Tensor, Tensor, Tensor]:
+        return attended, first.output(0).detach().requires_grad_(), x
+
+    second = RepeatedPart(lambda *read: (leave(*read),), kept=(attended_LG, x_LD, *tensors), before=first)
+    return second(attended_LG, u_LG, x_LD, again=again)[0]
 
 
 class HSTU(nn.Module):
