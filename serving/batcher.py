@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,6 +52,16 @@ class ModelThread:
         """Do `work` in the thread after what was handed over earlier; its error is raised here."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
+    def hand_over(self, work: Callable[[], Result], done: Callable[[Future[Result]], None]) -> None:
+        """The same without anybody who waits: `done` is called in the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def tell(future: Future[Result]) -> None:
+            if not loop.is_closed():  # whoever handed it over has gone
+                loop.call_soon_threadsafe(done, future)
+
+        self._executor.submit(work).add_done_callback(tell)
+
     def close(self) -> None:
         """Finish what was handed over, then end the thread."""
         self._executor.shutdown(wait=True)
@@ -88,9 +98,11 @@ class MicroBatcher(Generic[Query, Result]):
         self._answer = answer
         self._instruments = instruments
         self._waiting: deque[_Waiting[Query, Result]] = deque()
-        self._arrived = asyncio.Event()
         self._closed = False
+        self._emptied = asyncio.Event()
         self._is_answering = False
+        self._timer: asyncio.TimerHandle | None = None
+        """Closes the batch that is gathering."""
         self._batch_s = 0.0
         """How long a batch takes, a moving mean."""
 
@@ -114,14 +126,20 @@ class MicroBatcher(Generic[Query, Result]):
         self._admit(deadline_s - now_s)
         answer: asyncio.Future[Result] = loop.create_future()
         self._waiting.append(_Waiting(query, answer, now_s, deadline_s))
-        self._arrived.set()
+        self._go_on()
+        expiry = loop.call_later(self._config.request_timeout_ms / 1000, self._expire, answer)
         try:
             # A future that is cancelled here is not computed any more.
-            return await asyncio.wait_for(answer, self._config.request_timeout_ms / 1000)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"no answer within {self._config.request_timeout_ms} ms (serving.request_timeout_ms)"
-            ) from None
+            return await answer
+        finally:
+            expiry.cancel()
+
+    def _expire(self, answer: asyncio.Future[Result]) -> None:
+        if not answer.done():
+            timeout_ms = self._config.request_timeout_ms
+            answer.set_exception(
+                DeadlineExceededError(f"no answer within {timeout_ms} ms (serving.request_timeout_ms)")
+            )
 
     def _admit(self, left_s: float) -> None:
         """Raises QueueFullError unless there is room, and an answer can be expected within `left_s`."""
@@ -144,25 +162,39 @@ class MicroBatcher(Generic[Query, Result]):
     def close(self) -> None:
         """Refuse new requests; `run` returns once the queue is answered."""
         self._closed = True
-        self._arrived.set()
+        self._go_on()
 
     async def run(self) -> None:
-        """Answer batch after batch until closed and empty."""
-        while True:
-            batch = await self._next_batch()
-            if batch:
-                await self._answer_batch(batch)
-            elif self._closed:
-                return
+        """Return when closed, and everything is answered."""
+        await self._emptied.wait()
 
-    async def _next_batch(self) -> list[_Waiting[Query, Result]]:
-        while not self._waiting:
-            if self._closed:
-                return []
-            self._arrived.clear()
-            await self._arrived.wait()
-        await self._wait_for_company()
-        now_s = asyncio.get_running_loop().time()
+    # From here on callbacks, not tasks that wait for each other: in every turn of the event loop that a request takes,
+    # the model thread may take the interpreter away.
+
+    def _go_on(self) -> None:
+        """Answer the batch that is gathering, or see to it that it is closed in time."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while self._waiting and not self._is_answering:
+            closes_s = self._closes_s()
+            if closes_s > loop.time():
+                self._timer = loop.call_at(closes_s, self._go_on)
+                return
+            if batch := self._taken(loop.time()):
+                self._start(batch, loop.time())
+        if self._closed and not self._waiting and not self._is_answering:
+            self._emptied.set()
+
+    def _closes_s(self) -> float:
+        """When the batch that is gathering is to be closed."""
+        if self._closed or len(self._waiting) >= self._config.batch_max:
+            return -math.inf
+        in_time_s = min(waiting.deadline_s for waiting in self._waiting) - self._batch_s - _SPARE_S
+        return min(self._waiting[0].arrived_s + self._config.batch_wait_ms / 1000, in_time_s)
+
+    def _taken(self, now_s: float) -> list[_Waiting[Query, Result]]:
         batch: list[_Waiting[Query, Result]] = []
         while self._waiting and len(batch) < self._config.batch_max:
             waiting = self._waiting.popleft()
@@ -171,41 +203,23 @@ class MicroBatcher(Generic[Query, Result]):
                 batch.append(waiting)
         return batch
 
-    async def _wait_for_company(self) -> None:
-        """Return when the batch that is gathering is to be closed."""
-        loop, earliest_s = asyncio.get_running_loop(), math.inf
-        num_seen = 0
-        while not self._closed and len(self._waiting) < self._config.batch_max:
-            for place in range(num_seen, len(self._waiting)):
-                earliest_s = min(earliest_s, self._waiting[place].deadline_s)
-            num_seen = len(self._waiting)
-            in_time_s = earliest_s - self._batch_s - _SPARE_S
-            closes_s = min(self._waiting[0].arrived_s + self._config.batch_wait_ms / 1000, in_time_s)
-            if closes_s <= loop.time():
-                return
-            self._arrived.clear()
-            timer = loop.call_at(closes_s, self._arrived.set)
-            await self._arrived.wait()
-            timer.cancel()
-
-    async def _answer_batch(self, batch: list[_Waiting[Query, Result]]) -> None:
+    def _start(self, batch: list[_Waiting[Query, Result]], started_s: float) -> None:
         queries = [waiting.query for waiting in batch]
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
         self._is_answering = True
-        work = asyncio.ensure_future(self._model_thread.run(lambda: self._answer(queries)))
-        await asyncio.wait([work])
+        self._model_thread.hand_over(lambda: self._answer(queries), lambda work: self._done(batch, work, started_s))
+
+    def _done(self, batch: list[_Waiting[Query, Result]], work: Future[Sequence[Result]], started_s: float) -> None:
         self._is_answering = False
-        took_s = loop.time() - started_s
+        took_s = asyncio.get_running_loop().time() - started_s
         self._batch_s = took_s if self._batch_s == 0 else self._batch_s + _SMOOTHING * (took_s - self._batch_s)
         # A bug in the model's code fails the requests of this batch, not the worker.
-        error = work.exception()
-        if error is not None:
+        if (error := work.exception()) is not None:
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)
-            return
-        self._instruments.batch_answered(len(batch))
-        for waiting, result in zip(batch, work.result(), strict=True):
-            if not waiting.answer.done():
-                waiting.answer.set_result(result)
+        else:
+            self._instruments.batch_answered(len(batch))
+            for waiting, result in zip(batch, work.result(), strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(result)
+        self._go_on()

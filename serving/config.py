@@ -49,8 +49,9 @@ class ServingConfig:
     """Port to listen on; 0 takes a free one and says which."""
     batch_max: int = 32
     """Requests answered by one forward pass at most."""
-    batch_wait_ms: float = 1.0
-    """How long (ms) a request that finds the model idle waits for others to share its forward pass."""
+    batch_wait_ms: float = 0.0
+    """How long (ms) a request that finds the model idle waits for others to share its forward pass. While the model is
+    busy they gather without waiting, so this pays only where one pass costs as much for many as for one, on a GPU."""
     queue_max: int = 256
     """Requests that may wait for the model; beyond it callers get 429 with Retry-After."""
     request_timeout_ms: int = 1_000
