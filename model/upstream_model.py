@@ -67,7 +67,14 @@ class UpstreamExamples:
 
     @classmethod
     def of_shown(cls, shown: ShownBatch, labels: ActionLabels, is_taken_C: Tensor) -> UpstreamExamples:
-        """From what the ranker learns from, in rows of the upstream model's own table."""
+        """From what the ranker learns from, in rows of the upstream model's own table.
+
+        Vectors are learned as of the newest interaction, though items were shown later: when somebody reads a vector is
+        not known when it is worked out.
+        """
+        has_any_B = shown.offsets.diff() > 0
+        as_of_ms_B = shown.shown_at_ms_R.clone()
+        as_of_ms_B[has_any_B] = shown.timestamps_ms_L[shown.offsets[1:][has_any_B] - 1]
         return cls(
             users=UserBatch(
                 rows_L=shown.rows_L,
@@ -75,7 +82,7 @@ class UpstreamExamples:
                 values_L=shown.values_L,
                 timestamps_ms_L=shown.timestamps_ms_L,
                 offsets=shown.offsets,
-                as_of_ms_B=shown.shown_at_ms_R,
+                as_of_ms_B=as_of_ms_B,
             ),
             item_rows_C=shown.shown_rows_C,
             item_offsets=shown.shown_offsets,

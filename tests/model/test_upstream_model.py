@@ -13,6 +13,7 @@ from torch import Tensor
 from model.config import OptimizerConfig
 from model.manifest import Manifest
 from model.optimizer import RecommenderOptimizer
+from model.ranking_learning import ShownBatch
 from model.ranking_model import upstream_model_config
 from model.ranking_settings import RankingSettings
 from model.snapshot import load_snapshot, write_snapshot
@@ -145,6 +146,23 @@ def test_what_was_not_taken_is_no_next_item() -> None:
     examples = replace(examples_of(model, 0), is_taken_C=torch.zeros(8, dtype=torch.bool))
     found = model.learning_pass(examples, generator=torch.Generator())
     torch.testing.assert_close(found.loss, model.heads.loss(found.predictions_CK, examples.labels))
+
+
+def test_vectors_are_learned_as_they_will_be_worked_out_as_of_the_newest_interaction() -> None:
+    model, nothing = upstream(), torch.zeros(0, dtype=torch.int64)
+    shown = ShownBatch(
+        rows_L=torch.tensor([1, 2, 3]),
+        actions_L=torch.ones(3, dtype=torch.int64),
+        values_L=torch.full((3,), torch.nan),
+        timestamps_ms_L=torch.tensor([10, 20, 30]),
+        offsets=torch.tensor([0, 2, 2, 3]),
+        shown_rows_C=nothing,
+        shown_at_ms_R=torch.tensor([50, 60, 70]),
+        shown_offsets=torch.zeros(4, dtype=torch.int64),
+    )
+    labels = model.heads.labels(nothing, torch.zeros(0))
+    examples = UpstreamExamples.of_shown(shown, labels, nothing.bool())
+    assert examples.users.as_of_ms_B.tolist() == [20, 60, 30]
 
 
 def test_a_history_that_is_too_long_is_refused() -> None:
