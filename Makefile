@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards study-llatte docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ bench-items: $(STAMP) ## growth of the item table: pauses, and bytes an item; AR
 
 bench-content: $(STAMP) ## what content of items buys, on films with genres; ARGS="--data folder --limit 20000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_content.py $(ARGS)
+
+study-llatte: $(STAMP) ## what LLaTTE's two stages bring: transfer, stale vectors, content, scaling; half an hour on a core, resumable; ARGS="--limit 40000"
+	@PYTHONPATH=. $(BIN)/python benchmarks/study_llatte.py --results benchmarks/results/llatte.json --plots benchmarks/results $(ARGS)
 
 bench-survival: $(STAMP) ## poisoned batches against a clean stream, and a checkpoint against a step; ARGS="--only checkpoint"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_survival.py $(ARGS)
