@@ -278,6 +278,7 @@ async def test_a_request_past_its_deadline_is_answered_504(town: Town) -> None:
     async with town.worker(replace(SERVING, request_timeout_ms=500), version=1) as served:
         held = threading.Event()
         blocking = asyncio.create_task(served.worker._model_thread.run(lambda: held.wait(5)))
+        await asyncio.sleep(0)
         response = await served.client.post("/v1/recommend", json={"user_id": 7})
         held.set()
         await blocking
