@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards study-llatte docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,12 @@ quality: $(STAMP) ## prequential quality on movietweetings and globo-news; ARGS=
 
 bench-metrics: $(STAMP) ## the share of a training step that its prequential metrics cost; ARGS="--losses full"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_metrics.py $(ARGS)
+
+bench-row-precision: $(STAMP) ## snapshots with int8 and int4 rows: bytes, quality, swap time; ARGS="--events 0"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_row_precision.py $(ARGS)
+
+study-ultra: $(STAMP) ## quality against operations of HSTU and ULTRA-HSTU, and each part alone; resumable; ARGS=--quick
+	@PYTHONPATH=. $(BIN)/python benchmarks/study_ultra.py $(ARGS)
 
 bench-length-balance: $(STAMP) ## straggler ratios of plain and load-balanced stochastic length, ranks as processes; ARGS="--ranks 4"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_length_balance.py $(ARGS)

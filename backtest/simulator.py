@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from backtest.dirichlet import DirichletConfig, dirichlet_records
 from backtest.ideal import ideal_scores
+from backtest.long_range import LongRangeConfig, long_range_stream
 
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
-Scenario = Literal["stationary", "sudden", "gradual", "recurring", "new_items", "dirichlet"]
+Scenario = Literal["stationary", "sudden", "gradual", "recurring", "new_items", "dirichlet", "long_range"]
 SCENARIOS: Final[tuple[Scenario, ...]] = get_args(Scenario)
 
 _SUCCESSORS: Final = (0.7, 0.2)
@@ -42,7 +43,9 @@ class SimulatorConfig:
     scenario: Scenario = "sudden"
     """stationary: nothing changes. sudden: all users follow new habits from one event on. gradual: more and more do.
     recurring: two sets of habits take turns. new_items: waves of new items replace the oldest ones, habits stay.
-    dirichlet: no such structure; the catalogue of `backtest.dirichlet` grows from the first event to the last."""
+    dirichlet: no such structure; the catalogue of `backtest.dirichlet` grows from the first event to the last.
+    long_range: nor here, and nothing changes; what comes next depends on hundreds of interactions ago
+    (`backtest.long_range`)."""
     num_events: int = 60_000
     num_items: int = 600
     num_groups: int = 20
@@ -52,7 +55,7 @@ class SimulatorConfig:
     interactions_per_user: float = 40.0
     """Mean number of a user's interactions (geometric)."""
     num_changes: int = 1
-    """Changes, evenly spread over the stream; ignored by `stationary` and `dirichlet`."""
+    """Changes, evenly spread over the stream; ignored by `stationary`, `dirichlet` and `long_range`."""
     wave_share: float = 0.3
     """Of `new_items`: share of the catalogue that each wave replaces."""
     events_per_day: float = 5_000.0
@@ -147,6 +150,8 @@ def simulate(config: SimulatorConfig) -> SimulatedStream:
     rng = np.random.default_rng(config.seed)
     if config.scenario == "dirichlet":
         return _dirichlet(config, rng)
+    if config.scenario == "long_range":
+        return _long_range(config, rng)
     gaps_ms = rng.exponential(_DAY_MS / config.events_per_day, config.num_events)
     time_ms = config.start_ms + gaps_ms.cumsum().astype(np.int64)
     phases = _phases(config, rng)
@@ -347,6 +352,29 @@ def _dirichlet(config: SimulatorConfig, rng: np.random.Generator) -> SimulatedSt
         ideal_hr_at_10=np.where(is_first, np.nan, records.ideal_hr_at_10_RT.ravel()[order]),
         ideal_ndcg_at_20=np.where(is_first, np.nan, records.ideal_ndcg_at_20_RT.ravel()[order]),
         changes=(whole,),
+    )
+
+
+def _long_range(config: SimulatorConfig, rng: np.random.Generator) -> SimulatedStream:
+    """Of num_items, a fifth are openers and as many their sequels; a user stays for half as many interactions."""
+    num_pairs = config.num_items // 5
+    shape = LongRangeConfig(
+        num_events=config.num_events,
+        num_users=config.num_users,
+        num_pairs=num_pairs,
+        num_fillers=config.num_items - 2 * num_pairs,
+        delay=max(config.num_items // 5, 1),
+        interactions_per_user=config.num_items // 2,
+    )
+    gaps_ms = rng.exponential(_DAY_MS / config.events_per_day, config.num_events)
+    stream = long_range_stream(shape, rng)
+    return SimulatedStream(
+        user_id=stream.user_id,
+        item_id=stream.item_id,
+        event_time_ms=config.start_ms + gaps_ms.cumsum().astype(np.int64),
+        ideal_hr_at_10=stream.ideal_hr_at_10,
+        ideal_ndcg_at_20=stream.ideal_ndcg_at_20,
+        changes=(),
     )
 
 

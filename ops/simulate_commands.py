@@ -22,6 +22,7 @@ class ScenarioName(StrEnum):
     RECURRING = "recurring"
     NEW_ITEMS = "new_items"
     DIRICHLET = "dirichlet"
+    LONG_RANGE = "long_range"
 
 
 def simulate(

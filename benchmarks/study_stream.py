@@ -1,0 +1,179 @@
+"""One arm of the ULTRA-HSTU study: a model that learns a stream, how well it predicted, and what that took.
+
+Shapes: N events, P tested interactions of a step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from backtest.datasets import movietweetings
+from backtest.long_range import LongRangeConfig, long_range_stream
+from benchmarks.in_process import batches, learner_with_store
+from feature_store.interactions import Interactions
+from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.flops import TRAINING_FACTOR, forward_flops, segments_of
+from online_trainer.config import TrainerConfig
+from online_trainer.learner import LearnerConfig, MeasuredStep
+
+Int64s = NDArray[np.int64]
+START_MS = 1_700_000_000_000
+EVENTS_PER_DAY = 5_000.0
+DISCOUNT = 20
+"""Ranks that count in NDCG."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """What an arm learns. is_far: bool[N], events that depend on what is far back; None where nobody knows."""
+
+    interactions: Interactions
+    batch_interactions: int
+    is_far: NDArray[np.bool_] | None = None
+    ideal: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """A model and its place in the study."""
+
+    stream: str
+    group: str
+    """grid: quality against operations. ablation: one part changed."""
+    family: str
+    name: str
+    model: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return f"{self.stream}/{self.group}/{self.name}"
+
+
+def long_range(num_events: int) -> Stream:
+    """The simulated stream, and what knowing everything scores on its second half."""
+    made = long_range_stream(LongRangeConfig(num_events=num_events, num_users=8), np.random.default_rng(0))
+    gaps_ms = np.random.default_rng(1).exponential(86_400_000 / EVENTS_PER_DAY, num_events)
+    late = np.arange(num_events) >= num_events // 2
+    known = late & ~np.isnan(made.ideal_hr_at_10)
+    ideal = {
+        "hr_at_10": float(made.ideal_hr_at_10[known].mean()),
+        "ndcg_at_20": float(made.ideal_ndcg_at_20[known].mean()),
+        "far_hr_at_10": float(made.sequel_hr_at_10[late & made.is_sequel].mean()),
+    }
+    stream = _interactions(made.user_id, made.item_id, START_MS + gaps_ms.cumsum().astype(np.int64), None)
+    return Stream(interactions=stream, batch_interactions=64, is_far=made.is_sequel, ideal=ideal)
+
+
+def ratings(num_events: int) -> Stream:
+    """The ratings that ship with headrace, as values."""
+    rows = pl.read_parquet(movietweetings().interactions).sort("timestamp", maintain_order=True).head(num_events)
+    user, item, seconds = (rows[name].cast(pl.Int64).to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    stream = _interactions(user, item, 1_000 * seconds, rows["rating"].cast(pl.Float32).to_numpy())
+    return Stream(interactions=stream, batch_interactions=128)
+
+
+def _interactions(user_id: Int64s, item_id: Int64s, time_ms: Int64s, value: NDArray[np.float32] | None) -> Interactions:
+    N = len(user_id)
+    return Interactions(
+        user_id=user_id,
+        item_id=item_id,
+        event_time_ms=time_ms,
+        action=np.ones(N, np.uint32),
+        value=np.full(N, np.nan, np.float32) if value is None else value,
+        event_key=np.random.default_rng(0).integers(0, 2**63, N).astype(np.uint64),
+        seq=np.zeros(N, np.uint32),
+        arrival_ms=time_ms,
+    )
+
+
+@dataclass(slots=True)
+class Account:
+    """Sums over tested interactions and over what was read, since a point of the stream."""
+
+    config: ModelConfig
+    num: int = 0
+    hits: float = 0.0
+    gain: float = 0.0
+    num_far: int = 0
+    far_hits: float = 0.0
+    training_flops: float = 0.0
+    inference_flops: float = 0.0
+    popular_hits: float = 0.0
+
+    def note(self, step: MeasuredStep, is_far_P: NDArray[np.bool_] | None) -> None:
+        """Take in one step's test."""
+        rank_P = step.ranks["model"]
+        is_hit_P = rank_P <= 10
+        self.num += len(rank_P)
+        self.hits += float(is_hit_P.sum())
+        self.popular_hits += float((step.ranks["popularity"] <= 10).sum())
+        self.gain += float((1 / np.log2(1.0 + rank_P[rank_P <= DISCOUNT])).sum())
+        if is_far_P is not None:
+            self.num_far += int(is_far_P.sum())
+            self.far_hits += float(is_hit_P[is_far_P].sum())
+        segments, offsets = segments_of(self.config), torch.from_numpy(step.examples.offsets)
+        self.training_flops += TRAINING_FACTOR * float(forward_flops(segments, offsets.diff()).sum())
+        # A request reads the history that it comes after.
+        positions = torch.from_numpy(step.examples.positions)
+        starts = offsets[torch.searchsorted(offsets, positions, right=True) - 1]
+        self.inference_flops += float(forward_flops(segments, positions - starts + 1).sum())
+
+    def means(self) -> dict[str, float]:
+        """Of one tested interaction."""
+        found = {
+            "count": self.num,
+            "hr_at_10": self.hits / self.num,
+            "ndcg_at_20": self.gain / self.num,
+            "popularity_hr_at_10": self.popular_hits / self.num,
+            "training_flops": self.training_flops / self.num,
+            "inference_flops": self.inference_flops / self.num,
+        }
+        return found | ({"far_hr_at_10": self.far_hits / self.num_far} if self.num_far else {})
+
+
+def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
+    """Learn the stream once; means over what came after its middle."""
+    model = ModelConfig(**arm.model)
+    config = LearnerConfig(
+        trainer=TrainerConfig(
+            num_threads=1, batch_interactions=stream.batch_interactions, batch_tokens=1 << 20, replay_share=0.0
+        ),
+        model=model,
+        loss=LossConfig(),
+        optimizer=OptimizerConfig(),
+    )
+    account, taken = Account(config=model), 0
+    middle = len(stream.interactions) // 2
+    began_cpu, began = time.process_time(), time.perf_counter()
+    with learner_with_store(config) as (learner, store):
+
+        def on_tested(step: MeasuredStep) -> None:
+            if taken >= middle:
+                rows_P = step.examples.target_rows
+                account.note(
+                    step, None if stream.is_far is None else stream.is_far[taken : taken + len(step.new)][rows_P]
+                )
+
+        learner.on_tested = on_tested
+        for batch in batches(learner, store, config, stream.interactions):
+            learner.step(batch)
+            taken = learner.ledger.num_interactions
+        num_set_aside = learner.ledger.num_quarantined
+    return {
+        "stream": arm.stream,
+        "group": arm.group,
+        "family": arm.family,
+        "name": arm.name,
+        "model": arm.model,
+        **account.means(),
+        "set_aside": num_set_aside,
+        "cpu_s": round(time.process_time() - began_cpu, 1),
+        "wall_s": round(time.perf_counter() - began, 1),
+    }
