@@ -14,7 +14,7 @@ Shapes: B histories.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.stochastic_length import short_len, whole_probability
+from model.transducers import part_config
 
 TRAINING_FACTOR: Final = 3
 """Forward and backward pass over the forward pass alone."""
@@ -87,12 +88,15 @@ class Segment:
 
 
 def segments_of(config: ModelConfig) -> tuple[Segment, ...]:
-    """What the encoder of a configuration consists of; ValueError for kinds other than hstu and ultra_hstu.
+    """What the encoder of a configuration consists of; ValueError for kinds other than hstu and ultra_hstu, and for a
+    mixture of transducers, which is counted by ``mixture_forward_flops``.
 
     Of the action encoder of merged and interleaved tokens, one small matrix for each interaction is not counted.
     """
     if config.kind not in ("hstu", "ultra_hstu"):
         raise ValueError(f"kind is {config.kind!r}; operations are counted for hstu and ultra_hstu")
+    if config.transducers:
+        raise ValueError("transducers each read their own part of a history: count them with mixture_forward_flops")
     plan = config.plan()
     gate, attention = config.num_heads * config.hidden_dim, config.num_heads * config.attention_dim
     output = gate * (3 if config.concat_output else 1)
@@ -128,6 +132,19 @@ def forward_flops(segments: tuple[Segment, ...], lengths_B: Tensor, *, num_candi
         positions_B = n_B + num_candidates
         pairs_B = one.pattern.pairs(n_B) + num_candidates * one.pattern.keys_of_target(n_B)
         total_B += one.num_layers * (positions_B.double() * one.per_position + pairs_B.double() * one.per_pair)
+    return total_B
+
+
+def mixture_forward_flops(config: ModelConfig, lengths_TB: Sequence[Tensor], num_positions_B: Tensor) -> Tensor:
+    """float64[B]: of a mixture of transducers, whose T encoders each read their own part of a history.
+
+    lengths_TB: int64[B] of each transducer, the interactions that it reads (``model.mixture.reads``).
+    num_positions_B: int64[B], positions whose states are fused, which takes one product of T * D by D each.
+    """
+    parts = [segments_of(part_config(config, one)) for one in config.transducers]
+    total_B = num_positions_B.double() * (2 * len(parts) * config.embedding_dim**2)
+    for segments, lengths_B in zip(parts, lengths_TB, strict=True):
+        total_B = total_B + forward_flops(segments, lengths_B)
     return total_B
 
 

@@ -93,6 +93,11 @@ class LengthBalancer:
         """What the settings of a trainer that is alone ask for; None: nothing is balanced."""
         if not loss.stochastic_length_balance:
             return None
+        if config.transducers or config.kind not in ("hstu", "ultra_hstu"):
+            raise ValueError(
+                "stochastic_length_balance needs model.kind hstu or ultra_hstu without transducers, whose cost by"
+                " length is known: set it to false"
+            )
         load = LoadModel.of(config, pair_cost=loss.stochastic_length_pair_cost)
         return cls(BalanceRule(alpha=loss.stochastic_length_alpha, max_len=config.max_len, load=load))
 

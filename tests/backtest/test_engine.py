@@ -117,6 +117,23 @@ def test_the_arm_that_publishes_every_batch_is_the_trainers_own_test(tmp_path: P
     assert RankMetrics.of_ranks(popularity[-200:]).mrr == pytest.approx(outcome.metrics["popularity.window.mrr"])
 
 
+def test_online_arms_answer_by_rows_of_the_precision_that_is_published(tmp_path: Path) -> None:
+    found = {}
+    for precision in ("float32", "int4"):
+        learner = replace(LEARNER, trainer=replace(LEARNER.trainer, row_precision=precision))
+        run(parts(tmp_path / precision, walks(300), learner=learner, publish_every=("batch", "40s")))
+        found[precision] = {
+            "ranks": table(tmp_path / precision, "ranks/online-40s")["rank"].to_numpy(),
+            "every batch": table(tmp_path / precision, "ranks/online-batch")["rank"].to_numpy(),
+            "bytes": table(tmp_path / precision, "publications")["num_bytes"].to_numpy(),
+        }
+    exact, rounded = found["float32"], found["int4"]
+    assert (rounded["bytes"] < exact["bytes"]).all()
+    for name in ("ranks", "every batch"):
+        differ = (exact[name] != rounded[name]).mean()
+        assert 0 < differ < 0.9, "rounded, and near"
+
+
 def test_all_arms_answer_the_same_queries_in_the_same_order(whole: tuple[RunOutcome, Path]) -> None:
     _, root = whole
     events = table(root, "queries")["event"].to_list()

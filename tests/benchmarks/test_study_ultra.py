@@ -57,7 +57,7 @@ def test_every_arm_is_a_model_and_ultra_takes_less_than_hstu_of_its_size(stream:
     assert len({arm.key for arm in arms}) == len(arms)
     length = torch.tensor([study_ultra.LONGEST[stream]])
     for max_len in study_ultra.LENGTHS[stream]:
-        for num_layers in study_ultra.LAYERS:
+        for num_layers in study_ultra.LAYERS[stream]:
             own = [
                 float(forward_flops(segments_of(ModelConfig(**one)), length.clamp(max=max_len)))
                 for one in (study_ultra.ultra(num_layers, max_len), study_ultra.hstu(num_layers, max_len))

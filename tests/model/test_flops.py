@@ -17,13 +17,16 @@ from model.flops import (
     Pattern,
     dense_forward_flops,
     forward_flops,
+    mixture_forward_flops,
     scoring_flops,
     segments_of,
     shortened_mean,
     training_flops,
 )
+from model.mixture import reads
 from model.recommender import Recommender
 from model.stochastic_length import sampled_lengths
+from model.transducers import part_config, with_action_bits
 
 LENGTHS = [7, 1, 12, 0, 5]
 CONFIGS = [
@@ -159,6 +162,20 @@ def test_pairs_are_those_of_the_mask(pattern: Pattern) -> None:
         seen = visible(pattern, length, 3)
         assert int(pattern.pairs(n_B)) == int(seen[:length, :length].sum()), length
         assert [int(pattern.keys_of_target(n_B))] * 3 == seen[length:].sum(1).tolist(), length
+
+
+def test_a_mixture_is_its_transducers_on_what_they_read_and_the_fusion() -> None:
+    parts = [{"name": "a", "actions": ["click"], "num_layers": 1}, {"name": "b", "actions": ["like"], "max_len": 4}]
+    config = with_action_bits(ModelConfig(**TOKENS | {"transducers": parts}), ("click", "like"))
+    lengths = torch.tensor([9])
+    actions_L, offsets = torch.tensor([1, 2, 1, 1, 3, 2, 0, 2, 1]), torch.tensor([0, 9])
+    read = [reads(one, part_config(config, one).max_len, actions_L, offsets).sum()[None] for one in config.transducers]
+    assert [int(one) for one in read] == [6, 4]
+    alone = [segments_of(part_config(config, one)) for one in config.transducers]
+    want = sum(float(forward_flops(part, num)) for part, num in zip(alone, read, strict=True))
+    assert float(mixture_forward_flops(config, read, lengths)) == want + 9 * 2 * (2 * 8) * 8
+    with pytest.raises(ValueError, match="mixture_forward_flops"):
+        segments_of(config)
 
 
 def test_candidates_add_their_own_positions_and_the_keys_they_see() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,13 @@ def test_a_load_grows_faster_than_the_length_the_more_so_the_dearer_a_pair_is() 
 def test_settings_that_cannot_be_are_refused_by_name(settings: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         LossConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [{"kind": "gru"}, {"transducers": [{"name": "all", "actions": ["click"]}]}])
+def test_models_whose_cost_by_length_is_not_known_are_refused_by_name(model: dict[str, Any]) -> None:
+    loss = LossConfig(stochastic_length_alpha=1.6, stochastic_length_balance=True)
+    with pytest.raises(ValueError, match="stochastic_length_balance needs model.kind"):
+        LengthBalancer.of(ModelConfig(**({"kind": "ultra_hstu"} | model)), loss)
 
 
 def test_a_balancer_is_made_only_where_the_settings_ask_for_it() -> None:
