@@ -65,8 +65,9 @@ def long_range(num_events: int) -> Stream:
     ideal = {
         "hr_at_10": float(made.ideal_hr_at_10[known].mean()),
         "ndcg_at_20": float(made.ideal_ndcg_at_20[known].mean()),
-        "far_hr_at_10": float(made.sequel_hr_at_10[late & made.is_sequel].mean()),
     }
+    if (late & made.is_sequel).any():
+        ideal["far_hr_at_10"] = float(made.sequel_hr_at_10[late & made.is_sequel].mean())
     stream = _interactions(made.user_id, made.item_id, START_MS + gaps_ms.cumsum().astype(np.int64), None)
     return Stream(interactions=stream, batch_interactions=64, is_far=made.is_sequel, ideal=ideal)
 

@@ -18,7 +18,7 @@ from model.flops import forward_flops, segments_of
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    words = ["study_ultra", "--quick", "--streams", "long_range", "--events", "600", "--results", str(folder)]
+    words = ["study_ultra", "--quick", "--streams", "long_range", "--events", "500", "--results", str(folder)]
     monkeypatch.setattr(sys, "argv", words)
     study_ultra.main()
     told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
