@@ -41,7 +41,7 @@ from serving.vector_cache import UserVectorCache
 from stream.clock import WallClock
 
 START_MS = 1_700_000_000_000
-BATCH_USERS, BATCH_TOKENS = 64, 65_536
+BATCH_USERS, BATCH_TOKENS = 64, 16_384
 STEP_ROWS, ANSWER_USERS = 128, 8
 NUM_ITEMS = 20_000
 

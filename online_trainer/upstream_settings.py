@@ -23,7 +23,7 @@ class UpstreamDaemonConfig:
     computation in this time, and no vector is older than this and the time of a batch."""
     batch_users: int = 64
     """Users computed together at most. Batches are as large as what is due: small on a quiet stream."""
-    batch_tokens: int = 65_536
+    batch_tokens: int = 16_384
     """Interactions of their histories together at most: bounds memory and time of a batch."""
     lag_ms: int = 60_000
     """When the first waiting event has waited for this long (ms), the daemon is behind: it neither learns nor fills a
