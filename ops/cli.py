@@ -315,11 +315,16 @@ def demo(
     json_out: Annotated[Path | None, typer.Option(help="Write the summary here, too.")] = None,
     *,
     keep_running: Annotated[bool, typer.Option("--keep-running", help="Leave everything up until Ctrl-C.")] = False,
+    upstream: Annotated[bool, typer.Option("--upstream", help="With users' vectors, and their ranker.")] = False,
 ) -> None:
     """The whole loop on a real stream: broker, ingest, trainer, two inference workers, a live view, a summary."""
     from ops.demo import run as whole_loop
 
-    raise typer.Exit(whole_loop.run(keep_running=keep_running, minutes=minutes, data_dir=data_dir, json_out=json_out))
+    raise typer.Exit(
+        whole_loop.run(
+            keep_running=keep_running, minutes=minutes, data_dir=data_dir, json_out=json_out, has_upstream=upstream
+        )
+    )
 
 
 @app.command()

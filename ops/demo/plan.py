@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import sys
@@ -53,6 +54,9 @@ class DemoOptions:
     num_events: int | None = None
     """Replay only so many events from the beginning of the stream; None: all of it."""
 
+    has_upstream: bool = False
+    """Run the upstream daemon as well: vectors of users, and the ranker that reads them."""
+
     requests_per_s: float = 4.0
     """Background requests to each inference worker."""
 
@@ -101,6 +105,7 @@ class Ports:
     ingest: int
     trainer: int
     serving: tuple[int, ...]
+    upstream: int
 
     def serving_urls(self) -> list[str]:
         """Base address of each inference worker."""
@@ -136,13 +141,13 @@ def choose_ports() -> Ports:
         return port
 
     serving = tuple(unused(preferred) for preferred in _PREFERRED_PORTS)
-    return Ports(serving=serving, broker=unused(), ingest=unused(), trainer=unused())
+    return Ports(serving=serving, broker=unused(), ingest=unused(), trainer=unused(), upstream=unused())
 
 
 def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[str, Any]]:
     """The settings in which the demo differs from the defaults, by table and key."""
     run_dir = options.run_dir.resolve()
-    return {
+    return (_UPSTREAM if options.has_upstream else {}) | {
         "headrace": {
             "mode": "replay",
             "model": "default",
@@ -150,6 +155,7 @@ def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[st
             "probe_host": HOST,
             "ingest_port": ports.ingest,
             "trainer_port": ports.trainer,
+            "upstream_port": ports.upstream,
         },
         # A log id of its own: the local broker forgets its log when it stops, so positions of another run mean nothing.
         # One ingest worker needs no more than two partitions; each one more is another small transaction a poll.
@@ -169,7 +175,26 @@ def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[st
     }
 
 
-def children_of(config_path: Path, ports: Ports, environment: Mapping[str, str]) -> tuple[Child, ...]:
+_UPSTREAM: Final[dict[str, dict[str, Any]]] = {
+    # A rating of 8 of 10 or more is what is worth predicting here; nobody takes what the demo's answers show.
+    "ranking": {"tasks": ["value>=8"], "kind": "llatte", "learn_from": "interactions"},
+    # Two cores are shared by all: a small network, and a small share of the time for learning.
+    "upstream": {"width": 64, "num_layers": 2, "max_len": 256},
+    "upstream_daemon": {
+        "is_on": True,
+        "debounce_ms": 2_000,
+        "learn_share": 0.1,
+        "first_version_interactions": 10_000,
+        "version_interactions": 50_000,
+        "version_interval_s": 60.0,
+    },
+}
+"""What `--upstream` adds to the settings."""
+
+
+def children_of(
+    config_path: Path, ports: Ports, environment: Mapping[str, str], *, has_upstream: bool = False
+) -> tuple[Child, ...]:
     """The supervised processes, in start order."""
 
     def child(name: str, *arguments: str) -> Child:
@@ -179,7 +204,8 @@ def children_of(config_path: Path, ports: Ports, environment: Mapping[str, str])
     serving = [
         child(name, "serve", "--port", str(port)) for name, port in zip(SERVING_NAMES, ports.serving, strict=True)
     ]
-    return (child("ingest", "ingest"), child("trainer", "train"), *serving)
+    upstream = [child("upstream", "upstream")] if has_upstream else []
+    return (child("ingest", "ingest"), child("trainer", "train"), *upstream, *serving)
 
 
 def prepare(options: DemoOptions, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> Plan:
@@ -203,14 +229,16 @@ def prepare(options: DemoOptions, changes: Mapping[str, Mapping[str, Any]] = Map
     config_path.write_text(_toml(changed), encoding="utf-8")
     # Also as variables, which win over those of the caller: the demo must never reach for somebody's real broker.
     environment = {
-        variable_of(table, key): str(value) for table, keys in changed.items() for key, value in keys.items()
+        variable_of(table, key): value if isinstance(value, str) else json.dumps(value)
+        for table, keys in changed.items()
+        for key, value in keys.items()
     }
     environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return Plan(
         options=options,
         ports=ports,
         settings=load(config_path, environment={**os.environ, **environment}),
-        children=children_of(config_path, ports, environment),
+        children=children_of(config_path, ports, environment, has_upstream=options.has_upstream),
         dataset=dataset,
         titles=titles,
     )

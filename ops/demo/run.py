@@ -63,6 +63,7 @@ def run(
     data_dir: Path | None = None,
     json_out: Path | None = None,
     num_events: int | None = None,
+    has_upstream: bool = False,
 ) -> int:
     """Run the demo; returns the exit status: 0 done, 1 failed, 130 stopped by Ctrl-C. Says everything itself."""
     console = Console()
@@ -76,6 +77,7 @@ def run(
             data_dir=data_dir or defaults.data_dir,
             json_out=json_out,
             num_events=num_events,
+            has_upstream=has_upstream,
         )
         with sole_use(options):
             return asyncio.run(_until_interrupted(options, console))

@@ -63,6 +63,7 @@ async def until_ready(running: Running) -> None:
     waiting = {
         "ingest": f"http://{HOST}:{ports.ingest}/readyz",
         "trainer": f"http://{HOST}:{ports.trainer}/readyz",
+        **({"upstream": f"http://{HOST}:{ports.upstream}/readyz"} if running.plan.options.has_upstream else {}),
     }
     waiting |= {name: f"{url}/livez" for name, url in zip(SERVING_NAMES, ports.serving_urls(), strict=True)}
     deadline_s = time.monotonic() + _START_TIMEOUT_S

@@ -90,6 +90,7 @@ def print_addresses(console: Console, ports: Ports, options: DemoOptions, user_i
         *(f"  inference worker  {url}   (/docs, /status, /metrics)" for url in ports.serving_urls()),
         f"  ingest            http://127.0.0.1:{ports.ingest}/status",
         f"  trainer           http://127.0.0.1:{ports.trainer}/status",
+        *([f"  upstream          http://127.0.0.1:{ports.upstream}/status"] if options.has_upstream else []),
         f"  settings          {options.run_dir / 'headrace.toml'}   logs {options.log_dir}",
         "",
         f'  curl -s {first}/v1/recommend -d \'{{"user_id": {user_id}, "k": 5}}\'',

@@ -1,4 +1,4 @@
-"""The benchmark of users' vectors measures what it says: vectors are stored, found again, and absent without upstream."""
+"""The benchmark of users' vectors measures what it says: they are stored, found again, and absent without upstream."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from feature_store.config import FeatureStoreConfig
+from model.ranking_settings import RankingSettings
+from online_trainer.upstream_settings import UpstreamDaemonConfig
 from ops.config import HeadraceConfig
 from ops.demo.plan import HOST, DemoError, DemoOptions, choose_ports, prepare, sole_use
 from ops.settings import FILE_VARIABLE, load
@@ -50,6 +52,18 @@ def test_a_run_gets_an_empty_directory_settings_of_its_own_and_keeps_the_last_su
         assert seen.get(KafkaConfig).log_id == plan.settings.get(KafkaConfig).log_id
     assert [child.command[-1] for child in plan.children[2:]] == [str(port) for port in plan.ports.serving]
     assert plan.settings.get(ServingConfig).num_threads == 1
+
+
+def test_with_upstream_its_daemon_runs_and_everybody_knows_of_it(tmp_path: Path) -> None:
+    options = DemoOptions(data_dir=tmp_path / "demo", free_bytes_min=1, has_upstream=True)
+    with sole_use(options):
+        plan = prepare(options)
+    assert [child.name for child in plan.children[:3]] == ["ingest", "trainer", "upstream"]
+    for child in plan.children:
+        seen = load(Path(child.environment[FILE_VARIABLE]), environment=child.environment)
+        assert seen.get(UpstreamDaemonConfig).is_on
+        assert (seen.get(RankingSettings).kind, seen.get(RankingSettings).tasks) == ("llatte", ("value>=8",))
+        assert seen.get(HeadraceConfig).upstream_port == plan.ports.upstream
 
 
 def test_every_run_has_a_log_of_its_own(tmp_path: Path) -> None:
