@@ -15,13 +15,13 @@ from model.batch import HistoryBatch, Targets
 from model.config import LossConfig, ModelConfig
 from model.encoder import build_encoder
 from model.learning import supervised_pass
-from model.mixture import TransducerMixture
+from model.mixture import TransducerMixture, reads
 from model.ranking_model import with_ranking_head
 from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from model.stochastic_length import StochasticLength, shortened
 from model.token_hstu import Acts, TokenHSTU
-from model.transducers import Transducer, part_config, with_action_bits
+from model.transducers import Transducer, part_config, read_by, with_action_bits
 from tests.model.test_hstu import LENGTHS, OFFSETS, RESEARCH, inputs, seeded
 from tests.model.weights import far_from_start
 
@@ -159,6 +159,21 @@ def test_every_parameter_is_learned_also_from_shortened_histories(config: ModelC
     short, moved = shortened(batch, newest, rule, generator=seeded(1))
     assert short.num_positions < num
     assert recommender.encode(short)[moved.positions_P].isfinite().all()
+
+
+@pytest.mark.parametrize("max_len", [1, 5, 16, 17, 30])
+def test_packed_and_single_histories_are_read_alike(max_len: int) -> None:
+    """The newest of a transducer's own, at most max_len, from a start that moves in hops of an eighth."""
+    transducer, rng = MIXED.transducers[1], np.random.default_rng(max_len)
+    rows = [rng.integers(0, 16, length).tolist() for length in (0, 1, *rng.integers(2, 120, 30))]
+    offsets = torch.tensor([0, *itertools.accumulate(len(row) for row in rows)])
+    got_L = reads(transducer, max_len, torch.tensor([act for row in rows for act in row]).long(), offsets)
+    for row, (start, end) in zip(rows, itertools.pairwise(offsets.tolist()), strict=True):
+        own = [place for place, act in enumerate(row) if act == 0 or act & 8]
+        while len(own) > max_len:
+            own = own[max(1, max_len // 8) :]
+        assert got_L[start:end].nonzero().flatten().tolist() == own
+        assert read_by(transducer, max_len, np.array(row, np.int64)).tolist() == own
 
 
 # Settings

@@ -282,6 +282,14 @@ def test_truncated_layers_are_computed_again_only_when_they_read_on() -> None:
     assert (moved.start, moved.states_ND.shape[0]) == (6, 2)
 
 
+@every_part
+def test_a_history_that_has_lost_its_newest_is_not_taken_for_the_one_that_was_kept(options: dict[str, Any]) -> None:
+    recommender = build(**options)
+    first = check(recommender, [HISTORY], [None], NOW_MS)
+    for length in (9, 7, 6, 3, 1):
+        check(recommender, [HISTORY[:length]], first.states, NOW_MS)
+
+
 def test_a_transducer_computes_nothing_anew_for_interactions_that_it_does_not_read() -> None:
     recommender = build(**ULTRA["mixture"])
     batch = batch_of([HISTORY], NOW_MS)
