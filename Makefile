@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-drift bench-backtest bench-freshness bench-recommend bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-drift bench-backtest bench-freshness bench-recommend bench-long-histories bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,6 +122,9 @@ bench-freshness: $(STAMP) ## age of events at each hop, all processes and 1,000 
 
 bench-recommend: $(STAMP) ## what a recommendation costs: user states kept or not, search of the catalogue; ARGS="--only search"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_recommend.py $(ARGS)
+
+bench-long-histories: $(STAMP) ## what each part of ULTRA-HSTU saves in training and answering; ARGS="--length 4096"
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_long_histories.py $(ARGS)
 
 bench-guards: $(STAMP) ## false and missed trips of the guards on a stream that is learned; ARGS="--events 20000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_guards.py $(ARGS)

@@ -91,7 +91,7 @@ def train(settings: Settings) -> int:
     from ops.snapshot_store import snapshot_storage
     from stream.events import EventRules
 
-    config = settings.get(HeadraceConfig)
+    config, model_config = settings.get(HeadraceConfig), _model_config(settings)
     keep_freed_memory()
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
     report = _Report()
@@ -102,7 +102,7 @@ def train(settings: Settings) -> int:
             TrainerParts(
                 config=settings.get(TrainerConfig),
                 items_config=settings.get(ItemsConfig),
-                model_config=_model_config(settings),
+                model_config=model_config,
                 ranking=settings.get(RankingSettings),
                 loss_config=settings.get(LossConfig),
                 optimizer_config=settings.get(OptimizerConfig),
@@ -179,7 +179,7 @@ def _upstream_model_config(settings: Settings) -> UpstreamModelConfig:
 
 
 def _model_config(settings: Settings) -> ModelConfig:
-    """Of the model with its ranking head, if it has one."""
+    """Of the model with its ranking head, if it has one. SettingsError for what it could not learn or answer with."""
     from model.config import ModelConfig
     from model.llatte_config import LlatteSettings
     from model.ranking_model import with_ranking_head
@@ -187,9 +187,15 @@ def _model_config(settings: Settings) -> ModelConfig:
     from model.upstream_config import UpstreamConfig
     from stream.events import EventRules
 
+    model, hot = settings.get(ModelConfig), settings.get(HotHistoriesConfig)
+    if model.max_len >= hot.max_len:
+        raise SettingsError(
+            f"model.max_len = {model.max_len} and hot.max_len = {hot.max_len}: a step reads one interaction more than "
+            f"the model; set hot.max_len to at least {model.max_len + 1}"
+        )
     try:
         return with_ranking_head(
-            settings.get(ModelConfig),
+            model,
             settings.get(RankingSettings),
             settings.get(EventRules).actions,
             settings.get(LlatteSettings),

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
     "command",
     [
         ("bench_recommend", "--only", "search", "--items", "2000"),
+        ("bench_long_histories", "--length", "64", "--layers", "2", "--seconds", "0.01"),
         pytest.param(("bench_guards", "--events", "4000", "--every", "500", "--answers", "40"), marks=pytest.mark.slow),
     ],
 )

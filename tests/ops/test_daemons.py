@@ -86,6 +86,36 @@ def test_without_a_database_they_wait_and_say_so(tmp_path: Path, daemons: list[D
         assert "Traceback" not in daemon.log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        (
+            "train",
+            {"HEADRACE_MODEL__MAX_LEN": "512"},
+            "hot.max_len = 512: a step reads one interaction more than the model",
+        ),
+        (
+            "serve",
+            {"HEADRACE_MODEL__TRANSDUCERS": '[{"name": "deeds", "actions": ["buy"]}]'},
+            "model.transducers: deeds reads buy; declared in events.actions are",
+        ),
+    ],
+)
+def test_a_model_that_could_never_learn_is_refused_at_start(
+    tmp_path: Path, name: str, settings: dict[str, str], says: str
+) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "ops", name],
+        env=os.environ | {"HEADRACE_HEADRACE__DATA_DIR": str(tmp_path), **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert says in run.stderr.replace("\n", " ")
+
+
 def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path, daemons: list[Daemon]) -> None:
     daemons.append(Daemon("train", tmp_path, HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/new.db"))
     assert daemons[0].process.wait(30) == 2
