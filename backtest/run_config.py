@@ -154,8 +154,9 @@ class ArmConfig:
             for name, value in (("weights", self.weights_lag), ("histories", self.histories_lag))
             if duration_ms(value, name)
         ]
+        # First what tells it from others, because charts cut long names short.
         changed = [f"{table}.{key} = {value}" for table, own in self.settings.items() for key, value in own.items()]
-        return ", ".join([what, *lags, *changed])
+        return ", ".join([*changed, f"{what[0].lower()}{what[1:]}" if changed else what, *lags])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
