@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-drift bench-backtest bench-freshness bench-recommend bench-long-histories bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality findings table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-drift bench-backtest bench-freshness bench-recommend bench-long-histories bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ bench-upstream: $(STAMP) ## what vectors of users cost: computing them, training
 
 bench-drift: $(STAMP) ## drift on simulated streams: delay, false alarms, recovery with and without reaction; ARGS=--quick
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_drift.py $(ARGS)
+
+findings: $(STAMP) ## what a run of headrace backtest shows as JSON small enough to keep; ARGS="runs/movietweetings --results findings.json"
+	@PYTHONPATH=. $(BIN)/python benchmarks/backtest_findings.py $(ARGS)
 
 bench-backtest: $(STAMP) ## what a backtest costs: stream and store alone, one online arm, the eight-point freshness curve
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_backtest.py $(ARGS)

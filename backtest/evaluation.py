@@ -274,7 +274,7 @@ def _ablations(arms: Sequence[ArmInfo], statistics: _Statistics) -> dict[str, li
         if on_curve and kind != "publish_every":
             # What the lags are measured against: an arm like theirs without any.
             on_curve += [arm for arm in arms if _is_without_lag(arm, on_curve[0])][:1]
-        if on_curve:
+        if len(on_curve) > 1:  # one point is no curve
             # None: never published again, the oldest of all.
             on_curve.sort(key=lambda arm, age_of=age_of: (age_of(arm) is None, age_of(arm) or 0))  # type: ignore[misc]
             freshest = on_curve[0].name

@@ -3,7 +3,8 @@
 Cells of text tables and of JSON columns with mixed types come as text, so that a cell that is not what it should be is
 found with its row. Rows are counted from 0, without the header.
 
-Memory: one block of a text file and what it holds, or `ROWS_PER_CHUNK` rows of a Parquet file.
+Memory: one block of a text file and what it holds, or `_ROWS_PER_READ` rows of a Parquet file, and the bytes of one of
+its row groups.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ ROW: Final = "__row"
 PART: Final = "__part"
 """Number of an event within its row, where a row holds several."""
 ROWS_PER_CHUNK: Final = 250_000
+_ROWS_PER_READ: Final = 8 * ROWS_PER_CHUNK
+"""Of a Parquet file. A read passes over everything before it in its row group, and a file may be one row group: so the
+fewer the better."""
 BLOCK_BYTES: Final = 8 * 2**20
 _LINE_BYTES_MAX: Final = 64 * 2**20
 """A text file without a line end in so many bytes is no table."""
@@ -184,9 +188,11 @@ class ParquetReader:
             wanted = [name for name in wanted if name in names or name not in self.optional]
             require_columns(path, names, wanted)
             num_rows = scan.select(pl.len()).collect().item()
-            for first in range(0, num_rows, ROWS_PER_CHUNK):
-                frame = scan.select(wanted).slice(first, ROWS_PER_CHUNK).collect()
-                yield RawChunk(frame=_numbered(frame.with_row_index(ROW, first)), num_rows=frame.height)
+            for begin in range(0, num_rows, _ROWS_PER_READ):
+                read = scan.select(wanted).slice(begin, _ROWS_PER_READ).collect()
+                for first in range(0, read.height, ROWS_PER_CHUNK):
+                    frame = read.slice(first, ROWS_PER_CHUNK).with_row_index(ROW, begin + first)
+                    yield RawChunk(frame=_numbered(frame), num_rows=frame.height)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise RecordedStreamError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 

@@ -76,6 +76,10 @@ def test_a_rise_leads_to_one_decision_with_its_evidence() -> None:
     assert decision.step == -(-decision.num_tested // 50)
     assert decision.event_time_ms == decision.step * 1_000
     assert "page_hinkley on loss" in decision.sentence()
+    assert f"event time {decision.event_time_ms} ms" in decision.sentence()
+    assert decision.without_time() == decision.sentence().removeprefix("drift: ").replace(
+        f"; step {decision.step}, event time {decision.event_time_ms} ms", ""
+    )
 
 
 def test_each_detector_has_its_own_reactions() -> None:
