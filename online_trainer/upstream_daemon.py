@@ -200,7 +200,7 @@ class UpstreamDaemon:
         versions, config = self._keeper.versions, self._config
         if versions.filling is not None or config.learn_share == 0:
             return False
-        num_new = self._learner.ledger.num_interactions - versions.released_interactions
+        num_new = self._learner.num_learned_from - versions.released_interactions
         if versions.released_at_ms is None:
             return num_new >= config.first_version_interactions
         waited_s = (self._parts.clock.now_ms() - versions.released_at_ms) / 1000

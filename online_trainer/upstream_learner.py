@@ -70,6 +70,11 @@ class UpstreamLearner:
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._losses: deque[float] = deque(maxlen=_LOSSES)
 
+    @property
+    def num_learned_from(self) -> int:
+        """Interactions taken that were not passed over."""
+        return self.ledger.num_interactions - self.ledger.num_thinned
+
     def step(self, batch: MicroBatch) -> None:
         """Test on, then learn from, a batch. Raises StoreUnavailableError or HistoryBehindError, nothing changed."""
         new, taken = batch.interactions, batch.taken()

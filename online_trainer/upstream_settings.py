@@ -53,7 +53,8 @@ class UpstreamDaemonConfig:
     seed: int = 42
     """Seeds the negatives that are drawn."""
     first_version_interactions: int = 20_000
-    """Interactions learned from before the first version is released: until then there are no vectors."""
+    """Interactions learned from, not passed over, before the first version is released: until then there are no
+    vectors."""
     version_interactions: int = 20_000
     """A new version is released after so many more ..."""
     version_interval_s: float = 3_600.0

@@ -87,8 +87,8 @@ class UpstreamVersions:
             self.filling = Filling(newest.version, self._loaded(newest.version), newest.filled_up_to)
         if versions:
             self.released_at_ms = versions[-1].created_at_ms
-            newest_manifest = read_manifest(self._root, self._name, versions[-1].version)
-            self.released_interactions = newest_manifest.lineage.num_interactions
+            lineage = read_manifest(self._root, self._name, versions[-1].version).lineage
+            self.released_interactions = lineage.num_interactions - lineage.num_thinned
 
     def models(self) -> dict[int, UpstreamModel]:
         """Version → weights, of those whose vectors are kept up."""
@@ -126,7 +126,7 @@ class UpstreamVersions:
             transaction.user_states.begin_version(self._model, version, created_at_ms=now_ms)
         fail_point("upstream.version_begun")
         self.filling = Filling(version, self._loaded(version), -1)
-        self.released_at_ms, self.released_interactions = now_ms, learner.ledger.num_interactions
+        self.released_at_ms, self.released_interactions = now_ms, learner.num_learned_from
         self._renew_lease()
         self._retention.prune(now_ms)
         logger.info("upstream version %d is released; its vectors are filled in", version)

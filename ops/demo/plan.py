@@ -184,8 +184,8 @@ _UPSTREAM: Final[dict[str, dict[str, Any]]] = {
         "is_on": True,
         "debounce_ms": 2_000,
         "learn_share": 0.1,
-        "first_version_interactions": 10_000,
-        "version_interactions": 50_000,
+        "first_version_interactions": 1_000,
+        "version_interactions": 5_000,
         "version_interval_s": 60.0,
     },
 }
