@@ -1,15 +1,16 @@
-"""What the two stages of LLaTTE bring on a real stream: how much of the upstream's gain reaches the ranker, and how
-stale its vectors may be.
+"""What the two stages of LLaTTE bring on a stream: how much of the upstream's gain reaches the ranker, and how stale
+its vectors may be.
 
-    python benchmarks/study_llatte.py [--quick] [--limit 100000] [--parts transfer content scaling] [--work folder]
+    python benchmarks/study_llatte.py [--quick] [--limit 40000] [--parts transfer content scaling] [--work folder]
                                       [--results file.json] [--plots folder]
 
-movietweetings in order, one pass; the task is whether a rating is 8 or more; every rating is predicted before it is
+movietweetings in order, one pass. The task is whether a rating is 8 or more; every rating is predicted before it is
 learned from, and NE (log loss over that of the base rate) is over the second half. *Upstream*: `UpstreamModel` of some
-depth, width and length. *Ranker*: LLaTTE's with the 4 newest ratings of a user, and a vector of an upstream worked out
-from what had happened some time before. Gains are differences of NE in percent, with the standard error of the paired
-difference. The transfer ratio is the ranker's gain from a larger upstream over that upstream's own. Arms are kept in
---work as they end, so a run that is interrupted goes on. The last line is one JSON object.
+depth, width and length. *Ranker*: LLaTTE's, with the 4 newest ratings of a user and a vector of an upstream worked out
+from what had happened some time before. Gains are differences of NE in percent, with standard errors of paired
+differences. The transfer ratio is the ranker's gain from a larger upstream over that upstream's own, where that is
+above two standard errors. Arms are kept in --work as they end, so a run that is interrupted goes on. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -86,13 +87,17 @@ def read_stream(limit: int) -> Stream:
     rows = pl.read_parquet(movietweetings().interactions).sort("timestamp", maintain_order=True).head(limit)
     user, item, time_s = (rows[name].cast(pl.Int64).to_numpy() for name in ("user_id", "item_id", "timestamp"))
     value = rows["rating"].cast(pl.Float32).to_numpy()
+    return Stream(user, item, time_s * 1000, value, _before(user))
+
+
+def _before(user: Int64s) -> list[Int64s]:
     seen: dict[int, list[int]] = {}
     before = []
     for place, one in enumerate(user.tolist()):
         earlier = seen.setdefault(one, [])
         before.append(np.array(earlier, np.int64))
         earlier.append(place)
-    return Stream(user, item, time_s * 1000, value, before)
+    return before
 
 
 def read_content(path: Path, items: Int64s) -> NDArray[np.float32] | None:
@@ -294,11 +299,16 @@ def transfer(study: Study) -> dict[str, Any]:
             "ne": study.ne(with_large),
             "over_alone": study.gain(with_large, alone),
             "over_small": over_base,
-            "transfer_ratio": over_base["gain_percent"] / found["upstream_large_over_small"]["gain_percent"],
-            "share_of_upstream_over_alone": study.gain(with_large, alone)["gain_percent"]
-            / max(study.gain(large, alone)["gain_percent"], 1e-9),
+            "transfer_ratio": ratio_of(over_base, found["upstream_large_over_small"]),
         }
     return found
+
+
+def ratio_of(gain: dict[str, float], of: dict[str, float]) -> float | None:
+    """None where the denominator cannot be told from nothing, or is a loss."""
+    if of["gain_percent"] <= 2 * of["standard_error"]:
+        return None
+    return gain["gain_percent"] / of["gain_percent"]
 
 
 def scaling(study: Study) -> dict[str, Any]:
@@ -351,7 +361,7 @@ PARTS: Final = {"transfer": transfer, "content": depth_with_content, "scaling": 
 def main() -> None:
     parser = argparse.ArgumentParser(description="LLaTTE's two stages on movietweetings")
     parser.add_argument("--quick", action="store_true", help="400 ratings: whether it runs, not what it says")
-    parser.add_argument("--limit", type=int, default=100_000)
+    parser.add_argument("--limit", type=int, default=40_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared" / "data")
@@ -363,10 +373,16 @@ def main() -> None:
         options.limit, options.batch = 400, 100
     torch.set_num_threads(1)
     study = Study(options)
-    result: dict[str, Any] = {"benchmark": "study-llatte", "limit": options.limit, "batch": options.batch}
+    result: dict[str, Any] = {
+        "benchmark": "study-llatte",
+        "stream": "movietweetings",
+        "limit": options.limit,
+        "batch": options.batch,
+    }
     result |= environment() | {part: PARTS[part](study) for part in options.parts}
     for stale, one in result.get("transfer", {}).get("stale", {}).items():
-        print(f"vector {stale:>5s} old: NE {one['ne']:.4f}  transfer ratio {one['transfer_ratio']:6.2f}")
+        ratio = "none" if one["transfer_ratio"] is None else f"{one['transfer_ratio']:.2f}"
+        print(f"vector {stale:>5s} old: NE {one['ne']:.4f}  transfer ratio {ratio}")
     if options.plots:
         draw(result, options.plots)
     if options.results:

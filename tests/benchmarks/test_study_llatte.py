@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_llatte
-from benchmarks.study_llatte import BASE, LARGE, flops_of, read_stream
+from benchmarks.study_llatte import BASE, LARGE, flops_of, ratio_of, read_stream
 
 
 def test_histories_hold_what_had_happened_a_while_before() -> None:
@@ -27,6 +27,13 @@ def test_histories_hold_what_had_happened_a_while_before() -> None:
 def test_larger_networks_cost_more() -> None:
     assert flops_of(LARGE.network(), 100) > 10 * flops_of(BASE.network(), 100)
     assert flops_of(LARGE.network(), 10) < flops_of(LARGE.network(), 100)
+
+
+def test_there_is_no_ratio_to_a_gain_that_may_be_none() -> None:
+    gain = {"gain_percent": 0.5, "standard_error": 0.1}
+    assert ratio_of(gain, {"gain_percent": 1.0, "standard_error": 0.2}) == 0.5
+    assert ratio_of(gain, {"gain_percent": 0.3, "standard_error": 0.2}) is None
+    assert ratio_of(gain, {"gain_percent": -1.0, "standard_error": 0.1}) is None
 
 
 @pytest.mark.slow
