@@ -2,7 +2,8 @@
 
     python benchmarks/bench_import.py [--events 2000000 10000000] [--arms recording recording-sorted csv in-memory]
 
-A log of random users, items (Zipf) and times, in one Parquet file of one row group or one CSV file. Arms: *recording*
+A log of random users, items (Zipf) and times, in one Parquet file (by default of one row group, which is
+the worst there is: --row-group) or one CSV file. Arms: *recording*
 imports a log in random order, *recording-sorted* one in order of time, *csv* one in order from text; *in-memory* is the
 ordinary way: read all, sort, write, with nothing checked and repeats not looked for. Every arm is a process of its own;
 the time to make the log is not counted. Memory is the peak of the process. The last line is one JSON object.
@@ -39,7 +40,9 @@ def main() -> None:
         print(json.dumps(_import(options.one, Path(options.log))))
         return
     print(f"{'events':>12} {'arm':18} {'events / CPU s':>15} {'CPU s':>8} {'peak MB':>8}")
-    rows = [_run(arm, num_events) for num_events in options.events for arm in options.arms]
+    rows = [
+        _run(arm, num_events, options.row_group or num_events) for num_events in options.events for arm in options.arms
+    ]
     print(json.dumps({"benchmark": "import", "rows": rows, **environment()}))
 
 
@@ -47,20 +50,21 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Logs into recordings.")
     parser.add_argument("--events", nargs="+", type=int, default=[2_000_000, 10_000_000])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--row-group", type=int, default=0, help="rows of a row group of Parquet; 0: all are one")
     parser.add_argument("--one", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--log", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _run(arm: str, num_events: int) -> dict[str, Any]:
+def _run(arm: str, num_events: int, row_group: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-        log = _write_log(Path(folder), arm, num_events)
+        log = _write_log(Path(folder), arm, num_events, row_group)
         command = [sys.executable, __file__, "--one", arm, "--log", str(log)]
         environ = os.environ | {"POLARS_MAX_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
         found: dict[str, Any] = json.loads(done.stdout)
     assert found["events"] == num_events, found
-    row = {"arm": arm, **found}
+    row = {"arm": arm, "row_group": row_group, **found}
     print(
         f"{num_events:12,} {arm:18} {num_events / found['cpu_s']:15,.0f} {found['cpu_s']:8.1f} {found['peak_mb']:8.0f}",
         flush=True,
@@ -68,7 +72,7 @@ def _run(arm: str, num_events: int) -> dict[str, Any]:
     return row
 
 
-def _write_log(folder: Path, arm: str, num_events: int) -> Path:
+def _write_log(folder: Path, arm: str, num_events: int, row_group: int) -> Path:
     rng = np.random.default_rng(0)
     times = rng.integers(START_MS, START_MS + SPAN_MS, num_events)
     frame = pl.DataFrame(
@@ -83,7 +87,7 @@ def _write_log(folder: Path, arm: str, num_events: int) -> Path:
     if arm == "csv":
         frame.write_csv(log)
     else:
-        frame.write_parquet(log, row_group_size=num_events)
+        frame.write_parquet(log, row_group_size=row_group)
     return log
 
 
