@@ -105,7 +105,7 @@ class TrainerDaemon:
         self._lag = LagWatch(self._batcher, parts.config, parts.clock, meter)
         observe_ranks(meter, self._learner.evaluation.measured)
         if self._learner.ranking is not None:
-            observe_actions(meter, self._learner.ranking.measured)
+            observe_actions(meter, self._learner.ranking.measured, self._learner.ranking.served.measured)
         self._labels_learned = meter.create_counter("headrace.trainer.labels", unit="{label}")
         self._drift_decisions = meter.create_counter("headrace.trainer.drift", unit="{decision}")
 
@@ -138,6 +138,7 @@ class TrainerDaemon:
             batch_items=settings.batch_items,
             max_pending_items=settings.max_pending_items,
             clock=self._parts.clock,
+            tasks=settings.tasks,
         )
 
     async def run(self, stopping: asyncio.Event) -> None:

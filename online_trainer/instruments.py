@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
@@ -36,10 +37,16 @@ def observe_ranks(meter: Meter, read: Callable[[], list[MeasuredRanks]]) -> None
     )
 
 
-def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], ActionMetrics | ValueMetrics]]) -> None:
-    """Publish metrics of predicted actions and values by task, span and metric; what is not defined is left out."""
+_ReadActions = Callable[[], Mapping[tuple[str, str], ActionMetrics | ValueMetrics]]
 
-    def quality(_options: CallbackOptions) -> Iterator[Observation]:
+
+def observe_actions(meter: Meter, read: _ReadActions, read_served: _ReadActions) -> None:
+    """Publish metrics of predicted actions and values by task, span and metric; what is not defined is left out.
+
+    read: of predictions just before learning. read_served: of those that were made when the items were shown.
+    """
+
+    def quality(_options: CallbackOptions, read: _ReadActions) -> Iterator[Observation]:
         for (task, span), metrics in read().items():
             for name, value in asdict(metrics).items():
                 if value is not None:
@@ -47,7 +54,14 @@ def observe_actions(meter: Meter, read: Callable[[], Mapping[tuple[str, str], Ac
                     yield Observation(value, attributes)
 
     meter.create_observable_gauge(
-        "headrace.trainer.actions", [quality], description="Prequential metrics of predicted actions and values"
+        "headrace.trainer.actions",
+        [partial(quality, read=read)],
+        description="Prequential metrics of predicted actions and values",
+    )
+    meter.create_observable_gauge(
+        "headrace.trainer.actions.served",
+        [partial(quality, read=read_served)],
+        description="The same of predictions as they were served",
     )
 
 

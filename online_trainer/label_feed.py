@@ -27,10 +27,12 @@ class LabelFeed:
         batch_items: int,
         max_pending_items: int,
         clock: Clock,
+        tasks: tuple[str, ...],
     ) -> None:
+        """tasks: those of the ranking head, whose predictions at the impression are kept."""
         self._topic, self._reader, self._clock = log.topics.labels, log.reader(), clock
         self._max_pending_items = max_pending_items
-        self._queue = LabelQueue(positions, batch_items=batch_items)
+        self._queue = LabelQueue(positions, batch_items=batch_items, tasks=tasks)
         self._next = {partition: at.offset for partition, at in positions.items()}
         self.num_lost = 0
         """Records that the log deleted before they were read."""

@@ -21,7 +21,7 @@ from model.id_index import mix64
 from online_trainer.labelled_items import LabelledItems
 from stream.errors import MessageFormatError
 from stream.log import Record
-from stream.messages import Labels, decode_message
+from stream.messages import Labels, decode_message, predictions_mismatch
 
 _NEVER: Final = int(np.iinfo(np.int64).max)
 _FORGOTTEN_MAX: Final = 100_000
@@ -47,6 +47,9 @@ class LabelBatch:
     """[C] corrects an earlier label of the item."""
     positions: dict[int, LabelPosition]
     """After this batch, of the partitions that it touches."""
+    served_CK: NDArray[np.float32] | None = None
+    """[C, K] what the answer predicted of each task when it was shown (probabilities; a value in its own unit); NaN
+    where it predicted nothing. None: these are labels without answers."""
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class _Pending:
     offset: int
     labels: LabelledItems
     keys: NDArray[np.uint64]
+    served_CK: NDArray[np.float32]
     is_late: bool
     num_taken: int
     read_at_ms: int
@@ -65,8 +69,11 @@ class _Pending:
 class LabelQueue:
     """Labels that were read and not yet learned from."""
 
-    def __init__(self, positions: Mapping[int, LabelPosition], *, batch_items: int) -> None:
-        self._positions, self._batch_items = dict(positions), batch_items
+    def __init__(
+        self, positions: Mapping[int, LabelPosition], *, batch_items: int, tasks: tuple[str, ...] = ()
+    ) -> None:
+        """tasks: K tasks whose predictions at the impression are kept, where there are any."""
+        self._positions, self._batch_items, self._tasks = dict(positions), batch_items, tasks
         self._pending: deque[_Pending] = deque()
         self._forgotten: dict[int, int] = {}
         self.num_pending = 0
@@ -81,6 +88,7 @@ class LabelQueue:
         try:
             labels = decode_message(Labels, record.value)
             items = _labelled_items(labels)
+            served_CK = _served_predictions(labels, self._tasks)
         except MessageFormatError:
             self.num_unreadable += 1
             return
@@ -93,6 +101,7 @@ class LabelQueue:
             offset=record.offset,
             labels=items,
             keys=label_keys(labels.request_id, labels.outcome, items.item_id),
+            served_CK=served_CK,
             is_late=labels.late,
             num_taken=at.num_items if at.offset == record.offset else 0,
             read_at_ms=read_at_ms,
@@ -127,6 +136,7 @@ class LabelQueue:
         parts: list[LabelledItems] = []
         keys: list[NDArray[np.uint64]] = []
         is_late: list[NDArray[np.bool_]] = []
+        served_CK: list[NDArray[np.float32]] = []
         positions: dict[int, LabelPosition] = {}
         room = self._batch_items
         while room and self.is_due(num_learned):
@@ -138,6 +148,7 @@ class LabelQueue:
             parts.append(head.labels.take(is_part, max_items=len(head.labels)))
             keys.append(head.keys[part])
             is_late.append(np.full(count, head.is_late))
+            served_CK.append(head.served_CK[part])
             head.num_taken, room = head.num_taken + count, room - count
             if head.num_taken == len(head.labels):
                 self._pending.popleft()
@@ -151,6 +162,7 @@ class LabelQueue:
             items=LabelledItems.concat(parts),
             keys=np.concatenate(keys),
             is_late=np.concatenate(is_late),
+            served_CK=np.concatenate(served_CK),
             positions=positions,
         )
 
@@ -180,6 +192,19 @@ def _labelled_items(labels: Labels) -> LabelledItems:
         value=np.array(values if is_taken else [np.nan] * num_items, np.float32),
         is_measured=np.full(num_items, not labels.late),
     )
+
+
+def _served_predictions(labels: Labels, tasks: tuple[str, ...]) -> NDArray[np.float32]:
+    """float32[C, K]; NaN where nothing was predicted. Raises MessageFormatError where the lists do not fit together."""
+    if (mismatch := predictions_mismatch(labels.predictions, len(labels.items))) is not None:
+        raise MessageFormatError(f"labels {mismatch}")
+    served_CK = np.full((len(labels.items), len(tasks)), np.nan, np.float32)
+    for column, task in enumerate(tasks):
+        if labels.predictions is not None and task in labels.predictions:
+            told = [np.nan if said is None else said for said in labels.predictions[task]]
+            with np.errstate(over="ignore"):  # a number beyond float32 is not finite, and counted as such
+                served_CK[:, column] = np.array(told, np.float64)
+    return served_CK
 
 
 def _number(raw: int | str) -> int:

@@ -1,7 +1,8 @@
 """The ranking head in training: predict what became of each item that was shown, then learn it, once.
 
 Predictions are made with the weights of the moment the label is learned: weights that have not learned from this label,
-though they may have learned next-item prediction from what the user did since. Steps of its own, with an optimiser,
+though they may have learned next-item prediction from what the user did since. What was predicted when the items were
+shown comes with the labels and is measured beside them (`served_metrics`). Steps of its own, with an optimiser,
 guard and random numbers of its own: what is learned for retrieval is the same bit by bit up to the first label.
 
 Shapes: C labelled items, K tasks.
@@ -35,6 +36,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.quarantine import LossGuard
+from online_trainer.served_metrics import ServedMeters
 from online_trainer.value_metrics import ValueMeter, ValueMetrics
 from online_trainer.vectors_as_of import VectorsAsOf
 
@@ -113,6 +115,8 @@ class RankingLearner:
         tasks = self._network.heads.tasks
         self._meters = ActionMeters(tuple(one.name for one in tasks if one.kind == "bce"), trainer.metrics_window)
         self._values = {one.name: ValueMeter(trainer.metrics_window) for one in tasks if one.kind == "mse"}
+        self.served = ServedMeters(tasks, trainer.metrics_window)
+        """Of what was predicted when the items were shown."""
         self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
         self._generator = torch.Generator().manual_seed(trainer.seed)
 
@@ -134,14 +138,20 @@ class RankingLearner:
         Raises StoreUnavailableError with nothing changed.
         """
         is_new = self._learned.are_new(batch.keys)
-        refused = self._learn(batch.items, is_new)
+        refused = self._learn(batch.items, is_new, batch.served_CK)
         self._learned.add(batch.keys[is_new])
         self.account.num_repeated += int((~is_new).sum())
         self.account.num_late += int((is_new & batch.is_late).sum())
         self.account.positions.update(batch.positions)
         return refused
 
-    def _learn(self, items: LabelledItems, is_new: NDArray[np.bool_] | None = None) -> RefusedLabels | None:
+    def _learn(
+        self,
+        items: LabelledItems,
+        is_new: NDArray[np.bool_] | None = None,
+        served_CK: NDArray[np.float32] | None = None,
+    ) -> RefusedLabels | None:
+        """is_new: bool[C]; None: all are. served_CK: as in LabelBatch."""
         is_new = np.ones(len(items), np.bool_) if is_new is None else is_new
         is_listed = self._model.items.lookup(items.item_id) >= 0
         learned = items.take(is_new & is_listed, max_items=self._settings.max_candidates)
@@ -153,10 +163,15 @@ class RankingLearner:
         # Nothing is changed before this line: until here, the store may turn out to be away.
         self.account.num_unlisted += int((is_new & ~is_listed).sum())
         self.account.num_steps += 1
-        return self._test_and_train(learned, histories, upstream)
+        served_CK = None if served_CK is None else served_CK[is_new & is_listed]
+        return self._test_and_train(learned, histories, upstream, served_CK)
 
     def _test_and_train(
-        self, items: LabelledItems, histories: JaggedHistories, upstream: UpstreamVectors | None
+        self,
+        items: LabelledItems,
+        histories: JaggedHistories,
+        upstream: UpstreamVectors | None,
+        served_CK: NDArray[np.float32] | None,
     ) -> RefusedLabels | None:
         labels = self._network.heads.labels(
             torch.from_numpy(items.action.astype(np.int64)), torch.from_numpy(items.value)
@@ -164,6 +179,8 @@ class RankingLearner:
         batch = replace(shown_batch(items, histories, self._model.items), upstream=upstream)
         found = ranking_pass(self._model, batch, labels, generator=self._generator)
         self._measure(found.predictions_CK, labels, items, batch.shown_rows_C)
+        if served_CK is not None:
+            self._measure_served(served_CK, labels, items)
         loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss
         reason = self._guard.objection(loss)
         if reason is None and not self._train(found):
@@ -190,6 +207,13 @@ class RankingLearner:
                 predictions_CK[rows, column].double().numpy(), labels.values_PK[rows, column].long().numpy()
             )
 
+    def _measure_served(self, served_CK: NDArray[np.float32], labels: ActionLabels, items: LabelledItems) -> None:
+        values_CK = labels.values_PK.double().numpy().copy()
+        for column, task in enumerate(self._network.heads.tasks):
+            if task.kind == "mse":
+                values_CK[:, column] = items.value
+        self.served.add(served_CK, values_CK, labels.labelled_PK.numpy() & items.is_measured[:, None])
+
     def _train(self, found: RankingPass) -> bool:
         """Step the weights; False, and nothing changed, where a gradient is no finite number."""
         found.loss.backward()  # type: ignore[no-untyped-call]
@@ -215,10 +239,11 @@ class RankingLearner:
         return values | self._meters.measured()
 
     def summary(self) -> dict[str, float]:
-        """`ranking.task.span.metric`; absent where it is not defined."""
+        """`ranking.task.span.metric`, and `ranking.served.task.span.metric`; absent where it is not defined."""
         named = self._meters.summary()
         for task, meter in self._values.items():
             named |= {f"{task}.{name}": value for name, value in meter.summary().items()}
+        named |= {f"served.{name}": value for name, value in self.served.summary().items()}
         return {f"ranking.{name}": value for name, value in named.items()}
 
     def status(self) -> dict[str, object]:
@@ -235,6 +260,7 @@ class RankingLearner:
         """Copies of everything that a later step depends on, with `state()`."""
         held = {f"optimizer.{name}": one for name, one in self._optimizer.state_dict().items()}
         held |= {f"meters.{name}": torch.from_numpy(one) for name, one in self._meters.state().items()}
+        held |= {f"served.{name}": torch.from_numpy(one) for name, one in self.served.state().items()}
         for task, meter in self._values.items():
             held |= {f"values.{task}.{name}": torch.from_numpy(one) for name, one in meter.state().items()}
         return held | {
@@ -258,6 +284,7 @@ class RankingLearner:
             self.account = replace(self.account, log_id=log_id, positions={})
         self._optimizer.load_state_dict(part("optimizer."))
         self._meters.load_state({name: one.numpy() for name, one in part("meters.").items()})
+        self.served.load_state({name: one.numpy() for name, one in part("served.").items()})
         for task, meter in self._values.items():
             meter.load_state({name: one.numpy() for name, one in part(f"values.{task}.").items()})
         self._learned.load_state(tensors["learned"].numpy())

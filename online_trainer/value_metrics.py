@@ -40,11 +40,14 @@ class ValueMetrics:
     bias: float | None = None
 
     @classmethod
-    def of(cls, count: int, squared: float, squared_of_mean: float, error: float) -> ValueMetrics:
-        """From sums over `count` labels: of squared errors, of the baseline's, and of errors."""
+    def of(cls, count: int, squared: float, squared_of_mean: float | None, error: float) -> ValueMetrics:
+        """From sums over `count` labels: of squared errors, of the baseline's (None: there is none), and of errors."""
         if not count:
             return cls(0)
-        rmse, of_mean = float(np.sqrt(squared / count)), float(np.sqrt(squared_of_mean / count))
+        rmse = float(np.sqrt(squared / count))
+        if squared_of_mean is None:
+            return cls(count, rmse, bias=error / count)
+        of_mean = float(np.sqrt(squared_of_mean / count))
         return cls(count, rmse, of_mean, rmse / of_mean if of_mean else None, error / count)
 
 
@@ -99,22 +102,25 @@ class ValueMeter:
     May be read from another thread than the one that adds.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, *, has_baseline: bool = True) -> None:
+        """has_baseline: whether the item's mean is kept and measured as well; else its metrics are None."""
         self._lock = threading.Lock()
         self._errors = np.full((window, 2), np.nan)
         """Of the ring's places: prediction - value, of the model and of the baseline. NaN: nothing is there yet."""
         self._num_seen = 0
         self._sums = np.zeros(3)
         """Lifetime: squared errors, the baseline's, and errors."""
-        self._means = ItemMeans()
+        self._means = ItemMeans() if has_baseline else None
         self.num_not_finite = 0
         """Predictions that were no finite number: left out of everything else."""
 
     def add(self, rows: Int64s, predicted: Float64s, values: Float64s) -> None:
         """Add predictions float[N] with their values float[N], of items in these rows, in stream order."""
         is_finite = np.isfinite(predicted)
-        errors = np.stack([predicted - values, self._means.of(rows) - values], axis=1)[is_finite]
-        self._means.add(rows, values)
+        of_mean = values if self._means is None else self._means.of(rows)
+        errors = np.stack([predicted - values, of_mean - values], axis=1)[is_finite]
+        if self._means is not None:
+            self._means.add(rows, values)
         with self._lock:
             self.num_not_finite += int((~is_finite).sum())
             self._sums += (*(errors**2).sum(0), errors[:, 0].sum())
@@ -129,20 +135,24 @@ class ValueMeter:
 
     def follow(self, moves: RowMoves) -> None:
         """See ItemMeans."""
-        self._means.follow(moves)
+        if self._means is not None:
+            self._means.follow(moves)
 
     def lifetime(self) -> ValueMetrics:
         """Over everything so far."""
         with self._lock:
             squared, squared_of_mean, error = self._sums.tolist()
-            return ValueMetrics.of(self._num_seen, squared, squared_of_mean, error)
+            return self._metrics(self._num_seen, squared, squared_of_mean, error)
 
     def windowed(self) -> ValueMetrics:
         """Over the newest `window`."""
         with self._lock:
             errors = self._errors[np.isfinite(self._errors[:, 0])]
         squared, squared_of_mean = (errors**2).sum(0).tolist()
-        return ValueMetrics.of(len(errors), squared, squared_of_mean, float(errors[:, 0].sum()))
+        return self._metrics(len(errors), squared, squared_of_mean, float(errors[:, 0].sum()))
+
+    def _metrics(self, count: int, squared: float, squared_of_mean: float, error: float) -> ValueMetrics:
+        return ValueMetrics.of(count, squared, None if self._means is None else squared_of_mean, error)
 
     def summary(self) -> dict[str, float]:
         """`span.metric`, and `lifetime.not_finite`; absent where it is not defined."""
@@ -156,11 +166,12 @@ class ValueMeter:
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Copies that ``load_state`` reads back."""
+        means = {} if self._means is None else self._means.state()
         return {
             "errors": self._errors.copy(),
             "counts": np.array([self._num_seen, self.num_not_finite]),
             "sums": self._sums.copy(),
-            **{f"means.{name}": array for name, array in self._means.state().items()},
+            **{f"means.{name}": array for name, array in means.items()},
         }
 
     def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
@@ -171,4 +182,5 @@ class ValueMeter:
         by_age = errors[(self._num_seen + np.arange(len(errors))) % len(errors)]
         self._errors[:] = np.nan
         self._write(by_age[np.isfinite(by_age[:, 0])])
-        self._means.load_state({n.removeprefix("means."): a for n, a in state.items() if n.startswith("means.")})
+        if self._means is not None:
+            self._means.load_state({n.removeprefix("means."): a for n, a in state.items() if n.startswith("means.")})

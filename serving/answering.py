@@ -90,18 +90,18 @@ class Answering:
         ranking = await self._parts.batcher.submit(
             RankQuery(user_id=_to_id(request.user_id), candidates=_to_ids(request.candidates))
         )
+        predictions = self._predictions(ranking)
         items = [
             RankedItem(
                 item_id=request.candidates[place],
                 score=None if math.isnan(score) else score,
                 known=not math.isnan(score),
-                predictions=predictions,
+                predictions=of_item,
             )
-            for place, score, predictions in zip(
-                ranking.places.tolist(), ranking.scores.tolist(), self._predictions(ranking), strict=True
-            )
+            for place, score, of_item in zip(ranking.places.tolist(), ranking.scores.tolist(), predictions, strict=True)
         ]
-        self._note(request.user_id, request_id, ranking, items)
+        by_task = None if ranking.predictions is None else self._by_task(predictions)
+        self._note(request.user_id, request_id, ranking, items, by_task)
         assert ranking.ranked_by is not None, "the answer to a RankQuery"
         return RankedCandidates(
             **_origin(request_id, ranking),
@@ -120,7 +120,21 @@ class Answering:
             for score, row in zip(ranking.scores.tolist(), ranking.predictions.tolist(), strict=True)
         ]
 
-    def _note(self, user_id: int | str, request_id: str, ranking: Ranking, items: Sequence[ScoredItem]) -> None:
+    def _by_task(self, predictions: Sequence[dict[str, float] | None]) -> dict[str, list[float | None]]:
+        """As impressions carry them."""
+        return {
+            task: [None if of_item is None else of_item[task] for of_item in predictions]
+            for task in self._parts.task_names
+        }
+
+    def _note(
+        self,
+        user_id: int | str,
+        request_id: str,
+        ranking: Ranking,
+        items: Sequence[ScoredItem],
+        predictions: dict[str, list[float | None]] | None = None,
+    ) -> None:
         """What is recorded about an answer, none of it in its way."""
         weights = ranking.weights
         if weights is not None and ranking.fallback_reason is None:
@@ -134,6 +148,7 @@ class Answering:
                     scores=[item.score for item in items],
                     snapshot_version=None if weights is None else weights.version,
                     shown_at_ms=self._parts.query_now_ms(),
+                    predictions=predictions,
                 )
             )
 

@@ -42,7 +42,8 @@ class LabelConfig:
     from the producer through ingest, a backlog of ingest included."""
     correction_ms: int = 21_600_000
     """For how long after that (ms) a late interaction still corrects a label. For as long again it is counted as too
-    late, and then the impression, about 0.6 kB in the database, is removed."""
+    late, and then the impression, about 0.6 kB in the database, is removed; where the ranking head ranked, some 20
+    bytes more for each item and task."""
     history_len: int = 256
     """Newest interactions of a user's window that are looked up when an impression arrives and when it is closed."""
     user_impressions_max: int = 1_000
@@ -110,8 +111,8 @@ class ImpressionRules:
     def read(self, record: Record) -> OpenImpression:
         """The impression of a record of `impressions`; raises MessageFormatError naming what is wrong."""
         shown = decode_message(Impression, record.value)
-        if len(shown.scores) != len(shown.items):
-            raise MessageFormatError(f"an impression of {len(shown.items)} items with {len(shown.scores)} scores")
+        if (mismatch := shown.mismatch()) is not None:
+            raise MessageFormatError(f"an impression {mismatch}")
         if "\0" in shown.request_id:
             raise MessageFormatError("request_id holds a NUL character, which no database keeps")
         from_ms = record.timestamp_ms if self.mode == "replay" else shown.shown_at_ms
@@ -245,6 +246,9 @@ class Outcome:
                 event_times_ms=list(event_times_ms),
                 values=list(values),
                 from_ms=impression.from_ms,
+                predictions=None
+                if shown.predictions is None
+                else {task: [said[place] for place in places] for task, said in shown.predictions.items()},
             )
         )
         self.counts["late" if late else outcome] += len(places)

@@ -196,6 +196,23 @@ class Impression(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_version: int | None
     shown_at_ms: Annotated[int, msgspec.Meta(ge=0, le=INT64_MAX)]
     """Time of the query: the clock, or the event time that a replayed stream had come to."""
+    predictions: dict[str, list[float | None]] | None = None
+    """Where the ranking head gave the scores: task → what it said of each item, as probability, of the task `value` in
+    its own unit; null for an item it does not know. None: another order, or an impression of an earlier version."""
+
+    def mismatch(self) -> str | None:
+        """What is wrong where the lists are not all of one length, as a sentence's end; None: nothing."""
+        if len(self.scores) != len(self.items):
+            return f"of {len(self.items)} items with {len(self.scores)} scores"
+        return predictions_mismatch(self.predictions, len(self.items))
+
+
+def predictions_mismatch(predictions: dict[str, list[float | None]] | None, num_items: int) -> str | None:
+    """What is wrong where a task has not one prediction for each item, as a sentence's end; None: nothing."""
+    for task, of_items in (predictions or {}).items():
+        if len(of_items) != num_items:
+            return f"of {num_items} items with {len(of_items)} predictions of {task[:64]!r}"
+    return None
 
 
 class Labels(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +244,8 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
     from_ms: int | None = None
     """When the window began: interactions that arrived before it are what the answer could know. `shown_at_ms`, or in
     a replay, whose event times say nothing about arrival, the impression's append time. None: of an earlier version."""
+    predictions: dict[str, list[float | None]] | None = None
+    """Task → I predictions, as in the impression."""
 
 
 class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -84,6 +84,7 @@ def test_killed_at_every_step_it_writes_each_label(installation: Installation) -
                 scores=[0.3, 0.2, 0.1],
                 snapshot_version=None,
                 shown_at_ms=shown_at_ms,
+                predictions={"view": [user / 10 + item for item in (1, 2, 3)]},
             )
             for user in range(NUM_USERS)
         ]
@@ -104,11 +105,15 @@ def test_killed_at_every_step_it_writes_each_label(installation: Installation) -
     produce(installation, Topics().interactions, [encode_event(event) for event in late])
     installation.start("ingest", fail_point="labels.produced:1").expect_kill("labels.produced:1")
     join_until(installation, lambda labels: bool(labels["late"] == 3 * NUM_USERS))
+    messages = [decode_message(Labels, record.value) for record in read_topic(installation.kafka, Topics().labels)]
     labels = [
         (message.request_id, item, "late" if message.late else message.outcome)
-        for message in (decode_message(Labels, r.value) for r in read_topic(installation.kafka, Topics().labels))
+        for message in messages
         for item in message.items
     ]
+    for message in messages:
+        user = int(message.user_id)
+        assert message.predictions == {"view": [user / 10 + int(item) for item in message.items]}
     assert set(labels) == expected
     sent_again = {request_id for request_id, item, outcome in labels if labels.count((request_id, item, outcome)) > 1}
     assert any(request_id.startswith("labels.produced") for request_id in sent_again)

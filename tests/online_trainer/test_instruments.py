@@ -43,17 +43,22 @@ def test_metrics_of_actions_are_published_by_metric_span_and_task() -> None:
     reader = InMemoryMetricReader()
     actions = ActionMeters(("click",), 10)
     actions["click"].add(np.array([1.0, -1.0]), np.array([1, 0]))
-    observe_actions(MeterProvider([reader]).get_meter("test"), actions.measured)
-    found = collected(reader)["headrace.trainer.actions"]
-    assert found["auc", "window", "click"] == 1.0
-    assert found["count", "lifetime", "click"] == 2
+    served = ActionMeters(("click",), 10)
+    served["click"].add(np.array([1.0, 2.0, -1.0]), np.array([0, 1, 0]))
+    observe_actions(MeterProvider([reader]).get_meter("test"), actions.measured, served.measured)
+    found = collected(reader)
+    assert found["headrace.trainer.actions"]["auc", "window", "click"] == 1.0
+    assert found["headrace.trainer.actions"]["count", "lifetime", "click"] == 2
+    assert found["headrace.trainer.actions.served"]["count", "lifetime", "click"] == 3
 
 
 def test_metrics_of_values_are_published_like_those_of_actions() -> None:
     reader = InMemoryMetricReader()
     values = ValueMeter(10)
     values.add(np.array([0]), np.array([3.0]), np.array([1.0]))
-    observe_actions(MeterProvider([reader]).get_meter("test"), lambda: {("value", "window"): values.windowed()})
+    measured = {("value", "window"): values.windowed()}
+    observe_actions(MeterProvider([reader]).get_meter("test"), lambda: measured, dict)
+    assert "headrace.trainer.actions.served" not in collected(reader)
     found = collected(reader)["headrace.trainer.actions"]
     assert found["rmse", "window", "value"] == 2.0
     assert found["rmse_item_mean", "window", "value"] == 1.0

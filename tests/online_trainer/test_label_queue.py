@@ -77,6 +77,20 @@ def test_what_was_taken_and_what_was_not_is_read_from_the_message() -> None:
     assert np.isnan(items.value[1:]).all()
 
 
+def test_what_was_predicted_at_the_impression_comes_with_its_labels_in_the_order_of_the_tasks() -> None:
+    waiting = LabelQueue({}, batch_items=4, tasks=("click", "value"))
+    said = {"value": [9.5, None, 1e300], "unheard of": [0.0] * 3, "click": [0.5, None, 0.25]}
+    waiting.add(record(0, labels(0, predictions=said)), read_at_ms=100)
+    waiting.add(record(1, labels(1, predictions={"click": [0.75] * 3})), read_at_ms=100)
+    waiting.add(record(2, labels(2)), read_at_ms=100)
+    waiting.release(101, 0)
+    parts = [waiting.take(0), waiting.take(0), waiting.take(0)]
+    served_CK = np.concatenate([part.served_CK for part in parts if part is not None and part.served_CK is not None])
+    nan = np.nan
+    expected_CK = [[0.5, 9.5], [nan, nan], [0.25, np.inf], *[[0.75, nan]] * 3, *[[nan, nan]] * 3]
+    np.testing.assert_array_equal(served_CK, np.array(expected_CK, np.float32))
+
+
 def test_a_long_record_takes_several_steps_and_is_continued_in_the_middle() -> None:
     records = [record(5, labels(0, num=7)), record(6, labels(1, num=2))]
     whole = queue(*records, batch_items=4)
@@ -112,7 +126,13 @@ def test_labels_of_a_forgotten_user_go_and_those_after_it_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"items": []}, {"actions": [1]}, {"outcome": "taken", "actions": [1, 1, 1], "values": [1.0]}]
+    "bad",
+    [
+        {"items": []},
+        {"actions": [1]},
+        {"outcome": "taken", "actions": [1, 1, 1], "values": [1.0]},
+        {"predictions": {"click": [0.5]}},
+    ],
 )
 def test_a_record_that_makes_no_sense_is_counted_and_passed_over(bad: dict[str, Any]) -> None:
     waiting = queue(record(0, labels(0, **bad)), record(1), record(2, labels(2)))

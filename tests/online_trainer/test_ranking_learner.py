@@ -98,10 +98,12 @@ def run(learner: OnlineLearner, stream: RecordedStream, *, from_step: int = 0, t
 
 
 def assert_equal(left: Checkpoint, right: Checkpoint) -> None:
+    """Bit by bit: NaN stands for what is not there yet."""
     assert left.state == right.state
     assert left.tensors.keys() == right.tensors.keys()
     for name, tensor in left.tensors.items():
-        assert torch.equal(tensor, right.tensors[name]), name
+        assert tensor.shape == right.tensors[name].shape, name
+        assert tensor.numpy().tobytes() == right.tensors[name].numpy().tobytes(), name
 
 
 @pytest.fixture
@@ -245,6 +247,79 @@ def test_the_account_of_labels_begins_anew_with_a_new_log(stream: RecordedStream
     assert other.ranking is not None
     assert other.ranking.account.positions == {}
     assert other.ranking.account.num_learned > 0
+
+
+SERVED = replace(SETTINGS, tasks=("click", "value"), value_center=5.0, value_scale=2.0)
+
+
+def served_batches(stream: RecordedStream) -> list[LabelBatch]:
+    """With values of what was taken, and predictions of all but every fifth answer."""
+    rng = np.random.default_rng(2)
+    found = []
+    for number, batch in enumerate(Shown(stream).batches()):
+        num = len(batch.items)
+        value = np.where(batch.items.action > 0, rng.uniform(1, 9, num), np.nan).astype(np.float32)
+        served_CK = np.column_stack([rng.uniform(0.05, 0.95, num), rng.uniform(1, 9, num)]).astype(np.float32)
+        served_CK[number % 5 == 0] = np.nan
+        served_CK[:, 0][served_CK[:, 0] < 0.1] = np.nan
+        found.append(replace(batch, items=replace(batch.items, value=value), served_CK=served_CK))
+    return found
+
+
+def test_predictions_as_served_are_measured_on_each_label_once_and_continue_from_a_checkpoint(
+    stream: RecordedStream, tmp_path: Path
+) -> None:
+    learner, continued = (learner_of(stream, SERVED, metrics_window=40) for _ in range(2))
+    batcher, batches = stream.batcher(learner), served_batches(stream)
+    while batch := batcher.take():
+        learner.step(batch)
+    assert not any(name.startswith("ranking.served") for name in learner.metrics_summary())
+    late = replace(
+        batches[3],
+        items=replace(batches[3].items, is_measured=np.zeros(16, np.bool_)),
+        is_late=np.ones(16, np.bool_),
+        keys=batches[3].keys + np.uint64(1),
+    )
+    shown = [*batches[:6], late, batches[2], *batches[6:]]
+    for number, labels in enumerate(shown):
+        learner.learn_labels(labels)
+        if number == 5:
+            write_checkpoint(tmp_path, learner.capture_checkpoint(), keep=1)
+    checkpoint = read_newest_checkpoint(tmp_path, config_hash=continued.model.config.config_hash())
+    assert checkpoint is not None
+    continued.load_checkpoint(checkpoint)
+    for labels in shown[6:]:
+        continued.learn_labels(labels)
+    assert_equal(learner.capture_checkpoint(), continued.capture_checkpoint())
+    # By hand, of the labels of items that have a row.
+    kept = [learner.model.items.lookup(batch.items.item_id) >= 0 for batch in batches]
+    served_CK = np.concatenate([b.served_CK[k] for b, k in zip(batches, kept, strict=True) if b.served_CK is not None])
+    action, value = (
+        np.concatenate([getattr(b.items, name)[k] for b, k in zip(batches, kept, strict=True)])
+        for name in ("action", "value")
+    )
+    rows = np.isfinite(served_CK[:, 0])
+    p, y = served_CK[rows, 0].astype(np.float64), action[rows] > 0
+    found = learner.metrics_summary()
+    assert found["ranking.served.click.lifetime.count"] == rows.sum() < found["ranking.click.lifetime.count"]
+    assert found["ranking.served.click.lifetime.calibration"] == pytest.approx(p.sum() / y.sum())
+    log_loss, mean = -np.log(np.where(y, p, 1 - p)).mean(), y.mean()
+    entropy = -(mean * np.log(mean) + (1 - mean) * np.log(1 - mean))
+    assert found["ranking.served.click.lifetime.ne"] == pytest.approx(log_loss / entropy)
+    rows = np.isfinite(served_CK[:, 1]) & np.isfinite(value)
+    error = served_CK[rows, 1].astype(np.float64) - value[rows]
+    assert found["ranking.served.value.lifetime.count"] == rows.sum()
+    assert found["ranking.served.value.lifetime.rmse"] == pytest.approx(np.sqrt(np.mean(error**2)))
+    assert "ranking.served.value.lifetime.rmse_item_mean" not in found
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_nothing_of_what_was_served(stream: RecordedStream) -> None:
+    checkpoint = run(learner_of(stream), stream, to_step=5).capture_checkpoint()
+    tensors = {name: one for name, one in checkpoint.tensors.items() if not name.startswith("ranking.served.")}
+    assert len(tensors) < len(checkpoint.tensors)
+    continued = learner_of(stream)
+    continued.load_checkpoint(replace(checkpoint, tensors=tensors))
+    assert_equal(continued.capture_checkpoint(), checkpoint)
 
 
 # From interactions

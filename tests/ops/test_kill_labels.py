@@ -45,6 +45,7 @@ def write_labels(installation: LearningInstallation) -> None:
             actions=[],
             event_times_ms=[],
             from_ms=2**52,
+            predictions={"rating": [0.25] * ITEMS},
         )
         for number in range(NUM_LABELS)
     ]
@@ -78,4 +79,5 @@ def test_a_trainer_killed_between_labels_learns_each_of_them_once(installation: 
     installation.wait(lambda: trainer.status()["interactions"] == 1_000, "learning every interaction")
     assert ranking()["labels"] == {"pending": 0, "unreadable": 0, "forgotten": 0, "lost": 0}
     assert ranking()["repeated"] == ITEMS * NUM_LABELS // 5
+    assert trainer.status()["metrics"]["ranking.served.rating.lifetime.count"] == ITEMS * NUM_LABELS
     trainer.stop()

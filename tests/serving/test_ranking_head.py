@@ -203,13 +203,21 @@ async def test_requests_of_one_micro_batch_are_answered_as_alone(tmp_path: Path,
         assert scores_of(answer) == pytest.approx(one, abs=1e-5)
 
 
-async def test_impressions_carry_the_combined_score(tmp_path: Path, database: Path) -> None:
+async def test_impressions_carry_the_combined_score_and_what_it_was_made_of(tmp_path: Path, database: Path) -> None:
     town = await head_town(tmp_path, database, "merged")
     town.publish("anchor")
     async with town.worker(version=1, **town.ranked()) as served:
         answer = await served.rank(7, [1, 2, 99])
-    (record,) = town.log.records((town.log.topics.impressions, 0))
-    impression = decode_message(Impression, record.value)
+        await served.recommend(7, k=2)
+        await served.rank("nobody", [1, 2])
+    records = town.log.records((town.log.topics.impressions, 0))
+    impression, recommended, by_popularity = (decode_message(Impression, record.value) for record in records)
+    known = answer["items"][:2]
+    assert impression.predictions == {
+        task: [*(item["predictions"][task] for item in known), None] for task in RANKING.tasks
+    }
+    assert recommended.predictions is None
+    assert by_popularity.predictions is None
     assert impression.items == ids_of(answer)
     assert impression.scores == [item["score"] for item in answer["items"]]
     assert impression.scores[-1] is None

@@ -74,6 +74,30 @@ async def test_what_is_taken_is_told_at_once_and_the_rest_when_the_window_ends(
     assert joiner.status()["open"] == 0
 
 
+async def test_labels_carry_what_was_predicted_of_their_items_when_they_were_shown(
+    world: World, joiner: LabelJoiner
+) -> None:
+    world.show("r", 5, [10, 20, 30], predictions={"click": [0.5, 0.25, None], "value": [9.5, 8.5, None]})
+    world.show("by retrieval", 5, [40])
+    await run(joiner)
+    await joiner.close()
+    another = world.joiner()
+    world.act(5, 20)
+    await run(another)
+    world.clock.advance(1_100)
+    await run(another)
+    world.act(5, 10, at=999)  # late
+    await run(another)
+    await another.close()
+    said = {(one.request_id, one.outcome, one.late): (one.items, one.predictions) for one in world.messages()}
+    assert said == {
+        ("r", "taken", False): ([20], {"click": [0.25], "value": [8.5]}),
+        ("r", "not_taken", False): ([10, 30], {"click": [0.5, None], "value": [9.5, None]}),
+        ("r", "taken", True): ([10], {"click": [0.5], "value": [9.5]}),
+        ("by retrieval", "not_taken", False): ([40], None),
+    }
+
+
 async def test_the_window_holds_its_first_moment_and_not_its_last(world: World, joiner: LabelJoiner) -> None:
     world.show("r", 5, [10, 20, 30, 40], at=0)
     world.clock.advance(1_050)
@@ -378,6 +402,7 @@ async def test_impressions_that_make_no_sense_become_dead_letters(
     world.show("r\0", 5, [10])
     world.show("future", 5, [10], at=300_001)
     world.show("huge", 5, [10], shown_at_ms=2**62)
+    world.show("predictions", 5, [10], predictions={"click": [0.5, 0.5]})
     world.append_impression(
         b'{"request_id":"","user_id":5,"items":[],"scores":[],"snapshot_version":1,"shown_at_ms":1}'
     )
@@ -388,11 +413,12 @@ async def test_impressions_that_make_no_sense_become_dead_letters(
     world.act(5, 10, at=1)
     await run(joiner)
     letters = [read_dead_letter(record) for record in world.log.records(("dead-letters", 0))]
-    assert [letter.source_offset for letter in letters] == [0, 1, 2, 3, 4, 5, 6]
+    assert [letter.source_offset for letter in letters] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert {(letter.reason, letter.source_topic) for letter in letters} == {("malformed_message", "impressions")}
     assert letters[0].value == raw
     assert "1 scores" in letters[1].error
-    assert joiner.counts["malformed"] == 7
+    assert "2 predictions of 'click'" in letters[5].error
+    assert joiner.counts["malformed"] == 8
     assert world.labels() == [("good", 10, "taken")]
 
 

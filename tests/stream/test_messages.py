@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as replace_message
 
 from feature_store.interactions import Interactions
 from stream.errors import MessageFormatError
@@ -13,7 +14,9 @@ from stream.messages import (
     Command,
     ForgetUser,
     HistoryUpdate,
+    Impression,
     ItemMessage,
+    Labels,
     Topics,
     decode_message,
     encode_message,
@@ -70,6 +73,25 @@ def test_low_rate_messages_read_back() -> None:
     assert decode_message(ItemMessage, encode_message(item)) == item
     command = ForgetUser(user_id="anna")
     assert decode_message(Command, encode_message(command)) == command
+
+
+def test_what_the_head_predicted_reads_back_and_may_be_absent_as_in_earlier_versions() -> None:
+    old_impression = (
+        b'{"request_id":"r","user_id":5,"items":[1,2],"scores":[0.5,null],"snapshot_version":3,"shown_at_ms":7}'
+    )
+    impression = decode_message(Impression, old_impression)
+    assert impression.predictions is None
+    told = replace_message(impression, predictions={"click": [0.25, None], "value": [31.5, None]})
+    assert decode_message(Impression, encode_message(told)) == told
+    assert told.mismatch() is None
+    old_labels = (
+        b'{"request_id":"r","user_id":5,"shown_at_ms":7,"snapshot_version":3,"outcome":"not_taken","late":false,'
+        b'"items":[1],"places":[0],"scores":[0.5],"actions":[],"event_times_ms":[]}'
+    )
+    labels = decode_message(Labels, old_labels)
+    assert labels.predictions is None
+    labelled = replace_message(labels, predictions={"click": [0.25]})
+    assert decode_message(Labels, encode_message(labelled)) == labelled
 
 
 def test_an_unknown_command_is_refused() -> None:
