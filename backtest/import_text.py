@@ -37,7 +37,7 @@ def report_text(report: ImportReport, rules: EventRules) -> str:
     lines = [
         f"{report.num_rows:,} rows: {report.num_events:,} events, {report.num_left_out:,} left out (no interaction), "
         f"{report.num_refused:,} refused",
-        f"{report.num_users:,} users, {report.num_items:,} items",
+        f"{'about ' if report.is_estimated else ''}{report.num_users:,} users, {report.num_items:,} items",
     ]
     if report.first_ms is not None and report.last_ms is not None:
         span = timedelta(milliseconds=report.last_ms - report.first_ms)

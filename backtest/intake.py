@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from backtest.distinct import DistinctCount
 from backtest.errors import RefusedRowsError
 from backtest.external_sort import OrderKey, SortedRuns
 from backtest.import_text import refused_text
@@ -76,6 +77,7 @@ class Intake(AbstractContextManager["Intake"]):
         self._examples: dict[str, list[RefusedRow]] = {}
         self._actions: Counter[str] = Counter()
         self._order, self._newest = RowOrder(), -(2**63)
+        self._users, self._items = DistinctCount(), DistinctCount()
         self._num_left_out = 0
         self._next_row = 0
         """Number of the next row over all files."""
@@ -145,6 +147,8 @@ class Intake(AbstractContextManager["Intake"]):
             events = events.with_columns(pl.col("row") + (origin.first - origin.first_row))
             self._observe_order(events)
             self._repeats.add(events)
+            self._users.add(events["user_id"])
+            self._items.add(events["item_id"])
             self._actions.update(dict(events["action"].value_counts().iter_rows()))
             self._runs.add(events)
 
@@ -186,8 +190,9 @@ class Intake(AbstractContextManager["Intake"]):
             num_repeated=0 if self._repeats.has_ids else len(repeated),
             first_ms=facts.get("first_ms"),
             last_ms=facts.get("last_ms"),
-            num_users=facts.get("num_users", 0),
-            num_items=facts.get("num_items", 0),
+            num_users=self._users.count,
+            num_items=self._items.count,
+            is_estimated=not (self._users.is_exact and self._items.is_exact),
             actions=dict(sorted(self._actions.items())),
         )
 
@@ -226,7 +231,5 @@ def _facts(runs: pl.LazyFrame) -> dict[str, int]:
         pl.len().alias("num_events"),
         times.min().alias("first_ms"),
         times.max().alias("last_ms"),
-        pl.col("user_id").n_unique().alias("num_users"),
-        pl.col("item_id").n_unique().alias("num_items"),
     )
     return facts.collect(engine="streaming").row(0, named=True)

@@ -92,6 +92,8 @@ class ImportReport:
     num_items: int
     actions: dict[str, int]
     """Action → events."""
+    is_estimated: bool = False
+    """Whether users or items are so many that their number is an estimate (backtest/distinct.py)."""
 
     @property
     def num_refused(self) -> int:
