@@ -119,7 +119,7 @@ class ServingConfig:
     after its answer. Longer than the interval in which your load balancer looks: then no request is lost."""
     drain_timeout_ms: int = 5_000
     """Time (ms) for requests in flight when the worker stops."""
-    user_state_bytes: int = 67_108_864
+    user_state_bytes: int = 134_217_728
     """Memory (bytes) for what the encoder computed of users (keys and values, 1 KiB an interaction with the default
     model), so that their next request computes only what is new. Of use between two swaps; 0: nothing is kept."""
     window_hop_share: float = 0.125
