@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
@@ -103,6 +104,10 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await worker.start()
+    # What is there by now stays. A full collection over all that torch has loaded takes 100 ms and more, in which nobody is
+    # answered; from here on it looks at what came since.
+    gc.collect()
+    gc.freeze()
     host, port = listener.getsockname()[:2]
     logger.info("serving on %s://%s:%d", "http" if tls is None else "https", host, port)
     watching = [
