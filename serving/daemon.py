@@ -104,8 +104,8 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     await worker.start()
-    # What is there by now stays. A full collection over all that torch has loaded takes 100 ms and more, in which nobody is
-    # answered; from here on it looks at what came since.
+    # What is there by now stays. A full collection over all that torch has loaded takes 100 ms and more, in which
+    # nobody is answered; from here on it looks at what came since.
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
