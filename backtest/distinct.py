@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 KEPT_MAX: Final = 1 << 18
 _RANGE: Final = 2.0**64
@@ -41,7 +42,7 @@ class DistinctCount:
         return round((KEPT_MAX - 1) / (float(self._smallest[-1]) / _RANGE))
 
 
-def _mixed(hashes: np.ndarray) -> np.ndarray:
+def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Every bit of a hash spread over all (splitmix64): those of whole numbers may be anything but uniform."""
     mixed = hashes.astype(np.uint64, copy=True)
     mixed ^= mixed >> np.uint64(30)

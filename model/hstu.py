@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
-from kernels.hstu_decode import LayerWeights, hstu_decode, is_available, takes
+from kernels.hstu_decode import LayerForm, LayerWeights, hstu_decode, is_available, takes
 from kernels.hstu_input import hstu_input
 from kernels.hstu_output import hstu_output
 from kernels.implementations import KernelName, choose
@@ -383,14 +383,16 @@ class HSTU(nn.Module):
             offsets=kept.offsets,
             query_offsets=kept.offsets if kept.query_offsets is None else kept.query_offsets,
             times_s=times_s,
-            heads=config.num_heads,
-            attention_dim=config.attention_dim,
-            hidden_dim=config.hidden_dim,
-            max_len=config.max_len,
-            alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
-            eps=NORM_EPS,
-            gate_only=config.gate_only_activation,
-            concat=config.concat_output,
+            form=LayerForm(
+                heads=config.num_heads,
+                attention_dim=config.attention_dim,
+                hidden_dim=config.hidden_dim,
+                max_len=config.max_len,
+                alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
+                eps=NORM_EPS,
+                gate_only=config.gate_only_activation,
+                concat=config.concat_output,
+            ),
             mask=mask,
         )
 

@@ -50,6 +50,30 @@ class LayerWeights:
         return _Layer(*(_pointer(weight) for weight in (*weights, self.position_weight, self.time_weight)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerForm:
+    """What all layers of a call have in common.
+
+    heads: H. attention_dim: A. hidden_dim: V. max_len: N, positions of a row at most, by which sums are divided.
+    alpha: factor of the scores. eps: of the norms. gate_only: SiLU on the gate alone. concat: the output matrix reads
+    gate, attended and gated.
+    """
+
+    heads: int
+    attention_dim: int
+    hidden_dim: int
+    max_len: int
+    alpha: float
+    eps: float
+    gate_only: bool
+    concat: bool
+
+    @property
+    def kept_width(self) -> int:
+        """W."""
+        return self.heads * (self.attention_dim + self.hidden_dim)
+
+
 class _Layer(ctypes.Structure):
     """``Layer`` of decode.c."""
 
@@ -89,14 +113,7 @@ def hstu_decode(
     offsets: Tensor,
     query_offsets: Tensor,
     times_s: tuple[Tensor, Tensor],
-    heads: int,
-    attention_dim: int,
-    hidden_dim: int,
-    max_len: int,
-    alpha: float,
-    eps: float,
-    gate_only: bool,
-    concat: bool,
+    form: LayerForm,
     mask: AttentionMask = CAUSAL,
 ) -> Tensor:
     """x_MD behind the last layer; the new positions' keys and values are written into kept_layers_LW. No gradients.
@@ -104,8 +121,8 @@ def hstu_decode(
     x_MD: float[M, D], what the first layer reads of the newest positions of each row. kept_layers_LW: float[layers, L,
     W], the keys and values of all positions, packed heads one after the other, keys before values. offsets,
     query_offsets: int64[B + 1], how the L positions and the M new ones fall to the rows of at most max_len positions.
-    times_s: int64[L] and int64[M] seconds, as ``RelativeBias`` takes them. gate_only: SiLU on the gate alone. concat:
-    the output matrix reads gate, attended and gated. mask: without targets and contextual positions.
+    times_s: int64[L] and int64[M] seconds, as ``RelativeBias`` takes them. mask: without targets and contextual
+    positions.
 
     Equal, up to rounding, to hstu_input, hstu_attention and hstu_output layer by layer. Pays for few new
     positions: the weights of a layer are read again for each. KernelUnavailableError where ``is_available`` is false,
@@ -118,11 +135,10 @@ def hstu_decode(
         raise KernelUnavailableError("hstu_decode is for a CPU, and needs a C compiler: go through the layers instead")
     x_MD = x_MD.contiguous().clone()
     times_L, times_M = (times.contiguous() for times in times_s)
-    width = heads * (attention_dim + hidden_dim)
-    num_new = _checked(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), width, max_len)
+    num_new = _checked(x_MD, kept_layers_LW, layers, offsets, query_offsets, (times_L, times_M), form)
     time_weight = layers[0].time_weight if layers else None
     buckets = None if time_weight is None else bucket_from_s(time_weight.shape[0] - 1)
-    sizes = (x_MD.shape[1], heads, attention_dim, hidden_dim, max_len)
+    sizes = (x_MD.shape[1], form.heads, form.attention_dim, form.hidden_dim, form.max_len)
     scratch_size = library.hstu_decode_scratch(*(ctypes.c_int64(size) for size in (*sizes, num_new)))
     scratch = torch.empty(scratch_size, dtype=x_MD.dtype)
     call = _Call(
@@ -133,11 +149,11 @@ def hstu_decode(
         offsets.shape[0] - 1,
         kept_layers_LW.shape[1],
         *sizes,
-        gate_only,
-        concat,
+        form.gate_only,
+        form.concat,
         *(mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys),
-        alpha,
-        eps,
+        form.alpha,
+        form.eps,
     )
     library.hstu_decode_run(ctypes.byref(call))
     return x_MD
@@ -150,13 +166,15 @@ def _checked(
     offsets: Tensor,
     query_offsets: Tensor,
     times_s: tuple[Tensor, Tensor],
-    width: int,
-    max_len: int,
+    form: LayerForm,
 ) -> int:
     """The most new positions of a row; ValueError for what would make the C code read or write elsewhere."""
-    if kept_layers_LW.shape != (len(layers), times_s[0].shape[0], width) or not kept_layers_LW.is_contiguous():
+    if (
+        kept_layers_LW.shape != (len(layers), times_s[0].shape[0], form.kept_width)
+        or not kept_layers_LW.is_contiguous()
+    ):
         raise ValueError(
-            f"kept_layers_LW must be contiguous [{len(layers)}, {times_s[0].shape[0]}, {width}], got"
+            f"kept_layers_LW must be contiguous [{len(layers)}, {times_s[0].shape[0]}, {form.kept_width}], got"
             f" {tuple(kept_layers_LW.shape)}"
         )
     if times_s[1].shape[0] != x_MD.shape[0]:
@@ -174,8 +192,10 @@ def _checked(
         max((b - a for a, b in pairwise(rows.tolist())), default=0) for rows in (offsets, query_offsets)
     )
     tables = [layer.position_weight for layer in layers if layer.position_weight is not None]
-    if longest > max_len or any(table.shape[0] != 2 * max_len - 1 for table in tables):
-        raise ValueError(f"rows (the longest has {longest} positions) and position_weight must fit max_len {max_len}")
+    if longest > form.max_len or any(table.shape[0] != 2 * form.max_len - 1 for table in tables):
+        raise ValueError(
+            f"rows (the longest has {longest} positions) and position_weight must fit max_len {form.max_len}"
+        )
     return num_new
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias
 from kernels.hstu_attention.reference import hstu_attention_reference
-from kernels.hstu_decode.ops import LayerWeights
+from kernels.hstu_decode.ops import LayerForm, LayerWeights
 from kernels.hstu_input.reference import hstu_input_reference
 from kernels.hstu_output.reference import hstu_output_reference
 
@@ -22,18 +22,11 @@ def hstu_decode_reference(
     offsets: Tensor,
     query_offsets: Tensor,
     times_s: tuple[Tensor, Tensor],
-    heads: int,
-    attention_dim: int,
-    hidden_dim: int,
-    max_len: int,
-    alpha: float,
-    eps: float,
-    gate_only: bool,
-    concat: bool,
+    form: LayerForm,
     mask: AttentionMask = CAUSAL,
 ) -> Tensor:
     """The truth ``hstu_decode`` is tested against; arguments as there."""
-    gate, keys = heads * hidden_dim, heads * attention_dim
+    gate, keys = form.heads * form.hidden_dim, form.heads * form.attention_dim
     last_B, num_new_B = offsets[1:], query_offsets.diff()
     new_M = torch.cat([torch.arange(int(end - new), int(end)) for end, new in zip(last_B, num_new_B, strict=True)])
     for kept_LW, layer in zip(kept_layers_LW, layers, strict=True):
@@ -44,9 +37,9 @@ def hstu_decode_reference(
             bias_E=None,
             norm_weight_D=input_norm[0],
             norm_bias_D=input_norm[1],
-            eps=eps,
+            eps=form.eps,
             split_sizes=[gate, gate, keys, keys],
-            activate="u" if gate_only else "uvqk",
+            activate="u" if form.gate_only else "uvqk",
         )
         kept_LW[new_M] = torch.cat([entered.k_LA, entered.v_LG], 1)
         bias = None
@@ -58,12 +51,12 @@ def hstu_decode_reference(
                 query_timestamps_s_M=times_s[1],
             )
         attended_MHV = hstu_attention_reference(
-            entered.q_LA.view(-1, heads, attention_dim),
-            kept_LW[:, :keys].reshape(-1, heads, attention_dim),
-            kept_LW[:, keys:].reshape(-1, heads, hidden_dim),
+            entered.q_LA.view(-1, form.heads, form.attention_dim),
+            kept_LW[:, :keys].reshape(-1, form.heads, form.attention_dim),
+            kept_LW[:, keys:].reshape(-1, form.heads, form.hidden_dim),
             offsets,
-            max_len=max_len,
-            alpha=alpha,
+            max_len=form.max_len,
+            alpha=form.alpha,
             bias=bias,
             mask=mask,
             query_offsets=query_offsets,
@@ -77,8 +70,8 @@ def hstu_decode_reference(
             norm_weight_G=output_norm[0],
             norm_bias_G=output_norm[1],
             num_groups=1,
-            eps=eps,
-            concat=concat,
+            eps=form.eps,
+            concat=form.concat,
             dropout_p=0.0,
             seed=None,
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.errors import KernelUnavailableError
 from kernels.hstu_attention import CAUSAL, AttentionMask
-from kernels.hstu_decode import LayerWeights, hstu_decode, is_available
+from kernels.hstu_decode import LayerForm, LayerWeights, hstu_decode, is_available
 from kernels.hstu_decode.reference import hstu_decode_reference
 
 CPU = torch.device("cpu")
@@ -70,14 +70,16 @@ def arguments(
         "query_offsets": torch.tensor([0, *(m for _, m in lengths)]).cumsum(0),
         # Some queries come before keys: clocks differ.
         "times_s": (times_L, torch.randint(0, 2 * 10**6, (new,), generator=generator)),
-        "heads": heads,
-        "attention_dim": attention,
-        "hidden_dim": hidden,
-        "max_len": MAX_LEN,
-        "alpha": options.get("alpha", 1.0),
-        "eps": 1e-6,
-        "gate_only": options.get("gate_only", False),
-        "concat": concat,
+        "form": LayerForm(
+            heads=heads,
+            attention_dim=attention,
+            hidden_dim=hidden,
+            max_len=MAX_LEN,
+            alpha=options.get("alpha", 1.0),
+            eps=1e-6,
+            gate_only=options.get("gate_only", False),
+            concat=concat,
+        ),
         "mask": options.get("mask", CAUSAL),
     }
 
@@ -135,8 +137,8 @@ def test_large_scores_and_numbers_that_are_none_come_out_as_they_do_there() -> N
         ("query_offsets", torch.tensor([0, 1, 3]), "query_offsets must ascend from 0 to 2"),
         ("offsets", torch.tensor([0, 13, 12]), "offsets must ascend from 0 to 12"),
         ("mask", AttentionMask(contextual_len=1), "no contextual positions"),
-        ("max_len", 5, "the longest has 6 positions"),
-        ("max_len", 40, "position_weight must fit max_len 40"),
+        ("form", {"max_len": 5}, "the longest has 6 positions"),
+        ("form", {"max_len": 40}, "position_weight must fit max_len 40"),
         ("query_offsets", torch.tensor([0, 2]), "query_offsets must be contiguous int64"),
         ("kept_layers_LW", torch.zeros(3, 12, 15), r"kept_layers_LW must be contiguous \[3, 12, 16\]"),
         ("times_s", (torch.zeros(12, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)), "3 query times for 2 new"),
@@ -144,6 +146,8 @@ def test_large_scores_and_numbers_that_are_none_come_out_as_they_do_there() -> N
 )
 def test_what_does_not_fit_is_refused(name: str, wrong: Any, message: str) -> None:
     given = arguments(torch.float32, (8, 2, 4, 4), [(6, 1), (6, 1)])
+    if name == "form":
+        wrong = replace(given["form"], **wrong)
     with pytest.raises(ValueError, match=message):
         hstu_decode(**{**given, name: wrong})
 
