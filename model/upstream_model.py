@@ -1,8 +1,8 @@
 """The user model upstream of the ranker (LLaTTE, arXiv 2601.20083, section 4): a long history to one vector.
 
 It reads the user's side alone, so that its vectors can be worked out when something happens and kept until somebody
-asks. What it learns from is what the ranker learns from, through the vector alone: the tasks on labelled items, and
-which item came next. It has an item table, snapshots and an optimiser of its own (``ItemModel``).
+asks. It learns through the vector alone: the tasks of the ranker on labelled items, and which item came next. It has an
+item table, snapshots and an optimiser of its own (``ItemModel``).
 
 Shapes: B users, L interactions, C items, K tasks, W width of the vector, D width of items and tokens, R rows.
 """

@@ -2,7 +2,7 @@
 
 Predictions are made with the weights of the moment the label is learned: weights that have not learned from this label,
 though they may have learned next-item prediction from what the user did since. What was predicted when the items were
-shown comes with the labels and is measured beside them (`served_metrics`). Steps of its own, with an optimiser,
+shown comes with the labels and is measured beside them (`served`). Steps of its own, with an optimiser,
 guard and random numbers of its own: what is learned for retrieval is the same bit by bit up to the first label.
 
 Shapes: C labelled items, K tasks.
@@ -36,7 +36,7 @@ from online_trainer.config import TrainerConfig
 from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.quarantine import LossGuard
-from online_trainer.served_metrics import ServedMeters
+from online_trainer.task_meters import TaskMeters, values_in_units
 from online_trainer.value_metrics import ValueMeter, ValueMetrics
 from online_trainer.vectors_as_of import VectorsAsOf
 
@@ -115,7 +115,7 @@ class RankingLearner:
         tasks = self._network.heads.tasks
         self._meters = ActionMeters(tuple(one.name for one in tasks if one.kind == "bce"), trainer.metrics_window)
         self._values = {one.name: ValueMeter(trainer.metrics_window) for one in tasks if one.kind == "mse"}
-        self.served = ServedMeters(tasks, trainer.metrics_window)
+        self.served = TaskMeters(tasks, trainer.metrics_window)
         """Of what was predicted when the items were shown."""
         self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
         self._generator = torch.Generator().manual_seed(trainer.seed)
@@ -208,10 +208,7 @@ class RankingLearner:
             )
 
     def _measure_served(self, served_CK: NDArray[np.float32], labels: ActionLabels, items: LabelledItems) -> None:
-        values_CK = labels.values_PK.double().numpy().copy()
-        for column, task in enumerate(self._network.heads.tasks):
-            if task.kind == "mse":
-                values_CK[:, column] = items.value
+        values_CK = values_in_units(self._network.heads.tasks, labels, items.value)
         self.served.add(served_CK, values_CK, labels.labelled_PK.numpy() & items.is_measured[:, None])
 
     def _train(self, found: RankingPass) -> bool:

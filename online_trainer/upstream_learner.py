@@ -25,12 +25,12 @@ from feature_store.interactions import Interactions
 from model.optimizer import RecommenderOptimizer
 from model.ranking_learning import RankingPass
 from model.upstream_model import UpstreamExamples, UpstreamModel, UpstreamModelConfig
-from online_trainer.action_metrics import ActionMeters
 from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.ledger import Ledger
 from online_trainer.quarantine import LossGuard
+from online_trainer.task_meters import TaskMeters, values_in_units
 from online_trainer.upstream_settings import UpstreamDaemonConfig
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class UpstreamLearner:
         self.model = UpstreamModel(config)
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, settings.optimizer())
-        self._meters = ActionMeters(tuple(task.name for task in config.tasks), _METRICS_WINDOW)
+        self._meters = TaskMeters(config.tasks, _METRICS_WINDOW)
         self._guard = LossGuard(spike_deviations=settings.spike_deviations, max_in_a_row=2)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._losses: deque[float] = deque(maxlen=_LOSSES)
@@ -105,11 +105,9 @@ class UpstreamLearner:
         is_taken_C = torch.from_numpy(items.action != 0)
         examples = UpstreamExamples.of_shown(shown, labels, is_taken_C)
         found = self.model.learning_pass(examples, generator=self._generator)
-        for column, task in enumerate(self.model.heads.tasks):
-            known = labels.labelled_PK[:, column]
-            self._meters[task.name].add(
-                found.predictions_CK[known, column].double().numpy(), labels.values_PK[known, column].long().numpy()
-            )
+        values_CK = values_in_units(self.model.heads.tasks, labels, items.value)
+        answers_CK = self.model.heads.answers(found.predictions_CK)
+        self._meters.add(answers_CK.numpy(), values_CK, labels.labelled_PK.numpy())
         loss = float(found.loss.detach())
         reason = self._guard.objection(loss)
         if reason is None and not self._train(found):

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,20 @@ async def test_every_user_gets_the_vector_of_its_whole_history(site: Site) -> No
         assert daemon.ready() == (True, "computing")
     assert site.check() == 1
     assert learned["interactions"] == learned["learned"] + learned["followed"] + learned["passed_over"]
-    assert {"click.lifetime.ne", "loss"} <= status["metrics"].keys() | {"click.lifetime.ne"}
+    assert status["metrics"]["click.lifetime.count"] == learned["learned"] > 0
+    assert "loss" in status["metrics"]
+
+
+async def test_it_learns_values_too_and_measures_them_in_their_own_unit(site: Site) -> None:
+    site.stream = replace(site.stream, value=(20.0 + site.stream.item_id % 7).astype(np.float32))
+    watched = ActionTask(name="value", kind="mse", center=20.0, scale=5.0)
+    site.happen(200)
+    daemon = site.daemon(config=replace(CONFIG, tasks=(*CONFIG.tasks, watched)))
+    async with running(daemon):
+        status = await until(daemon, is_up_to_date(1, 200))
+    metrics = status["metrics"]
+    assert metrics["value.lifetime.count"] == status["learning"]["learned"] > 0
+    assert 0 < metrics["value.lifetime.rmse"] < 8, "it begins at the center, and values lie within 6 of it"
 
 
 async def test_events_after_the_first_version_bring_new_vectors_and_their_ages_are_told(site: Site) -> None:

@@ -1,9 +1,10 @@
-"""Metrics of predictions as they were served: made by a worker when the items were shown, measured when labels come.
+"""Metrics of predictions in their own units, a meter for each task: of what was served, and of the upstream model.
 
-Beside them, the trainer predicts each label again just before it learns it, with weights that may have learned since
-what the user did next. These here are of the weights, histories and vectors that the answer was made from: what a user
-of the answer could rely on, the age of the weights included. Both are of the same labels; these of those alone whose
-impression carries predictions of the ranking head.
+*As served*: predictions that a worker made when the items were shown, measured when labels come. The trainer predicts
+each label again just before it learns it, with weights that may have learned since what the user did next; these here
+are of the weights, histories and vectors that the answer was made from: what a user of the answer could rely on, the
+age of the weights included. Both are of the same labels; these of those alone whose impression carries predictions of
+the ranking head.
 
 Shapes: C labelled items, K tasks.
 """
@@ -17,7 +18,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from model.action_heads import ActionTask
+from model.action_heads import ActionLabels, ActionTask
 from online_trainer.action_metrics import ActionMeter, ActionMetrics
 from online_trainer.value_metrics import ValueMeter, ValueMetrics
 
@@ -28,8 +29,8 @@ _LARGEST: Final = 1 - 2.0**-25
 """What rounds to 1 in float32 lies above it. The sigmoid of a large logit does, and a label can still contradict it."""
 
 
-class ServedMeters:
-    """A meter for each task of a ranking head. Only tasks of which a prediction has come are in what it says.
+class TaskMeters:
+    """A meter for each task. Only tasks of which a prediction has come are in what it says.
 
     May be read from another thread than the one that adds.
     """
@@ -40,21 +41,21 @@ class ServedMeters:
             for task in tasks
         }
 
-    def add(self, served_CK: NDArray[np.float32], values_CK: Float64s, is_labelled_CK: NDArray[np.bool_]) -> None:
+    def add(self, answers_CK: NDArray[np.float32], values_CK: Float64s, is_labelled_CK: NDArray[np.bool_]) -> None:
         """Add predictions with their labels, in stream order; those that are NaN were not made.
 
-        served_CK: probabilities in 0..1 and, of tasks about values, values in their own unit; what is not is counted
+        answers_CK: probabilities in 0..1 and, of tasks about values, values in their own unit; what is not is counted
         and left out. values_CK: 0 or 1, or values; where is_labelled_CK.
         """
         for column, meter in enumerate(self._meters.values()):
-            rows = is_labelled_CK[:, column] & ~np.isnan(served_CK[:, column])
+            rows = is_labelled_CK[:, column] & ~np.isnan(answers_CK[:, column])
             if not rows.any():
                 continue
-            served, values = served_CK[rows, column].astype(np.float64), values_CK[rows, column]
+            answers, values = answers_CK[rows, column].astype(np.float64), values_CK[rows, column]
             if isinstance(meter, ValueMeter):
-                meter.add(np.zeros(len(served), np.int64), served, values)
+                meter.add(np.zeros(len(answers), np.int64), answers, values)
             else:
-                meter.add(_logits(served), values.astype(np.int64))
+                meter.add(_logits(answers), values.astype(np.int64))
 
     def measured(self) -> dict[tuple[str, str], ActionMetrics | ValueMetrics]:
         """(task, `lifetime` or `window`) → metrics; from any thread."""
@@ -87,6 +88,15 @@ class ServedMeters:
             of_task = {n.removeprefix(f"{task}."): array for n, array in state.items() if n.startswith(f"{task}.")}
             if of_task:
                 meter.load_state(of_task)
+
+
+def values_in_units(tasks: Sequence[ActionTask], labels: ActionLabels, value_C: NDArray[np.float32]) -> Float64s:
+    """float64[C, K]: what ``TaskMeters.add`` compares answers with: labels and, of tasks about values, value_C."""
+    values_CK: Float64s = labels.values_PK.double().numpy().copy()
+    for column, task in enumerate(tasks):
+        if task.kind == "mse":
+            values_CK[:, column] = value_C
+    return values_CK
 
 
 def _logits(probabilities: Float64s) -> Float64s:

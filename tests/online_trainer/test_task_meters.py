@@ -8,7 +8,7 @@ import torch
 
 from model.action_heads import ActionTask
 from online_trainer.action_metrics import ActionMetrics
-from online_trainer.served_metrics import ServedMeters
+from online_trainer.task_meters import TaskMeters
 from online_trainer.value_metrics import ValueMetrics
 
 TASKS = (
@@ -26,8 +26,8 @@ IS_LABELLED_CK = np.ones((NUM, 3), np.bool_)
 IS_LABELLED_CK[::5, 1] = False
 
 
-def filled(window: int = 20) -> ServedMeters:
-    meters = ServedMeters(TASKS, window)
+def filled(window: int = 20) -> TaskMeters:
+    meters = TaskMeters(TASKS, window)
     values_CK = np.column_stack([CLICKED, VALUE, CLICKED]).astype(np.float64)
     for start in range(0, NUM, 9):
         part = slice(start, start + 9)
@@ -60,14 +60,14 @@ def test_it_says_what_numpy_says_of_what_was_served_and_nothing_of_the_rest() ->
 
 
 def test_without_predictions_it_is_absent_and_not_zero() -> None:
-    meters = ServedMeters(TASKS, 20)
+    meters = TaskMeters(TASKS, 20)
     meters.add(np.full((2, 3), np.nan, np.float32), np.zeros((2, 3)), np.ones((2, 3), np.bool_))
     assert meters.measured() == {}
     assert meters.summary() == {}
 
 
 def test_certainty_in_float32_is_measured_and_what_is_no_probability_is_counted() -> None:
-    meters = ServedMeters(TASKS[:1], 20)
+    meters = TaskMeters(TASKS[:1], 20)
     served_CK = np.array([[1.0], [0.0], [1.5], [np.inf], [-0.1]], np.float32)
     meters.add(served_CK, np.array([[1.0], [0.0], [1.0], [1.0], [1.0]]), np.ones((5, 1), np.bool_))
     summary = meters.summary()
@@ -80,7 +80,7 @@ def test_certainty_in_float32_is_measured_and_what_is_no_probability_is_counted(
 
 
 def test_it_continues_from_its_state_and_starts_empty_without_one() -> None:
-    meters, again = filled(), ServedMeters(TASKS, 20)
+    meters, again = filled(), TaskMeters(TASKS, 20)
     again.load_state({})
     assert again.measured() == {}
     again.load_state(meters.state())
