@@ -202,6 +202,9 @@ class KafkaReader:
         )
         try:
             await consumer.start()
+        except asyncio.CancelledError:
+            await consumer.stop()
+            raise
         except (KafkaError, OSError) as error:
             await consumer.stop()
             raise LogUnavailableError(
@@ -351,6 +354,9 @@ class KafkaWriter:
         )
         try:
             await producer.start()
+        except asyncio.CancelledError:
+            await producer.stop()
+            raise
         except (KafkaError, OSError) as error:
             await producer.stop()
             raise LogUnavailableError(

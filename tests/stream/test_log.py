@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -167,6 +169,17 @@ async def test_a_reader_that_has_only_just_started_can_be_stopped(log: EventLog)
     assert await reader.partitions(log.topics.commands) == [0]
     await reader.stop()
     await reader.stop()
+
+
+async def test_a_start_that_is_given_up_leaves_no_connection_behind(log: EventLog) -> None:
+    for end in (log.reader(), log.writer()):
+        starting = asyncio.create_task(end.start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        with suppress(asyncio.CancelledError):  # one in memory has started by now
+            await starting
+        await end.stop()
+    gc.collect()  # a client that was never closed says so here, which fails the test
 
 
 async def test_a_missing_broker_is_named_and_waited_for(caplog: pytest.LogCaptureFixture) -> None:
