@@ -18,7 +18,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 def visible_pairs(mask: AttentionMask, length: int) -> int:
     """Pairs of a query and a key that it sees, in a row without targets or contextual positions."""
-    window = mask.max_attn_len or length
+    window = length if mask.max_attn_len is None else mask.max_attn_len
     pairs = 0
     for i in range(length):
         if i <= window or i >= length - mask.min_full_attn_len:

@@ -78,6 +78,7 @@ def arms_of(stream: str) -> list[Arm]:
         "items alone": ultra(DEPTH, length, tokens="items"),
         "full attention": ultra(DEPTH, length, attention="full"),
         "K2 = 0": ultra(DEPTH, length, global_attn_len=0),
+        "K1 = 0": ultra(DEPTH, length, local_attn_len=0),
         "K1 = 1": ultra(DEPTH, length, local_attn_len=1),
         "oldest keys": ultra(DEPTH, length, global_attn="oldest_keys"),
         "no truncation": ultra(DEPTH, length, truncated_layers=0),

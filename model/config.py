@@ -47,7 +47,8 @@ class ModelConfig:
     """What a position sees of those before it. full: all. semi_local: the local_attn_len newest, and more by
     global_attn. Not set: full, and semi_local for ultra_hstu."""
     local_attn_len: int = 256
-    """Interactions before itself that a position of semi-local attention sees (K1); at least 1."""
+    """Interactions before itself that a position of semi-local attention sees (K1). 0: none, only itself and what
+    global_attn adds."""
     global_attn_len: int = 64
     """Interactions of a history that are let off that limit (K2), see global_attn."""
     global_attn: GlobalAttention = "newest_queries"
@@ -165,7 +166,7 @@ class ModelConfig:
         return EncoderPlan(
             tokens=self.tokens or ("merged" if is_ultra else "items"),
             has_relative_bias=not is_ultra if self.relative_bias is None else self.relative_bias,
-            local_len=self.local_attn_len if is_local else 0,
+            local_len=self.local_attn_len if is_local else None,
             global_len=self.global_attn_len if is_local else 0,
             global_attn=self.global_attn,
             num_truncated=num_truncated if truncated_len < self.max_len else 0,
@@ -178,15 +179,20 @@ class ModelConfig:
         for name, allowed in (("tokens", ("items", "merged", "interleaved")), ("attention", ("full", "semi_local"))):
             if getattr(self, name) is not None:
                 _require_one_of(self, name, allowed)
-        _require(self, "local_attn_len", 1, 1 << 20)
+        _require(self, "local_attn_len", 0, 1 << 20)
         _require(self, "global_attn_len", 0, 1 << 20)
         plan = self.plan()
         if self.kind in ("sasrec", "gru") and (
             plan.reads_actions or self.attention == "semi_local" or self.truncated_layers
         ):
             raise ValueError(f"tokens, attention and truncated_layers are for hstu and ultra_hstu: not for {self.kind}")
-        if self.attention_activation == "softmax" and plan.local_len:
+        if self.attention_activation == "softmax" and plan.local_len is not None:
             raise ValueError("attention is semi_local, which softmax attention is not: set attention to full")
+        if plan.local_len == 0 and plan.global_len == 0:
+            raise ValueError(
+                "local_attn_len and global_attn_len are both 0, so that no position would see another: set one of them"
+                " to 1 or more, or attention to full"
+            )
         if self.truncated_layers is not None:
             _require(self, "truncated_layers", 0, self.num_layers - 1)
         if self.truncated_len is not None:

@@ -22,8 +22,8 @@ class EncoderPlan:
 
     tokens: Tokens
     has_relative_bias: bool
-    local_len: int
-    """Places before its own that a query sees (K1); 0: all of them."""
+    local_len: int | None
+    """Places before its own that a query sees (K1); None: all of them."""
     global_len: int
     """K2; 0 where all is seen anyway."""
     global_attn: GlobalAttention
@@ -68,7 +68,7 @@ class EncoderPlan:
             "truncated_len": None,
             "truncated_hop": None,
         }
-        if self.local_len:
+        if self.local_len is not None:
             found |= {
                 "attention": "semi_local",
                 "local_attn_len": each * self.local_len,
@@ -85,7 +85,7 @@ class EncoderPlan:
     def identity(self) -> dict[str, Any]:
         """What decides which weights fit, without what is off: a model that uses none of it has the hash it had."""
         found: dict[str, Any] = {} if self.tokens == "items" else {"tokens": self.tokens}
-        if self.local_len:
+        if self.local_len is not None:
             found["semi_local"] = [self.local_len, self.global_len, self.global_attn]
         if self.num_truncated:
             found["truncated"] = [self.num_truncated, self.truncated_len, self.truncated_hop]

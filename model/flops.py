@@ -33,14 +33,14 @@ TRAINING_FACTOR: Final = 3
 class Pattern:
     """Which pairs a causal layer computes: the fields of ``kernels.hstu_attention.AttentionMask``."""
 
-    max_attn_len: int = 0
+    max_attn_len: int | None = None
     min_full_attn_len: int = 0
     num_oldest_keys: int = 0
 
     def pairs(self, lengths_B: Tensor) -> Tensor:
         """int64[B]: pairs of a query and a key that it sees, in rows without targets."""
         n_B = lengths_B
-        if not self.max_attn_len:
+        if self.max_attn_len is None:
             return _triangle(n_B)
         reach = self.max_attn_len + 1  # a query's own place, and so many before it
         near_B = (n_B - self.min_full_attn_len).clamp(min=0)
@@ -52,7 +52,7 @@ class Pattern:
     def keys_of_target(self, lengths_B: Tensor) -> Tensor:
         """int64[B]: keys that one candidate behind a history of so many positions sees, itself included."""
         n_B = lengths_B
-        if not self.max_attn_len or self.min_full_attn_len:
+        if self.max_attn_len is None or self.min_full_attn_len:
             return n_B + 1
         near_B = n_B.clamp(max=self.max_attn_len)
         return near_B + (n_B - near_B).clamp(max=self.num_oldest_keys) + 1
@@ -102,7 +102,7 @@ def segments_of(config: ModelConfig) -> tuple[Segment, ...]:
     output = gate * (3 if config.concat_output else 1)
     is_of_queries, each = plan.global_attn == "newest_queries", plan.tokens_per_interaction
     pattern = Pattern()
-    if plan.local_len:
+    if plan.local_len is not None:
         pattern = Pattern(
             max_attn_len=each * plan.local_len,
             min_full_attn_len=each * plan.global_len if is_of_queries else 0,

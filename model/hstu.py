@@ -411,7 +411,7 @@ class HSTU(nn.Module):
     def _mask(self, num_targets_B: Tensor | None, *, longest: int | None = None) -> AttentionMask:
         """longest: positions of a row at most; None: max_len."""
         plan = self.plan
-        if plan.local_len == 0 or plan.local_len >= (longest or self.config.max_len) - 1:
+        if plan.local_len is None or plan.local_len >= (longest or self.config.max_len) - 1:
             return CAUSAL if num_targets_B is None else AttentionMask(num_targets_B=num_targets_B)
         is_of_queries = plan.global_attn == "newest_queries"
         return AttentionMask(

@@ -22,7 +22,8 @@ class AttentionMask:
     num_targets_B: int64[B], positions at the end of each row that are targets (candidates): they see the history and
     themselves, never each other. None: no row has any.
     contextual_len: positions at the start of every row that describe the user: they see everything but the targets.
-    max_attn_len: places a query looks back, 0 for no limit (semi-local attention's K1).
+    max_attn_len: places before its own that a query sees (semi-local attention's K1), None for no limit. 0: no window,
+    a query sees itself and what the next two fields add.
     min_full_attn_len: newest places of the history whose queries look back without limit, and with them the targets
     (K2 as the published code reads it). Used with max_attn_len.
     num_oldest_keys: first positions of each row that every later query sees, the limit notwithstanding (K2 in the
@@ -32,15 +33,16 @@ class AttentionMask:
 
     num_targets_B: Tensor | None = None
     contextual_len: int = 0
-    max_attn_len: int = 0
+    max_attn_len: int | None = None
     min_full_attn_len: int = 0
     num_oldest_keys: int = 0
 
     def __post_init__(self) -> None:
         for name in ("contextual_len", "max_attn_len", "min_full_attn_len", "num_oldest_keys"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more positions")
-        if self.max_attn_len == 0 and (self.min_full_attn_len or self.num_oldest_keys):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more positions")
+        if self.max_attn_len is None and (self.min_full_attn_len or self.num_oldest_keys):
             raise ValueError("min_full_attn_len and num_oldest_keys widen a window: set max_attn_len, or leave them 0")
         targets = self.num_targets_B
         if targets is not None and (targets.dtype != torch.int64 or targets.dim() != 1):
@@ -49,7 +51,12 @@ class AttentionMask:
     @property
     def is_causal_only(self) -> bool:
         """Nothing but the triangle: the places are the indices, in every row alike."""
-        return self.num_targets_B is None and self.contextual_len == 0 and self.max_attn_len == 0
+        return self.num_targets_B is None and self.contextual_len == 0 and self.max_attn_len is None
+
+    @property
+    def limit(self) -> int:
+        """max_attn_len as compiled code takes it: -1 for no limit."""
+        return -1 if self.max_attn_len is None else self.max_attn_len
 
     def checked(self, offsets: Tensor) -> AttentionMask:
         """Return self after comparing with the rows (synchronises the device).
@@ -81,7 +88,7 @@ class AttentionMask:
         cached_B = lengths_B - num_queries_B
         causal_B = num_queries_B * (lengths_B + cached_B + 1) // 2
         contextual_B = (self.contextual_len - cached_B).clamp(min=0) * lengths_B
-        if self.max_attn_len == 0:
+        if self.max_attn_len is None:
             return causal_B + contextual_B
         unlimited_B = self.num_targets_in(lengths_B) + self.min_full_attn_len if self.min_full_attn_len else 0
         limited_B = num_queries_B * (self.max_attn_len + 1 + self.num_oldest_keys) + lengths_B * unlimited_B
@@ -106,7 +113,7 @@ class AttentionMask:
         key_G1n = self.places(key_index_Gn, end_G)[:, None, :]
         distance_Gmn = query_Gm1 - key_G1n
         visible_Gmn = distance_Gmn > 0
-        if self.max_attn_len:
+        if self.max_attn_len is not None:
             near_Gmn = distance_Gmn <= self.max_attn_len
             if self.min_full_attn_len:
                 near_Gmn = near_Gmn | (query_Gm1 >= end_G[:, None, None] - self.min_full_attn_len)

@@ -119,7 +119,7 @@ class _Shared:
         for name, tensor in (("q", q_MHA), ("k", k_LHA), ("v", v_LHV)):
             fields |= {f"{name}_position": tensor.stride(0), f"{name}_head": tensor.stride(1)}
         fields |= {"heads": q_MHA.shape[1], "A": q_MHA.shape[2], "V": v_LHV.shape[2]}
-        fields |= {name: getattr(mask, name) for name in _LIMITS}
+        fields |= {name: getattr(mask, name) for name in _LIMITS} | {"max_attn_len": mask.limit}
         fields |= {"max_len": problem.max_len, "alpha": problem.alpha}
         return _Shared(fields=fields, held=list(read.values()), dtype=dtype)
 

@@ -18,7 +18,7 @@ typedef struct {
     double *dposition, *dtime;         /* added to */
     REAL *scratch;                     /* aligned; hstu_attention_scratch says how much */
     int64_t num_rows, heads, A, V, max_len;
-    int64_t contextual_len, max_attn_len, min_full_attn_len, num_oldest_keys; /* of AttentionMask */
+    int64_t contextual_len, max_attn_len, min_full_attn_len, num_oldest_keys; /* of AttentionMask; max_attn_len: -1 for no limit */
     int64_t q_position, q_head, k_position, k_head, v_position, v_head; /* strides, in numbers */
     double alpha;
 } Call;
@@ -48,7 +48,7 @@ static Sight sight(const Call *call, const Row *row, int64_t i)
     if (i < call->contextual_len)
         return (Sight){0, 0, row->history};
     Sight seen = {0, 0, least(i + 1, row->history)};
-    if (call->max_attn_len == 0)
+    if (call->max_attn_len < 0)
         return seen;
     const int64_t at = place(row, i), end_place = row->history - row->shift;
     if (call->min_full_attn_len && at >= end_place - call->min_full_attn_len)

@@ -84,7 +84,7 @@ def hstu_attention(
         None if bias is None else bias.time_weight,
         None if bias is None else bias.timestamps_s_L,
         None if bias is None else bias.query_timestamps_s_M,
-        [max_len, mask.contextual_len, mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys],
+        [max_len, mask.contextual_len, mask.limit, mask.min_full_attn_len, mask.num_oldest_keys],
         alpha,
         implementation,
     )
@@ -256,7 +256,7 @@ def _problem(
             timestamps_s_L=timestamps,
             query_timestamps_s_M=query_timestamps,
         )
-    max_len, contextual_len, max_attn_len, min_full_attn_len, num_oldest_keys = limits
+    max_len, contextual_len, limit, min_full_attn_len, num_oldest_keys = limits
     return AttentionProblem(
         offsets=offsets,
         query_offsets=offsets if query_offsets is None else query_offsets,
@@ -265,7 +265,7 @@ def _problem(
         mask=AttentionMask(
             num_targets_B=num_targets,
             contextual_len=contextual_len,
-            max_attn_len=max_attn_len,
+            max_attn_len=None if limit < 0 else limit,
             min_full_attn_len=min_full_attn_len,
             num_oldest_keys=num_oldest_keys,
         ),

@@ -152,7 +152,7 @@ def _plan(
     offsets: tuple[int, ...],
     query_offsets: tuple[int, ...] | None,
     num_targets: tuple[int, ...] | None,
-    limits: tuple[int, int, int, int],
+    limits: tuple[int, int | None, int, int],
     num_heads: int,
     sizes: tuple[int, int, int],  # noqa: ARG001 - part of the key: a plan is made with the sizes of its time
 ) -> tuple[Group, ...]:
@@ -228,7 +228,7 @@ def _key_ranges(group: Group, queries: slice, mask: AttentionMask) -> list[slice
     last_G = torch.minimum(first_G + (queries.stop - queries.start), lengths_G) - 1
     seen_to = int(torch.minimum(last_G + 1, history_G).max())
     low = 0
-    if mask.max_attn_len:
+    if mask.max_attn_len is not None:
         low_G = mask.places(first_G[:, None], end_G)[:, 0] - mask.max_attn_len + max(mask.contextual_len - 1, 0)
         if mask.min_full_attn_len:
             last_place_G = mask.places(last_G[:, None], end_G)[:, 0]

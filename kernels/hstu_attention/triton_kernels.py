@@ -113,7 +113,7 @@ class _Call:
             "num_heads": H, "max_len": problem.max_len, "alpha": problem.alpha, "length_class": longest.bit_length(),
             "WIDTH_A": A, "WIDTH_V": V, "BLOCK_A": block_size(A), "BLOCK_V": block_size(V),
             "HAS_TARGETS": mask.num_targets_B is not None, "CONTEXTUAL_LEN": mask.contextual_len,
-            "MAX_ATTN_LEN": mask.max_attn_len, "MIN_FULL_ATTN_LEN": mask.min_full_attn_len,
+            "MAX_ATTN_LEN": mask.limit, "MIN_FULL_ATTN_LEN": mask.min_full_attn_len,
             "NUM_OLDEST_KEYS": mask.num_oldest_keys,
             "FAST_SIGMOID": not INTERPRETED and q.dtype != torch.float32 and torch.version.hip is None,
             "PRECISION": dot_precision(q.dtype),

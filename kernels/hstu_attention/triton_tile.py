@@ -55,7 +55,7 @@ def key_bounds(
     SHIFT: tl.constexpr = CONTEXTUAL_LEN - 1 if CONTEXTUAL_LEN > 1 else 0
     start = first * 0
     oldest = first * 0
-    if MAX_ATTN_LEN > 0:
+    if MAX_ATTN_LEN >= 0:
         farthest = place_of(first, history_len, CONTEXTUAL_LEN) - MAX_ATTN_LEN
         unlimited = farthest <= 0
         if MIN_FULL_ATTN_LEN > 0:
@@ -114,7 +114,7 @@ def query_bounds(
     if CONTEXTUAL_LEN > 0:
         contextual = tl.minimum(tl.maximum(CONTEXTUAL_LEN - cached, 0), num_queries)
         contextual = tl.where(first < history_len, contextual, 0)
-    if MAX_ATTN_LEN > 0:
+    if MAX_ATTN_LEN >= 0:
         farthest = place_of(last, history_len, CONTEXTUAL_LEN) + MAX_ATTN_LEN
         limited = farthest < history_len - SHIFT
         if NUM_OLDEST_KEYS > 0:
@@ -141,7 +141,7 @@ def is_wholly_visible(
     visible = (last_key < first_query) & (last_key < history_len)
     if SHIFT > 0:
         visible = visible & (first_query > SHIFT)
-    if MAX_ATTN_LEN > 0:
+    if MAX_ATTN_LEN >= 0:
         longest = place_of(last_query, history_len, CONTEXTUAL_LEN) - place_of(first_key, history_len, CONTEXTUAL_LEN)
         near = longest <= MAX_ATTN_LEN
         if MIN_FULL_ATTN_LEN > 0:
@@ -161,11 +161,11 @@ def is_visible(
 ):  # fmt: skip
     """AttentionMask.visible of indices and places that broadcast to the tile."""
     SHIFT: tl.constexpr = CONTEXTUAL_LEN - 1 if CONTEXTUAL_LEN > 1 else 0
-    if not HAS_TARGETS and CONTEXTUAL_LEN == 0 and MAX_ATTN_LEN == 0:
+    if not HAS_TARGETS and CONTEXTUAL_LEN == 0 and MAX_ATTN_LEN < 0:
         visible = query >= key
     else:
         visible = query_place > key_place
-        if MAX_ATTN_LEN > 0:
+        if MAX_ATTN_LEN >= 0:
             near = query_place - key_place <= MAX_ATTN_LEN
             if MIN_FULL_ATTN_LEN > 0:
                 near = near | (query_place >= history_len - SHIFT - MIN_FULL_ATTN_LEN)

@@ -28,7 +28,7 @@ typedef struct {
     const int64_t *bucket_from_s;                  /* shortest gap of each bucket, then one that none reaches */
     REAL *scratch;
     int64_t num_layers, num_rows, num_positions, D, heads, A, V, max_len, gate_only, concat;
-    int64_t max_attn_len, min_full_attn_len, num_oldest_keys; /* of AttentionMask */
+    int64_t max_attn_len, min_full_attn_len, num_oldest_keys; /* of AttentionMask; max_attn_len: -1 for no limit */
     double alpha, eps;
 } Call;
 
@@ -118,7 +118,7 @@ typedef struct {
 
 static Sight sight(const Call *call, int64_t i, int64_t n)
 {
-    if (call->max_attn_len == 0 || i <= call->max_attn_len || (call->min_full_attn_len && i >= n - call->min_full_attn_len))
+    if (call->max_attn_len < 0 || i <= call->max_attn_len || (call->min_full_attn_len && i >= n - call->min_full_attn_len))
         return (Sight){0, 0};
     const int64_t low = i - call->max_attn_len;
     return (Sight){least(call->num_oldest_keys, low), low};

@@ -151,7 +151,7 @@ def hstu_decode(
         *sizes,
         form.gate_only,
         form.concat,
-        *(mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys),
+        *(mask.limit, mask.min_full_attn_len, mask.num_oldest_keys),
         form.alpha,
         form.eps,
     )

@@ -136,7 +136,7 @@ def sees(mask: AttentionMask, i: int, j: int, length: int, row: int) -> bool:
         return j < end
     if j >= end or j > i:
         return False
-    if mask.max_attn_len == 0:
+    if mask.max_attn_len is None:
         return True
     shift = max(mask.contextual_len - 1, 0)
     full = mask.min_full_attn_len > 0 and place(mask, i, length, row) >= end - shift - mask.min_full_attn_len
@@ -162,6 +162,9 @@ MASKS = {
     "window": AttentionMask(max_attn_len=4),
     "window, newest see all": AttentionMask(max_attn_len=4, min_full_attn_len=3),
     "window, oldest are seen": AttentionMask(max_attn_len=4, num_oldest_keys=3),
+    "no window, newest see all": AttentionMask(max_attn_len=0, min_full_attn_len=3),
+    "no window, oldest are seen": AttentionMask(max_attn_len=0, num_oldest_keys=3),
+    "nothing but itself": AttentionMask(max_attn_len=0),
     "everything": AttentionMask(
         num_targets_B=torch.tensor([2, 0, 0, 5, 30, 1, 0, 1]),
         contextual_len=2,

@@ -207,7 +207,7 @@ def test_time_buckets_follow_the_formula_at_every_border() -> None:
 def operator_arguments(case: Case) -> tuple[Any, ...]:
     bias: RelativeBias = case.arguments()["bias"]
     mask = case.mask
-    limits = [MAX_LEN, mask.contextual_len, mask.max_attn_len, mask.min_full_attn_len, mask.num_oldest_keys]
+    limits = [MAX_LEN, mask.contextual_len, mask.limit, mask.min_full_attn_len, mask.num_oldest_keys]
     return (
         *(case.tensors[n] for n in ("q", "k", "v")), case.offsets, case.query_offsets, mask.num_targets_B,
         bias.position_weight, bias.time_weight, bias.timestamps_s_L, bias.query_timestamps_s_M, limits, case.alpha,

@@ -22,7 +22,17 @@ MASKS = {
     "causal": CAUSAL,
     "newest see all": AttentionMask(max_attn_len=70, min_full_attn_len=31),
     "oldest are seen": AttentionMask(max_attn_len=70, num_oldest_keys=31),
-    "no window beside oldest keys": AttentionMask(max_attn_len=1, num_oldest_keys=100),
+    "one position beside oldest keys": AttentionMask(max_attn_len=1, num_oldest_keys=100),
+    "no window beside oldest keys": AttentionMask(max_attn_len=0, num_oldest_keys=100),
+    "no window, newest see all": AttentionMask(max_attn_len=0, min_full_attn_len=31),
+    "no window, everything": AttentionMask(
+        num_targets_B=torch.tensor([60, 0, 3, 130]),
+        contextual_len=3,
+        max_attn_len=0,
+        min_full_attn_len=5,
+        num_oldest_keys=17,
+    ),
+    "targets, no window": AttentionMask(num_targets_B=torch.tensor([101, 0, 7, 1]), max_attn_len=0, num_oldest_keys=9),
     "targets": AttentionMask(num_targets_B=torch.tensor([101, 0, 49, 1])),
     "targets behind a window": AttentionMask(num_targets_B=torch.tensor([101, 0, 7, 1]), max_attn_len=50),
     "contextual": AttentionMask(contextual_len=9, max_attn_len=50),
@@ -123,8 +133,9 @@ def num_scores(mask: AttentionMask, length: int) -> int:
         AttentionMask(max_attn_len=256, min_full_attn_len=64),
         AttentionMask(max_attn_len=256, num_oldest_keys=64),
         AttentionMask(max_attn_len=256, contextual_len=4),
+        AttentionMask(max_attn_len=0, num_oldest_keys=64),
     ],
-    ids=["newest see all", "oldest are seen", "contextual"],
+    ids=["newest see all", "oldest are seen", "contextual", "no window"],
 )
 def test_the_tiles_of_a_window_grow_with_the_length_not_with_its_square(mask: AttentionMask) -> None:
     short, middle, long = (num_scores(mask, length) for length in (4096, 8192, 16_384))

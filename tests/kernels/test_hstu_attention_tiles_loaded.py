@@ -37,6 +37,8 @@ MASKS = {
     "window, oldest are seen": AttentionMask(max_attn_len=20, num_oldest_keys=18),
     "window, contextual": AttentionMask(max_attn_len=20, contextual_len=3),
     "window, targets": AttentionMask(max_attn_len=20, num_targets_B=torch.tensor([25])),
+    "no window, newest see all": AttentionMask(max_attn_len=0, min_full_attn_len=18),
+    "no window, oldest are seen": AttentionMask(max_attn_len=0, num_oldest_keys=18),
     "everything": AttentionMask(
         max_attn_len=20,
         min_full_attn_len=5,

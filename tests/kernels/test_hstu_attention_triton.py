@@ -43,6 +43,11 @@ MASKS = {
     "window": AttentionMask(max_attn_len=3),
     "window and full newest queries": AttentionMask(max_attn_len=5, min_full_attn_len=2),
     "window and oldest keys": AttentionMask(max_attn_len=2, num_oldest_keys=3),
+    "no window, full newest queries": AttentionMask(max_attn_len=0, min_full_attn_len=2),
+    "no window, oldest keys": AttentionMask(max_attn_len=0, num_oldest_keys=3),
+    "no window, all else": AttentionMask(
+        num_targets_B=targets(17, 0, 2), contextual_len=3, max_attn_len=0, min_full_attn_len=2, num_oldest_keys=4
+    ),
     "everything": AttentionMask(
         num_targets_B=targets(17, 0, 2), contextual_len=3, max_attn_len=3, min_full_attn_len=2, num_oldest_keys=4
     ),

@@ -110,6 +110,8 @@ ROWS = [(7, 2), (15, 12), (1, 1), (MAX_LEN, 1), (5, 5), (0, 0), (MAX_LEN, 4), (9
         {"mask": AttentionMask(max_attn_len=4)},
         {"mask": AttentionMask(max_attn_len=3, min_full_attn_len=2), "bias": False},
         {"mask": AttentionMask(max_attn_len=2, num_oldest_keys=5)},
+        {"mask": AttentionMask(max_attn_len=0, num_oldest_keys=5)},
+        {"mask": AttentionMask(max_attn_len=0, min_full_attn_len=3)},
     ],
 )
 def test_it_equals_the_layers_one_after_the_other(

@@ -116,7 +116,7 @@ def test_truncated_layers_are_counted_for_what_they_read_and_the_mask_for_what_i
         assert int(segments[1].positions(n_B)) == each * (length - plan.truncated_start(length))
     pairs = int(segments[0].pattern.pairs(segments[0].positions(torch.tensor([12]))))
     tokens = 12 * plan.tokens_per_interaction
-    assert (pairs < tokens * (tokens + 1) // 2) == bool(plan.local_len)
+    assert (pairs < tokens * (tokens + 1) // 2) == (plan.local_len is not None)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS, ULTRA[2]])
@@ -139,6 +139,8 @@ PATTERNS = [
     Pattern(max_attn_len=3, min_full_attn_len=4),
     Pattern(max_attn_len=2, num_oldest_keys=3),
     Pattern(max_attn_len=4, min_full_attn_len=2, num_oldest_keys=5),
+    Pattern(max_attn_len=0, min_full_attn_len=4),
+    Pattern(max_attn_len=0, num_oldest_keys=3),
     Pattern(max_attn_len=50, min_full_attn_len=9, num_oldest_keys=1),
 ]
 

@@ -47,6 +47,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "global_attn": "oldest_keys",
     },
     "local": {"attention": "semi_local", "local_attn_len": 3, "global_attn_len": 0},
+    "no window, newest queries see all": {"attention": "semi_local", "local_attn_len": 0, "global_attn_len": 3},
+    "no window, all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 0,
+        "global_attn_len": 3,
+        "global_attn": "oldest_keys",
+    },
     "truncated": {"truncated_layers": 1, "truncated_len": 5, "truncated_hop": 3},
     "truncated, local": {
         "truncated_layers": 1,
@@ -110,7 +117,7 @@ def dense_visible(plan: EncoderPlan, n: int) -> Tensor:
     """Which of n places before it each of n places sees."""
 
     def sees(i: int, j: int) -> bool:
-        if plan.local_len == 0 or i - j <= plan.local_len:
+        if plan.local_len is None or i - j <= plan.local_len:
             return j <= i
         is_let_off = i >= n - plan.global_len if plan.global_attn == "newest_queries" else j < plan.global_len
         return j <= i and is_let_off
@@ -293,7 +300,11 @@ def test_a_row_longer_than_max_len_is_refused(kind: Any) -> None:
         ({"tokens": "pairs"}, "tokens is 'pairs'"),
         ({"attention": "sparse"}, "attention is 'sparse'"),
         ({"global_attn": "middle"}, "global_attn is 'middle'"),
-        ({"local_attn_len": 0}, "local_attn_len is 0; it must be between 1"),
+        ({"local_attn_len": -1}, "local_attn_len is -1; it must be between 0"),
+        (
+            {"attention": "semi_local", "local_attn_len": 0, "global_attn_len": 0},
+            "local_attn_len and global_attn_len are both 0",
+        ),
         ({"global_attn_len": -1}, "global_attn_len is -1"),
         ({"truncated_layers": 2}, "truncated_layers is 2; it must be between 0 and 1"),
         ({"truncated_layers": 1, "truncated_len": 10}, "truncated_len is 10; it must be between 1 and 9"),
@@ -325,7 +336,7 @@ def test_what_a_kind_leaves_open_is_decided_by_it_and_each_part_can_be_switched_
     ultra = replace(plain, kind="ultra_hstu")
     hstu_plan, ultra_plan = plain.plan(), ultra.plan()
     assert hstu_plan == replace(
-        ultra_plan, tokens="items", has_relative_bias=True, local_len=0, global_len=0, num_truncated=0
+        ultra_plan, tokens="items", has_relative_bias=True, local_len=None, global_len=0, num_truncated=0
     )
     assert (ultra_plan.tokens, ultra_plan.local_len, ultra_plan.global_len) == ("merged", 256, 64)
     assert (ultra_plan.num_truncated, ultra_plan.truncated_len, ultra_plan.truncated_hop) == (2, 512, 64)
@@ -336,7 +347,7 @@ def test_what_a_kind_leaves_open_is_decided_by_it_and_each_part_can_be_switched_
 
 def test_limits_that_no_history_reaches_are_none() -> None:
     short = ModelConfig(kind="ultra_hstu", max_len=64, num_layers=4).plan()
-    assert (short.local_len, short.num_truncated) == (0, 0)
+    assert (short.local_len, short.num_truncated) == (None, 0)
 
 
 def test_encoders_that_differ_in_any_option_do_not_exchange_weights() -> None:

@@ -100,6 +100,13 @@ ULTRA: dict[str, dict[str, Any]] = {
         "global_attn_len": 2,
         "global_attn": "oldest_keys",
     },
+    "no window, newest queries see all": {"attention": "semi_local", "local_attn_len": 0, "global_attn_len": 3},
+    "no window, all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 0,
+        "global_attn_len": 3,
+        "global_attn": "oldest_keys",
+    },
     "truncated": {"truncated_layers": 2, "truncated_len": 6, "truncated_hop": 4},
     "mixture": {"transducers": MIXTURE},
     "mixture of all": {

@@ -54,6 +54,13 @@ ULTRA: dict[str, dict[str, Any]] = {
         "global_attn": "oldest_keys",
     },
     "local": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 0},
+    "no window, newest queries see all": {"attention": "semi_local", "local_attn_len": 0, "global_attn_len": 3},
+    "no window, all see oldest keys": {
+        "attention": "semi_local",
+        "local_attn_len": 0,
+        "global_attn_len": 3,
+        "global_attn": "oldest_keys",
+    },
     "truncated": {"truncated_layers": 2, "truncated_len": 5, "truncated_hop": 3},
     "truncated with each": {"truncated_layers": 1, "truncated_len": 4, "truncated_hop": 1},
     "mixture": {"transducers": MIXTURE},
