@@ -33,7 +33,7 @@ from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
 from online_trainer.drift_config import DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
-from online_trainer.item_content import ItemContent, ItemNews
+from online_trainer.item_content import ItemNews
 from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.label_queue import LabelBatch
 from online_trainer.ledger import Ledger
@@ -42,6 +42,7 @@ from online_trainer.ranking_learner import RankingLearner, RefusedLabels
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
 from online_trainer.stale_replay import StaleReplay
+from online_trainer.told_items import ToldItems
 from online_trainer.vectors_as_of import VectorsAsOf
 from stream.events import EventRules
 
@@ -114,9 +115,7 @@ class OnlineLearner:
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._replay = StaleReplay()
         self._lengths = LengthBalancer.of(config.model, config.loss)
-        self._content = ItemContent(config.items.content_items, config.model.embedding_dim)
-        self.items_read: dict[int, int] = {}
-        """Partition of `items` → next offset to be told of."""
+        self._told = ToldItems(self.model.items, config.items)
         self._admission = Admission(config.items)
         self._action_weights = ActionWeights(config.loss.action_weights, config.actions)
         self._guard = LossGuard(
@@ -148,6 +147,11 @@ class OnlineLearner:
         return self.model.items.num_items
 
     @property
+    def items_read(self) -> dict[int, int]:
+        """Partition of `items` → next offset to be told of."""
+        return self._told.positions
+
+    @property
     def row_precision(self) -> RowPrecision:
         """With which item embeddings are published."""
         return self._config.trainer.row_precision
@@ -175,12 +179,9 @@ class OnlineLearner:
 
     def tell(self, news: Sequence[ItemNews]) -> None:
         """What has been said about items since the last step; those with content and no interaction may get a row."""
-        for one in news:
-            if one.content is not None:
-                self._content.put(one.item_id, one.content)
-            self.items_read[one.partition] = one.offset + 1
+        self._told.hear(news)
         self._admit_cold([one.item_id for one in news if one.content is not None and one.is_available])
-        self._describe(np.unique(np.array([one.item_id for one in news if one.content is not None], np.int64)))
+        self._told.describe(one.item_id for one in news if one.content is not None)
 
     def _admit_cold(self, ids: Sequence[int]) -> None:
         items = self.model.items
@@ -191,21 +192,8 @@ class OnlineLearner:
         num_cold = int((items.trend[: items.num_items] == -torch.inf).sum())
         # Half of the table at most, so that nobody who is interacted with has to make room for them.
         room = min(self._config.items.cold_items - num_cold, self._config.model.max_items // 2 - items.num_items)
-        items.admit(cold[: max(room, 0)], centre_of=self._centre_of, as_of_ms=self.ledger.watermark_ms)
+        items.admit(cold[: max(room, 0)], centre_of=self._told.centre_of, as_of_ms=self.ledger.watermark_ms)
         self.ledger.num_cold += min(max(room, 0), len(cold))
-
-    def _describe(self, ids: NDArray[np.int64]) -> None:
-        """Tell the table what is known about items that have a row."""
-        items = self.model.items
-        if items.content_dim == 0 or len(ids) == 0:
-            return
-        rows = items.lookup(ids)
-        is_known, content = self._content.of(ids)
-        has_row = rows[is_known] >= 0
-        items.describe(rows[is_known][has_row], content[has_row])
-
-    def _centre_of(self, new_ids: NDArray[np.int64], otherwise_D: Tensor) -> Tensor:
-        return self._content.centres(self.model.items, new_ids, otherwise_D)
 
     def _learn(self, new: Interactions) -> None:
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
@@ -248,8 +236,8 @@ class OnlineLearner:
         unknown = self.model.items.lookup(new.item_id) < 0
         ids = new.item_id[unknown]
         admitted = ids[self._admission.admitted(ids, new.event_key[unknown])]
-        self.model.items.admit(admitted, centre_of=self._centre_of)
-        self._describe(np.unique(admitted))
+        self.model.items.admit(admitted, centre_of=self._told.centre_of)
+        self._told.describe(admitted.tolist())
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""
@@ -465,7 +453,7 @@ class OnlineLearner:
         tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
         tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors |= {f"replay.{name}": tensor for name, tensor in self._replay.state().items()}
-        tensors |= {f"content.{name}": tensor for name, tensor in self._content.state().items()}
+        tensors |= {f"content.{name}": tensor for name, tensor in self._told.tensors().items()}
         if self._lengths is not None:
             tensors |= {f"lengths.{name}": tensor for name, tensor in self._lengths.state().items()}
         tensors["generator"] = self._generator.get_state()
@@ -476,8 +464,7 @@ class OnlineLearner:
             "ledger": self.ledger.to_dict(),
             "guard": self._guard.state(),
             "drift": self.drift.state(),
-            "items_read": {str(partition): offset for partition, offset in sorted(self.items_read.items())},
-            "text_encoder": self._config.items.text_encoder,
+            **self._told.state(),
         }
         if self.ranking is not None:
             tensors |= {f"ranking.{name}": tensor for name, tensor in self.ranking.tensors().items()}
@@ -492,23 +479,17 @@ class OnlineLearner:
 
         log_id = self.ledger.log_id
         self.ledger = Ledger.from_dict(checkpoint.state["ledger"])
-        if self.ledger.log_id != log_id:
+        is_same_log = self.ledger.log_id == log_id
+        if not is_same_log:
             logger.warning("the log is now %r, it was %r: reading updates from their start", log_id, self.ledger.log_id)
             self.ledger.continue_with(log_id)
-        else:
-            items_read = checkpoint.state.get("items_read", {})
-            self.items_read = {int(partition): offset for partition, offset in items_read.items()}
         self.model.load_dense_state(part("dense."))
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))
         self.evaluation.load_state(part("metrics."))
         self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._replay.load_state(part("replay."))
-        if checkpoint.state.get("text_encoder", "none") == self._config.items.text_encoder:
-            self._content.load_state(part("content."))
-        else:
-            logger.warning("items.text_encoder has changed: what is said about items is read from its start")
-            self.items_read = {}
+        self._told.load(part("content."), checkpoint.state, is_same_log=is_same_log)
         if self._lengths is not None:
             self._lengths.load_state(part("lengths."))
         self._guard.load_state(checkpoint.state["guard"])

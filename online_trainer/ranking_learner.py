@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from model.recommender import Recommender
 from model.upstream_input import UpstreamVectors
 from online_trainer.action_metrics import ActionMeters, ActionMetrics
 from online_trainer.config import TrainerConfig
-from online_trainer.label_queue import LabelBatch, LabelPosition, LearnedLabels
+from online_trainer.label_account import LabelAccount, LabelBook
+from online_trainer.label_queue import LabelBatch
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
 from online_trainer.quarantine import LossGuard
 from online_trainer.task_meters import TaskMeters, values_in_units
@@ -41,35 +42,6 @@ from online_trainer.value_metrics import ValueMeter, ValueMetrics
 from online_trainer.vectors_as_of import VectorsAsOf
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class LabelAccount:
-    """What has become of the labels read; part of every checkpoint. All count items."""
-
-    log_id: str
-    positions: dict[int, LabelPosition] = field(default_factory=dict)
-    """Partition of `labels` → where to continue."""
-    num_learned: int = 0
-    num_late: int = 0
-    """Of them, corrections of labels that said `not_taken`: learned from, and not measured again."""
-    num_repeated: int = 0
-    """Labels that had been learned from and came again."""
-    num_unlisted: int = 0
-    """Labels of items without a row in the model."""
-    num_quarantined: int = 0
-    """Labels in batches that were set aside."""
-    num_steps: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> LabelAccount:
-        """Read `to_dict`'s form."""
-        positions = {int(number): LabelPosition(**at) for number, at in stored["positions"].items()}
-        return cls(**(stored | {"positions": positions}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +71,7 @@ class RankingLearner:
     ) -> None:
         """vectors: where users' vectors are read for a ranker that reads them; None: nobody has one."""
         assert model.ranking is not None, "there is a ranking head"
-        self.account = LabelAccount(log_id)
+        self._book = LabelBook(log_id, remembered=settings.remembered_labels)
         self._model, self._network, self._hot, self._settings = model, model.ranking, hot, settings
         self._vectors = vectors
         self._optimizer = RecommenderOptimizer(
@@ -111,7 +83,6 @@ class RankingLearner:
             ),
             parameters=model.ranking_parameters(),
         )
-        self._learned = LearnedLabels(settings.remembered_labels)
         tasks = self._network.heads.tasks
         self._meters = ActionMeters(tuple(one.name for one in tasks if one.kind == "bce"), trainer.metrics_window)
         self._values = {one.name: ValueMeter(trainer.metrics_window) for one in tasks if one.kind == "mse"}
@@ -119,6 +90,11 @@ class RankingLearner:
         """Of what was predicted when the items were shown."""
         self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
         self._generator = torch.Generator().manual_seed(trainer.seed)
+
+    @property
+    def account(self) -> LabelAccount:
+        """What has become of the labels, or interactions, read."""
+        return self._book.account
 
     @property
     def learns_from_interactions(self) -> bool:
@@ -137,12 +113,9 @@ class RankingLearner:
 
         Raises StoreUnavailableError with nothing changed.
         """
-        is_new = self._learned.are_new(batch.keys)
+        is_new = self._book.are_new(batch)
         refused = self._learn(batch.items, is_new, batch.served_CK)
-        self._learned.add(batch.keys[is_new])
-        self.account.num_repeated += int((~is_new).sum())
-        self.account.num_late += int((is_new & batch.is_late).sum())
-        self.account.positions.update(batch.positions)
+        self._book.record(batch, is_new)
         return refused
 
     def _learn(
@@ -245,12 +218,7 @@ class RankingLearner:
 
     def status(self) -> dict[str, object]:
         """Counts, JSON-ready."""
-        account = self.account
-        counts = {
-            name.removeprefix("num_"): getattr(account, name)
-            for name in account.__dataclass_fields__
-            if name.startswith("num_")
-        }
+        counts = self.account.counts()
         return counts if self._vectors is None else counts | {"vectors": self._vectors.status()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -261,7 +229,7 @@ class RankingLearner:
         for task, meter in self._values.items():
             held |= {f"values.{task}.{name}": torch.from_numpy(one) for name, one in meter.state().items()}
         return held | {
-            "learned": torch.from_numpy(self._learned.state()),
+            "learned": self._book.keys(),
             "generator": self._generator.get_state(),
         }
 
@@ -275,16 +243,12 @@ class RankingLearner:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
-        log_id = self.account.log_id
-        self.account = LabelAccount.from_dict(state["account"])
-        if self.account.log_id != log_id:
-            self.account = replace(self.account, log_id=log_id, positions={})
+        self._book.load(state["account"], tensors["learned"])
         self._optimizer.load_state_dict(part("optimizer."))
         self._meters.load_state({name: one.numpy() for name, one in part("meters.").items()})
         self.served.load_state({name: one.numpy() for name, one in part("served.").items()})
         for task, meter in self._values.items():
             meter.load_state({name: one.numpy() for name, one in part(f"values.{task}.").items()})
-        self._learned.load_state(tensors["learned"].numpy())
         self._generator.set_state(tensors["generator"])
         self._guard.load_state(state["guard"])
 
