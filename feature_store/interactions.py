@@ -134,6 +134,13 @@ class JaggedHistories:
         """i64[B], the number of interactions in each row."""
         return np.diff(self.offsets)
 
+    def rows(self, part: slice) -> JaggedHistories:
+        """Rows that stand together, as views."""
+        offsets = self.offsets[part.start : part.stop + 1]
+        kept = slice(offsets[0], offsets[-1])
+        columns = {name: column[kept] for name, column in self.columns.items()}
+        return JaggedHistories(user_ids=self.user_ids[part], offsets=offsets - offsets[0], **columns)
+
     @staticmethod
     def empty(user_ids: NDArray[np.int64]) -> JaggedHistories:
         """A row without interactions for every user."""

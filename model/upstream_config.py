@@ -22,6 +22,10 @@ class UpstreamConfig:
     """Numbers in a user's vector (the paper: 2048). The ranker is built for one width."""
     embedding_dim: int = 64
     """Width of the upstream model's own item embeddings and of its tokens."""
+    content: bool = False
+    """What the topic `items` says about items is part of their tokens in histories, and tells where embeddings of new
+    ones start: as of the time when a version is released. Needs items.content_items above 0. Changing it needs a new
+    upstream model."""
     num_layers: int = 4
     """Layers over the history."""
     num_heads: int = 4
@@ -114,7 +118,9 @@ class UpstreamModelConfig:
     def config_hash(self) -> str:
         """sha256 in hex of every field that weights depend on: not max_items, nor how much a loss counts."""
         tasks = [asdict(replace(task, weight=1.0)) for task in self.tasks]
-        counted = {"max_items", "next_item_weight", "num_negatives"}
-        upstream = {name: value for name, value in asdict(self.upstream).items() if name not in counted}
+        others = {"max_items", "next_item_weight", "num_negatives"}
+        if not self.upstream.content:
+            others.add("content")  # weights from before there was this setting stay what they are
+        upstream = {name: value for name, value in asdict(self.upstream).items() if name not in others}
         content = {**self.as_dict(), "upstream": upstream, "tasks": tasks}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,7 @@ from model.action_encoder import ActionEncoderConfig
 from model.action_heads import ActionHeads, ActionLabels
 from model.initial import NORM_EPS, xavier
 from model.item_model import ItemModel
-from model.item_table import ActiveRows, ItemTable
+from model.item_table import CONTENT_DIM, ActiveRows, ItemTable
 from model.llatte import LlatteEncoder, LowRankReadout, RMSNorm, joined_rows, learned_queries
 from model.llatte_tokens import ActionTokens, at_rows
 from model.losses import candidate_log_q, draw_negatives
@@ -101,7 +101,8 @@ class UpstreamModel(ItemModel):
         self.config = config
         upstream, network = config.upstream, config.upstream.network()
         generator = torch.Generator().manual_seed(upstream.seed)
-        self.items = ItemTable(upstream.items())
+        content_dim = CONTENT_DIM if upstream.content else 0
+        self.items = ItemTable(upstream.items(), content_dim=content_dim)
         self.tokens = ActionTokens(
             ActionEncoderConfig(
                 num_actions=config.num_actions,
@@ -109,7 +110,7 @@ class UpstreamModel(ItemModel):
                 value_thresholds=config.value_thresholds,
             ),
             item_dim=upstream.embedding_dim,
-            content_dim=0,
+            content_dim=content_dim,
             generator=generator,
         )
         self.queries = learned_queries(network, generator)
@@ -172,7 +173,7 @@ class UpstreamModel(ItemModel):
         asked_at_ms_L = at_rows(batch.as_of_ms_B, batch.offsets, num_positions)
         x_LD = self.tokens(
             self._embeddings(batch.rows_L, active),
-            None,
+            self.items.content_of(batch.rows_L),
             batch.actions_L,
             batch.values_L,
             (batch.timestamps_ms_L, asked_at_ms_L),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
@@ -40,29 +39,29 @@ def observe_ranks(meter: Meter, read: Callable[[], list[MeasuredRanks]]) -> None
 _ReadActions = Callable[[], Mapping[tuple[str, str], ActionMetrics | ValueMetrics]]
 
 
+def _observe(meter: Meter, name: str, read: _ReadActions, description: str) -> None:
+    def quality(_options: CallbackOptions) -> Iterator[Observation]:
+        for (task, span), metrics in read().items():
+            for metric, value in asdict(metrics).items():
+                if value is not None:
+                    attributes = {"headrace.task": task, "headrace.span": span, "headrace.metric": metric}
+                    yield Observation(value, attributes)
+
+    meter.create_observable_gauge(name, [quality], description=description)
+
+
+def observe_tasks(meter: Meter, read: _ReadActions) -> None:
+    """Publish metrics of what the upstream model predicts of actions and values, just before it learns."""
+    _observe(meter, "headrace.upstream.actions", read, "Prequential metrics of the upstream model's tasks")
+
+
 def observe_actions(meter: Meter, read: _ReadActions, read_served: _ReadActions) -> None:
     """Publish metrics of predicted actions and values by task, span and metric; what is not defined is left out.
 
     read: of predictions just before learning. read_served: of those that were made when the items were shown.
     """
-
-    def quality(_options: CallbackOptions, read: _ReadActions) -> Iterator[Observation]:
-        for (task, span), metrics in read().items():
-            for name, value in asdict(metrics).items():
-                if value is not None:
-                    attributes = {"headrace.task": task, "headrace.span": span, "headrace.metric": name}
-                    yield Observation(value, attributes)
-
-    meter.create_observable_gauge(
-        "headrace.trainer.actions",
-        [partial(quality, read=read)],
-        description="Prequential metrics of predicted actions and values",
-    )
-    meter.create_observable_gauge(
-        "headrace.trainer.actions.served",
-        [partial(quality, read=read_served)],
-        description="The same of predictions as they were served",
-    )
+    _observe(meter, "headrace.trainer.actions", read, "Prequential metrics of predicted actions and values")
+    _observe(meter, "headrace.trainer.actions.served", read_served, "The same of predictions as they were served")
 
 
 def _of(one: MeasuredRanks) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Reads the topic `labels` for the ranking head, beside the updates and behind them."""
+"""Reads the topic `labels` for whoever learns from it, beside the updates and behind them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LabelFeed:
         clock: Clock,
         tasks: tuple[str, ...],
     ) -> None:
-        """tasks: those of the ranking head, whose predictions at the impression are kept."""
+        """tasks: those of the ranking head whose predictions at the impression are kept."""
         self._topic, self._reader, self._clock = log.topics.labels, log.reader(), clock
         self._max_pending_items = max_pending_items
         self._queue = LabelQueue(positions, batch_items=batch_items, tasks=tasks)
@@ -61,7 +61,7 @@ class LabelFeed:
         """
         if updates_up_to_ms is not None:
             self._queue.release(updates_up_to_ms, num_read)
-        if self._queue.num_pending >= self._max_pending_items:
+        if self.is_full:
             return
         try:
             records = await self._reader.poll(timeout_ms=0, max_records=_RECORDS_PER_POLL)
@@ -81,6 +81,11 @@ class LabelFeed:
             self.num_lost += offset - expected
             logger.error("%d records of %s/%d were deleted unread", offset - expected, self._topic, partition)
         self._next[partition] = offset + 1
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more are read until some are taken."""
+        return self._queue.num_pending >= self._max_pending_items
 
     def forget(self, user_ids: tuple[int, ...], announced_ms: int) -> None:
         """See LabelQueue."""

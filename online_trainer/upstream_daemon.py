@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import Final, TypeVar
 
 from opentelemetry import metrics
@@ -23,7 +24,12 @@ from model.errors import SnapshotError
 from online_trainer.batching import LagRule, MicroBatch, MicroBatcher
 from online_trainer.checkpoint import read_newest_checkpoint, write_checkpoint
 from online_trainer.errors import CheckpointError
+from online_trainer.instruments import observe_tasks
+from online_trainer.item_feed import ItemFeed
+from online_trainer.label_feed import LabelFeed
+from online_trainer.label_queue import LabelBatch
 from online_trainer.look_ahead import forgotten_ahead
+from online_trainer.text_content import text_encoder
 from online_trainer.upstream_learner import UpstreamLearner
 from online_trainer.upstream_parts import UpstreamParts
 from online_trainer.vector_keeper import VectorKeeper
@@ -51,7 +57,14 @@ class UpstreamDaemon:
         max_len = parts.model_config.upstream.max_len
         hot_config = HotHistoriesConfig(max_len=max_len, budget_bytes=parts.config.history_bytes)
         hot = HotHistories(parts.store, hot_config)
-        self._learner = UpstreamLearner(parts.model_config, parts.config, hot, log_id=parts.log.log_id)
+        self._learner = UpstreamLearner(
+            parts.model_config,
+            parts.config,
+            hot,
+            log_id=parts.log.log_id,
+            ranking=parts.ranking,
+            items=parts.items,
+        )
         checkpoint = read_newest_checkpoint(parts.checkpoint_root, config_hash=parts.model_config.config_hash())
         if checkpoint is not None:
             self._learner.load_checkpoint(checkpoint)
@@ -66,6 +79,7 @@ class UpstreamDaemon:
                 max_interactions=parts.config.learn_interactions,
             ),
         )
+        self._labels, self._feed = self._label_feed(), self._item_feed()
         self._keeper = VectorKeeper(parts)
         self._blocked_by: str | None = "starting"
         self._retry_s = RETRY_FIRST_S
@@ -74,15 +88,38 @@ class UpstreamDaemon:
         self._checkpoint_s, self._checkpointed_step = now_s, self._learner.ledger.num_steps
         self._prune_s = now_s
         self._waiting_batch: MicroBatch | None = None
+        self._waiting_labels: LabelBatch | None = None
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="upstream")
         meter = metrics.get_meter("headrace.upstream")
         self._learned = meter.create_counter("headrace.upstream.interactions", unit="{interaction}")
+        self._labels_learned = meter.create_counter("headrace.upstream.labels", unit="{label}")
+        observe_tasks(meter, self._learner.measured)
+
+    def _label_feed(self) -> LabelFeed | None:
+        """None where nothing is learned from labels."""
+        parts, learner = self._parts, self._learner
+        if self._config.learn_share == 0 or not learner.learns_from_labels:
+            return None
+        return LabelFeed(
+            parts.log,
+            learner.labels.positions,
+            batch_items=parts.ranking.batch_items,
+            max_pending_items=parts.ranking.max_pending_items,
+            clock=parts.clock,
+            tasks=(),
+        )
+
+    def _item_feed(self) -> ItemFeed | None:
+        """None where content is not read. ValueError for a text encoder that is not installed."""
+        if self._config.learn_share == 0 or self._learner.items_read is None:
+            return None
+        return ItemFeed(self._parts.log, self._parts.clock, text_encoder(self._parts.items.text_encoder))
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work until `stopping` is set, then checkpoint. Raises LogResetError and UpstreamFencedError."""
         reader = self._parts.log.reader()
         try:
-            for start in (self._parts.log.create_topics, reader.start):
+            for start in self._starting(reader):
                 if not await start_when_available(
                     start, what="upstream", stopping=stopping, on_failure=self._note_problem
                 ):
@@ -93,8 +130,18 @@ class UpstreamDaemon:
             await self._in_compute_thread(self._checkpoint)
         finally:
             self._blocked_by = "stopped"
-            await reader.stop()
+            for one in (reader, self._labels, self._feed):
+                if one is not None:
+                    await one.stop()
             self._compute.shutdown(wait=True)
+
+    def _starting(self, reader: LogReader) -> list[Callable[[], Awaitable[None]]]:
+        starts: list[Callable[[], Awaitable[None]]] = [self._parts.log.create_topics, reader.start]
+        if self._labels is not None:
+            starts.append(self._labels.start)
+        if self._feed is not None:
+            starts += [self._feed.start, partial(self._feed.begin, self._learner.items_read or {})]
+        return starts
 
     def _note_problem(self, problem: str) -> None:
         self._blocked_by = problem
@@ -115,7 +162,11 @@ class UpstreamDaemon:
         starts = self._starts(numbers, given_up[0])
         for ahead in await forgotten_ahead(log, starts):
             self._batcher.forget(ahead.partition, ahead.user_ids, ahead.offset)
+            if self._labels is not None:
+                self._labels.forget(ahead.user_ids, ahead.timestamp_ms)
         await reader.assign(starts)
+        if self._labels is not None:
+            await self._labels.assign()
         return True
 
     def _starts(self, numbers: list[int], given_up: dict[int, int]) -> dict[PartitionId, Start]:
@@ -142,6 +193,7 @@ class UpstreamDaemon:
                 continue
             if self._keeper.is_behind():
                 self._bound_learning()
+                self._bound_labels()
             elif not await self._attempt(self._work_aside, stopping):
                 continue
             await self._keep_house(stopping)
@@ -158,11 +210,17 @@ class UpstreamDaemon:
             if update.forgotten:
                 self._batcher.forget(record.partition, update.forgotten, record.offset)
                 self._learner.forget(update.forgotten)
+                if self._labels is not None:
+                    self._labels.forget(update.forgotten, record.timestamp_ms)
             self._batcher.read_up_to(record.partition, record.offset)
             if self._config.learn_share > 0:
                 self._batcher.add(update, record.offset, record.headers)
-        if not self._batcher.num_pending:
+        if not self._batcher.num_pending and not self._labels_are_due():
             self._learn_from_s = max(self._learn_from_s, now_s + _LEARN_WAIT_S)
+        if self._feed is not None:
+            await self._feed.read()
+        if self._labels is not None:
+            await self._labels.read(updates_up_to_ms=await reader.read_up_to_ms(), num_read=self._batcher.num_read)
 
     def _work_aside(self) -> None:
         """What can wait: fill a part of a new version, a step of learning, release what was learned; blocking."""
@@ -170,31 +228,67 @@ class UpstreamDaemon:
             self._keeper.fill()
         if self._may_learn():
             self._learn()
+        else:
+            self._bound_labels()
         if self._release_is_due():
             self._release()
 
     def _may_learn(self) -> bool:
         now_s = self._parts.clock.monotonic_s()
-        return self._config.learn_share > 0 and self._batcher.num_pending > 0 and now_s >= self._learn_from_s
+        has_any = self._batcher.num_pending > 0 or self._labels_are_due()
+        return self._config.learn_share > 0 and has_any and now_s >= self._learn_from_s
+
+    @property
+    def _num_taken(self) -> int:
+        """Interactions taken by steps or passed over, since this daemon was made."""
+        return self._batcher.num_read - self._batcher.num_pending
+
+    def _labels_are_due(self) -> bool:
+        if self._waiting_labels is not None:
+            return True
+        return self._labels is not None and self._labels.is_due(self._num_taken)
 
     def _learn(self) -> None:
-        """One step, if there is a batch; afterwards a pause in proportion to the time that it took."""
+        """A step of interactions and one of labels, if there are; then a pause in proportion to the time they took."""
         started_s = self._parts.clock.monotonic_s()
-        if (batch := self._waiting_batch or self._batcher.take()) is None:
-            return
-        self._waiting_batch = batch  # should the store turn out to be away
-        self._learner.step(batch)
-        self._waiting_batch = None
-        fail_point("upstream.learned")
-        self._learned.add(len(batch.interactions))
+        if (batch := self._waiting_batch or self._batcher.take()) is not None:
+            self._waiting_batch = batch  # should the store turn out to be away
+            if self._feed is not None and (news := self._feed.due(batch.log_time_ms())):
+                self._learner.tell(news)
+            self._learner.step(batch)
+            self._waiting_batch = None
+            fail_point("upstream.learned")
+            self._learned.add(len(batch.interactions))
+        self._learn_labels()
         now_s = self._parts.clock.monotonic_s()
         self._learn_from_s = now_s + (now_s - started_s) * (1 / self._config.learn_share - 1)
+
+    def _learn_labels(self) -> None:
+        """One step, if labels are there whose histories have been learned from."""
+        batch = self._waiting_labels
+        if batch is None and self._labels is not None:
+            batch = self._labels.take(self._num_taken)
+        if batch is None:
+            return
+        self._waiting_labels = batch
+        self._learner.learn_labels(batch)
+        self._waiting_labels = None
+        fail_point("upstream.labels_learned")
+        self._labels_learned.add(len(batch.items))
 
     def _bound_learning(self) -> None:
         """While vectors are behind, what waits to be learned from must not fill memory."""
         if self._batcher.is_behind() and (batch := self._waiting_batch or self._batcher.take()) is not None:
             self._waiting_batch = None
             self._learner.pass_over(batch)
+
+    def _bound_labels(self) -> None:
+        """Where more labels come than there is time for, those that waited longest are passed over."""
+        if self._labels is None:
+            return
+        while self._labels.is_full and (batch := self._waiting_labels or self._labels.take(self._num_taken)):
+            self._waiting_labels = None
+            self._learner.pass_over_labels(batch)
 
     def _release_is_due(self) -> bool:
         versions, config = self._keeper.versions, self._config
@@ -264,4 +358,6 @@ class UpstreamDaemon:
     def status(self) -> dict[str, object]:
         """Counts, versions, metrics and freshness, JSON-ready."""
         learning = {"learning": self._learner.status(), "metrics": self._learner.summary()}
+        if self._labels is not None:
+            learning["label_feed"] = dict(self._labels.status())
         return self._keeper.status() | learning

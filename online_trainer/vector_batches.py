@@ -74,7 +74,7 @@ def compute(model: UpstreamModel, version: int, current: CurrentHistories, *, ma
     as_of_ms = histories.event_time_ms[histories.offsets[1:][rows] - 1]
     parts = [
         model.user_vectors(_user_batch(model, histories, rows[part], as_of_ms[part])).numpy()
-        for part in _parts(histories.lengths()[rows], max_tokens)
+        for part in parts_within(histories.lengths()[rows], max_tokens)
     ]
     vector = np.concatenate(parts) if parts else np.empty((0, model.config.upstream.width), np.float32)
     is_sound = np.isfinite(vector).all(1)
@@ -106,7 +106,7 @@ def compute_all(
     return {version: compute(model, version, current, max_tokens=max_tokens) for version, model in models.items()}
 
 
-def _parts(lengths: Int64s, max_tokens: int) -> Iterator[slice]:
+def parts_within(lengths: Int64s, max_tokens: int) -> Iterator[slice]:
     """Slices of users with at most max_tokens interactions together; a user with more is alone."""
     start, tokens = 0, 0
     for place, length in enumerate(lengths.tolist()):

@@ -130,6 +130,8 @@ def upstream(settings: Settings) -> int:
     """Run the upstream daemon until it is told to stop; returns the exit code."""
     from feature_store.config import UserVectorsConfig
     from kernels.host_memory import keep_freed_memory
+    from model.ranking_settings import RankingSettings
+    from online_trainer.config import ItemsConfig
     from online_trainer.upstream_daemon import UpstreamDaemon
     from online_trainer.upstream_parts import UpstreamParts
     from online_trainer.upstream_settings import UpstreamDaemonConfig
@@ -157,6 +159,8 @@ def upstream(settings: Settings) -> int:
                 mode=config.mode,
                 actions=settings.get(EventRules).actions,
                 vectors=settings.get(UserVectorsConfig),
+                ranking=settings.get(RankingSettings),
+                items=settings.get(ItemsConfig),
             )
         )
         report.of(daemon.ready, daemon.status)

@@ -200,6 +200,12 @@ def _refuse_upstream(configs: Mapping[str, Any]) -> None:
         daemon.action_mask(events.actions)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+    upstream, items = configs.get("upstream"), configs.get("items")
+    if upstream is not None and items is not None and upstream.content and not items.content_items:
+        raise SettingsError(
+            "upstream.content is on and items.content_items is 0, so that nothing would be known about any item: raise "
+            "items.content_items, or set upstream.content to false"
+        )
     if not daemon.is_on:
         return
     if ranking is not None and ranking.kind != "llatte":

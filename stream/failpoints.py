@@ -41,6 +41,7 @@ FAIL_POINTS: Final = (
     "upstream.computed",
     "upstream.written",
     "upstream.committed",
+    "upstream.labels_learned",
     "upstream.learned",
     "upstream.version_written",
     "upstream.version_begun",

@@ -18,6 +18,7 @@ from feature_store.errors import StoreUnavailableError
 from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from model.action_heads import ActionTask
+from model.ranking_settings import RankingSettings
 from model.snapshot import load_snapshot
 from model.swap import apply_snapshot
 from model.upstream_config import UpstreamConfig, UpstreamModelConfig
@@ -54,6 +55,8 @@ CONFIG = UpstreamModelConfig(
     num_actions=32,
 )
 
+FROM_INTERACTIONS = RankingSettings(tasks=("click",), learn_from="interactions")
+
 
 @dataclass
 class Site:
@@ -65,7 +68,13 @@ class Site:
     stream: Interactions = field(default_factory=lambda: walks(2_000))
     num_happened: int = 0
 
-    def daemon(self, *, config: UpstreamModelConfig = CONFIG, **settings: Any) -> UpstreamDaemon:
+    def daemon(
+        self,
+        *,
+        config: UpstreamModelConfig = CONFIG,
+        ranking: RankingSettings = FROM_INTERACTIONS,
+        **settings: Any,
+    ) -> UpstreamDaemon:
         given: dict[str, Any] = {
             "debounce_ms": 0,
             "batch_users": 8,
@@ -86,6 +95,7 @@ class Site:
                 checkpoint_root=self.root / "checkpoints",
                 clock=WallClock(),
                 actions=("click",),
+                ranking=ranking,
             )
         )
 
@@ -110,7 +120,7 @@ class Site:
         self.num_happened += count
         return happened
 
-    def check(self) -> int:
+    def check(self, config: UpstreamModelConfig = CONFIG) -> int:
         """Every user has its vector, made of all that its history holds, by the version in effect; which that is."""
         states = self.store.user_states
         users = states.users_after(-1, limit=10_000)
@@ -119,7 +129,7 @@ class Site:
         assert found.is_there.all()
         np.testing.assert_array_equal(found.next_seq, current.next_seq)
         (version,) = set(found.version.tolist())
-        model = UpstreamModel(CONFIG)
+        model = UpstreamModel(config)
         apply_snapshot(model, load_snapshot(self.root / "snapshots", "default-upstream", version))
         expected = compute(model, version, current, max_tokens=10**6).vectors
         np.testing.assert_allclose(found.vector, expected.vector, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """SIGKILL of the upstream daemon at each fail point, with a real broker, a real database and real processes.
 
 In the end every user has the vector of its whole history, made by the version in effect: computed anew and compared.
+Every label has been learned from once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stream.events import EventRules
 from tests.faults.installation import Daemon
 from tests.feature_store.databases import migrated_database
 from tests.ops.test_kill import LearningInstallation, ingest_everything
+from tests.ops.test_kill_labels import ITEMS, NUM_LABELS, write_labels
 
 pytestmark = [pytest.mark.kill, pytest.mark.timeout(300)]
 
@@ -54,6 +56,7 @@ def installation(
     ):
         made.environment |= {
             "HEADRACE_RANKING__TASKS": '["rating"]',
+            "HEADRACE_RANKING__BATCH_ITEMS": "16",
             "HEADRACE_UPSTREAM_DAEMON__DEBOUNCE_MS": "50",
             "HEADRACE_UPSTREAM_DAEMON__BATCH_USERS": "8",
             "HEADRACE_UPSTREAM_DAEMON__FIRST_VERSION_INTERACTIONS": "300",
@@ -108,6 +111,26 @@ def test_killed_while_it_learns_and_releases_a_version_it_serves_one_that_is_who
         installation.start("upstream", fail_point=fail_point).expect_kill(fail_point)
     daemon = installation.start("upstream")
     installation.wait(lambda: is_up_to_date(daemon, interactions=400), "computing every vector")
+    daemon.stop()
+    assert_every_vector_is_right(installation)
+
+
+def test_killed_between_labels_it_learns_each_of_them_once(installation: LearningInstallation) -> None:
+    installation.send(400)
+    ingest_everything(installation)
+    write_labels(installation)
+    for fail_point in ("upstream.labels_learned:3", "trainer.checkpoint_written:1", "upstream.labels_learned:5"):
+        installation.start("upstream", fail_point=fail_point).expect_kill(fail_point)
+    daemon = installation.start("upstream")
+
+    def labels() -> dict[str, Any]:
+        return (daemon.status() or {"learning": {}})["learning"].get("labels") or {}
+
+    installation.wait(lambda: labels().get("learned") == ITEMS * NUM_LABELS, "learning every label")
+    installation.wait(lambda: is_up_to_date(daemon, interactions=400), "computing every vector")
+    assert labels()["repeated"] == ITEMS * NUM_LABELS // 5
+    assert daemon.status()["label_feed"] == {"pending": 0, "unreadable": 0, "forgotten": 0, "lost": 0}
+    assert daemon.status()["metrics"]["rating.lifetime.count"] == ITEMS * NUM_LABELS
     daemon.stop()
     assert_every_vector_is_right(installation)
 
