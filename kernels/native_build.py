@@ -27,13 +27,18 @@ _SECONDS_MAX = 120
 
 
 @cache
-def native_library(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | None:
+def native_library(
+    source: Path, defines: tuple[str, ...], *, holds_interpreter: bool = False
+) -> ctypes.CDLL | None:
     """The library of a C source, compiled now if it never was on this machine; None, said in the log, if it cannot be.
 
-    defines: as in ``-D``. Takes about a second the first time, in any process of this user, and a millisecond later.
+    defines: as in ``-D``. holds_interpreter: calls keep Python's lock, for those that take microseconds: a thread that
+    lets go of it may wait for milliseconds until it has it again. Takes about a second the first time, in any process of
+    this user, and a millisecond later.
     """
     try:
-        return ctypes.CDLL(str(_compiled(source, defines)))
+        library = str(_compiled(source, defines))
+        return ctypes.PyDLL(library) if holds_interpreter else ctypes.CDLL(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("%s is not compiled, its kernel takes its slower form: %s", source.name, _reason(error))
         return None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -97,11 +98,12 @@ class ItemChooser:
         return max(query.k, self._config.diversity_pool) if query.diversity else query.k
 
     def _chosen(self, query: RecommendQuery, best: TopK, number: int) -> BestItems:
-        scores_P, rows_P = best.scores_BK[number, : self._pool(query)], best.rows_BK[number, : self._pool(query)]
-        is_item_P = scores_P.isfinite()  # nothing else is left
+        pool = self._pool(query)
+        scores_P, rows_P = best.scores_BK[number, :pool].numpy(), best.rows_BK[number, :pool].numpy()
+        is_item_P = np.isfinite(scores_P)  # nothing else is left
         scores_P, rows_P = scores_P[is_item_P], rows_P[is_item_P]
         if query.diversity and len(rows_P):
-            unit_PD = self._weights.catalogue().unit_VD[rows_P]
-            chosen_K = diversified(scores_P, unit_PD, query.k, diversity=query.diversity)
+            unit_PD = self._weights.catalogue().unit_VD[torch.from_numpy(rows_P)]
+            chosen_K = diversified(torch.from_numpy(scores_P), unit_PD, query.k, diversity=query.diversity).numpy()
             scores_P, rows_P = scores_P[chosen_K], rows_P[chosen_K]
-        return BestItems(rows_P.numpy(), scores_P.numpy())
+        return BestItems(rows_P, scores_P)

@@ -1,17 +1,31 @@
-"""Exact top k on the CPU, a chunk of rows at a time: only scores that may be among the best are made keys of.
+"""Exact top k on the CPU, a chunk of rows at a time: torch multiplies, C (select.c) finds the best of the scores.
 
-Shapes: B queries, V catalogue rows, R of them in a chunk, H of those that may be among the best (N of all queries
-together), D width, K rows wanted, X rows left out.
+Shapes: B queries, V catalogue rows, R of them in a chunk, D width, K rows wanted, X rows left out.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from kernels.jagged import row_index
+from kernels.native_build import native_library
 from kernels.top_k.keys import LEFT_OUT, empty_keys, keys_of, read_keys
 from kernels.top_k.reference import score
+
+_SOURCE = Path(__file__).with_name("select.c")
+
+
+class _Chunk(ctypes.Structure):
+    """``Chunk`` of select.c, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("scores", "excluded_offsets", "excluded", "left_out", "best")),
+        *((name, ctypes.c_int64) for name in ("num_queries", "num_rows", "k", "first_row")),
+    ]  # fmt: skip
 
 
 def top_k_cpu(
@@ -24,78 +38,56 @@ def top_k_cpu(
     excluded: tuple[Tensor, Tensor] | None = None,
     rows_per_chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """scores_BK and rows_BK of ``top_k``. excluded: (query_X, row_X), int64."""
+    """scores_BK and rows_BK of ``top_k``. excluded: offsets, int64[B + 1], and row_X, int64."""
     num_items, best_BK = item_VD.shape[0], empty_keys(u_BD.shape[0], k, 0, u_BD.device)
-    if 0 < k < num_items <= rows_per_chunk and (found := _all_different(u_BD, item_VD, k, scale, offset_V, excluded)):
-        return found
-    for start in range(0, num_items if best_BK.numel() else 0, rows_per_chunk):
-        end = min(start + rows_per_chunk, num_items)
-        scores_BR = score(u_BD, item_VD[start:end], scale, None if offset_V is None else offset_V[start:end])
-        left_out = None
-        if excluded is not None:
-            query_X, row_X = excluded
-            inside_X = (row_X >= start) & (row_X < end)
-            left_out = query_X[inside_X], row_X[inside_X] - start
-        keys_BH = _better_keys(scores_BR, start, best_BK, left_out)
-        best_BK = torch.cat([best_BK, keys_BH], 1).topk(k, dim=1).values
-    return read_keys(best_BK)
-
-
-def _all_different(
-    u_BD: Tensor,
-    item_VD: Tensor,
-    k: int,
-    scale: Tensor,
-    offset_V: Tensor | None,
-    excluded: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor] | None:
-    """The answer where the k + 1 best scores of every query are different finite numbers: then it needs no keys."""
-    scores_BV = score(u_BD, item_VD, scale, offset_V)
+    library = native_library(_SOURCE, (), holds_interpreter=True)
     if excluded is not None:
-        query_X, row_X = excluded
-        inside_X = (row_X >= 0) & (row_X < item_VD.shape[0])
-        scores_BV[query_X[inside_X], row_X[inside_X]] = -torch.inf
-    best = scores_BV.topk(k + 1, dim=1)
-    values = best.values.numpy()  # few numbers: each operation of torch would cost more than it does
-    if not np.isfinite(values).all() or (values[:, 1:] >= values[:, :-1]).any():
-        return None
-    return best.values[:, :k], best.indices[:, :k]
+        excluded = _checked(*excluded)
+    for start in range(0, num_items if best_BK.numel() else 0, rows_per_chunk):
+        part = slice(start, min(start + rows_per_chunk, num_items))
+        scores_BR = score(u_BD, item_VD[part], scale, None if offset_V is None else offset_V[part])
+        if library is None:
+            best_BK = _better_keys(best_BK, scores_BR, start, excluded)
+        else:
+            _take(library, best_BK, scores_BR, start, excluded)
+    return read_keys(best_BK) if library is None else _read(library, best_BK)
 
 
-def _better_keys(scores_BR: Tensor, first_row: int, best_BK: Tensor, left_out: tuple[Tensor, Tensor] | None) -> Tensor:
-    """int64[B, H]: the keys of a chunk that may be among the best; H is R only where they cannot be told by scores.
-
-    left_out: (query, place in the chunk). The scores are overwritten.
-    """
-    worst_B1, worst_rows_B1 = read_keys(best_BK[:, -1:])
-    has_best = not bool(worst_B1.isnan().any() or (worst_rows_B1 < 0).any())
-    if left_out is not None and has_best:
-        scores_BR[left_out] = -torch.inf
-    # Rows come in ascending order: one that only equals the worst of the best is too late.
-    better_BR = scores_BR > worst_B1 if has_best else _not_below_the_kth(scores_BR, best_BK.shape[1], left_out)
-    if better_BR is None:
-        keys_BR = keys_of(scores_BR, torch.arange(first_row, first_row + scores_BR.shape[1]))
-        if left_out is not None:
-            keys_BR[left_out] = LEFT_OUT
-        return keys_BR
-    query_N, place_N = better_BR.nonzero(as_tuple=True)
-    num_better_B = torch.bincount(query_N, minlength=scores_BR.shape[0])
-    first_B = num_better_B.cumsum(0) - num_better_B
-    keys_BH = empty_keys(scores_BR.shape[0], 0, int(num_better_B.max()), scores_BR.device)
-    order_N = torch.arange(query_N.shape[0]) - first_B[query_N]
-    keys_BH[query_N, order_N] = keys_of(scores_BR[query_N, place_N], place_N + first_row)
-    return keys_BH
+def _checked(offsets: Tensor, row_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous; ValueError for what would make the C code read elsewhere."""
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != row_X.shape[0] or bounds != sorted(bounds):
+        raise ValueError(f"offsets of excluded must ascend from 0 to its {row_X.shape[0]} rows")
+    return offsets.contiguous(), row_X.contiguous()
 
 
-def _not_below_the_kth(scores_BR: Tensor, k: int, left_out: tuple[Tensor, Tensor] | None) -> Tensor | None:
-    """bool[B, R]: the k best of this chunk and what equals the last of them; None if they cannot be told like that.
+def _take(
+    library: ctypes.CDLL, best_BK: Tensor, scores_BR: Tensor, start: int, excluded: tuple[Tensor, Tensor] | None
+) -> None:
+    scores_BR = scores_BR.contiguous()
+    num_queries, num_rows = scores_BR.shape
+    left_out = torch.empty(num_queries, (num_rows + 63) // 64, dtype=torch.int64)
+    offsets, row_X = (None, None) if excluded is None else excluded
+    tensors = (scores_BR, offsets, row_X, left_out, best_BK)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    chunk = _Chunk(*pointers, num_queries, num_rows, best_BK.shape[1], start)
+    library.top_k_take(ctypes.byref(chunk))
 
-    left_out: (query, place in the chunk).
-    """
-    if scores_BR.shape[1] < k or bool(scores_BR.isnan().any()):
-        return None
-    kept_BR = scores_BR if left_out is None else scores_BR.index_put(left_out, scores_BR.new_tensor(-torch.inf))
-    kth_B1 = kept_BR.topk(k, dim=1).values[:, -1:]
-    if not bool(kth_B1.isfinite().all()):  # what is left out could not be told from what scores -inf
-        return None
-    return kept_BR >= kth_B1
+
+def _read(library: ctypes.CDLL, best_BK: Tensor) -> tuple[Tensor, Tensor]:
+    scores_BK, rows_BK = torch.empty(best_BK.shape), torch.empty_like(best_BK)
+    sizes = (ctypes.c_int64(size) for size in best_BK.shape)
+    best, scores, rows = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (best_BK, scores_BK, rows_BK))
+    library.top_k_read(best, *sizes, scores, rows)
+    return scores_BK, rows_BK
+
+
+def _better_keys(best_BK: Tensor, scores_BR: Tensor, start: int, excluded: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The same without a compiler: keys of all scores of the chunk, and torch's ``topk`` of them."""
+    num_rows = scores_BR.shape[1]
+    keys_BR = keys_of(scores_BR, torch.arange(start, start + num_rows))
+    if excluded is not None:
+        query_X, row_X = row_index(excluded[0], excluded[1].shape[0]), excluded[1]
+        inside_X = (row_X >= start) & (row_X < start + num_rows)
+        keys_BR[query_X[inside_X], row_X[inside_X] - start] = LEFT_OUT
+    return torch.cat([best_BK, keys_BR], 1).topk(best_BK.shape[1], dim=1).values

@@ -68,10 +68,8 @@ def top_k(
     implementation = choose(kernel, u_BD.device, has_cpu_path=True)
     if implementation == "triton" and u_BD.dtype == torch.float64:
         raise ValueError("u_BD and item_VD are float64; kernel='triton' takes float32 or smaller: use 'reference'")
-    query_X, row_X = None, None
-    if excluded is not None:
-        query_X, row_X = row_index(excluded.offsets, excluded.num_values), excluded.values
-    scores_BK, rows_BK = _top_k(u_BD, item_VD, k, scale, offset_V, query_X, row_X, rows_per_chunk, implementation)
+    offsets, row_X = (None, None) if excluded is None else (excluded.offsets, excluded.values)
+    scores_BK, rows_BK = _top_k(u_BD, item_VD, k, scale, offset_V, offsets, row_X, rows_per_chunk, implementation)
     return TopK(scores_BK=scores_BK, rows_BK=rows_BK)
 
 
@@ -82,18 +80,20 @@ def _top_k(
     k: int,
     scale: Tensor,
     offset: Tensor | None,
-    excluded_query: Tensor | None,
-    excluded_row: Tensor | None,
+    excluded_offsets: Tensor | None,
+    excluded_rows: Tensor | None,
     rows_per_chunk: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     excluded = None
-    if excluded_query is not None and excluded_row is not None:
-        excluded = (excluded_query, excluded_row)
-    if implementation == "reference":
-        return top_k_reference(u, item, k, scale=scale, offset_V=offset, excluded=excluded)
+    if excluded_offsets is not None and excluded_rows is not None:
+        excluded = (excluded_offsets, excluded_rows)
     if implementation == "cpu":
         return top_k_cpu(u, item, k, scale=scale, offset_V=offset, excluded=excluded, rows_per_chunk=rows_per_chunk)
+    if excluded is not None:
+        excluded = (row_index(excluded[0], excluded[1].shape[0]), excluded[1])
+    if implementation == "reference":
+        return top_k_reference(u, item, k, scale=scale, offset_V=offset, excluded=excluded)
     from kernels.top_k.triton_kernels import top_k_triton  # noqa: PLC0415 - needs triton, an optional package
 
     return top_k_triton(u, item, k, scale=scale, offset_V=offset, excluded=excluded, rows_per_chunk=rows_per_chunk)
@@ -106,8 +106,8 @@ def _fake(
     k: int,
     scale: Tensor,
     offset: Tensor | None,
-    excluded_query: Tensor | None,
-    excluded_row: Tensor | None,
+    excluded_offsets: Tensor | None,
+    excluded_rows: Tensor | None,
     rows_per_chunk: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:

@@ -171,13 +171,30 @@ def test_keys_order_and_keep_every_float(values: list[float]) -> None:
     assert torch.equal(got_scores, scores.sort(descending=True).values)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [1, 7, 64, 1000])
+def test_c_and_torch_find_the_same_rows_among_many_equal_scores(
+    rows_per_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, excluded = make_inputs((4, 300, 40))
+    tensors["item_VD"][[3, 70, 299]] = torch.nan
+    tensors["offset_V"][[5, 6, 200]] = torch.tensor([torch.inf, -torch.inf, torch.inf])
+    arguments: dict[str, Any] = {"excluded": excluded, "rows_per_chunk": rows_per_chunk, "kernel": "cpu"}
+    for k in (1, 40, 400):
+        compiled = top_k(**tensors, k=k, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr("kernels.top_k.cpu.native_library", lambda *_, **__: None)
+            without = top_k(**tensors, k=k, **arguments)
+        assert torch.equal(compiled.rows_BK, without.rows_BK)
+        assert torch.equal(compiled.scores_BK.nan_to_num(nan=7e9), without.scores_BK.nan_to_num(nan=7e9))
+
+
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS)
 def test_the_operator_keeps_the_contract_of_custom_operators(kernel: KernelName) -> None:
     tensors, excluded = make_inputs((3, 23, 5))
     device = device_of(kernel)
     u, item, offset = (tensors[name].to(device) for name in ("u_BD", "item_VD", "offset_V"))
-    query, rows = excluded.row_index().to(device), excluded.values.to(device)
-    arguments = (u, item, 5, torch.tensor(2.0, device=device), offset, query, rows, 16, kernel)
+    offsets, rows = excluded.offsets.to(device), excluded.values.to(device)
+    arguments = (u, item, 5, torch.tensor(2.0, device=device), offset, offsets, rows, 16, kernel)
     torch.library.opcheck(torch.ops.headrace.top_k.default, arguments)
 
 
@@ -211,6 +228,10 @@ WRONG: dict[str, dict[str, Any]] = {
     "scale must be": {"scale": torch.zeros(1)},
     "rows_per_chunk is 0": {"rows_per_chunk": 0},
     "excluded must hold int64": {"excluded": JaggedTensor.of([torch.zeros(2)] * 3)},
+    "offsets of excluded must ascend from 0 to its 2 rows": {
+        "kernel": "cpu",
+        "excluded": JaggedTensor(values=torch.zeros(2).long(), offsets=torch.tensor([0, 3, 1, 2]), max_len=3),
+    },
     "excluded has 2 rows": {"excluded": JaggedTensor.of([torch.zeros(2, dtype=torch.int64)] * 2)},
     "float64; kernel='triton'": {
         "u_BD": torch.zeros(3, 6).double(), "item_VD": torch.zeros(23, 6).double(), "kernel": "triton",
