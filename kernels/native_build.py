@@ -27,14 +27,12 @@ _SECONDS_MAX = 120
 
 
 @cache
-def native_library(
-    source: Path, defines: tuple[str, ...], *, holds_interpreter: bool = False
-) -> ctypes.CDLL | None:
+def native_library(source: Path, defines: tuple[str, ...], *, holds_interpreter: bool = False) -> ctypes.CDLL | None:
     """The library of a C source, compiled now if it never was on this machine; None, said in the log, if it cannot be.
 
     defines: as in ``-D``. holds_interpreter: calls keep Python's lock, for those that take microseconds: a thread that
-    lets go of it may wait for milliseconds until it has it again. Takes about a second the first time, in any process of
-    this user, and a millisecond later.
+    lets go of it may wait for milliseconds until it has it again. Takes about a second the first time, in any process
+    of this user, and a millisecond later.
     """
     try:
         library = str(_compiled(source, defines))

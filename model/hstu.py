@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -235,6 +235,32 @@ def _recomputed(
     return second(attended_LG, u_LG, x_LD, again=again)[0]
 
 
+class _Decoder(NamedTuple):
+    """Layers as ``hstu_decode`` takes them."""
+
+    weights: list[LayerWeights]
+    form: LayerForm
+    mask: AttentionMask
+
+    @classmethod
+    def of(cls, layers: list[HSTULayer], mask: AttentionMask) -> _Decoder | None:
+        """None: there are no such layers."""
+        if not layers:
+            return None
+        config = layers[0].config  # truncated layers have a max_len of their own
+        form = LayerForm(
+            heads=config.num_heads,
+            attention_dim=config.attention_dim,
+            hidden_dim=config.hidden_dim,
+            max_len=config.max_len,
+            alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
+            eps=NORM_EPS,
+            gate_only=config.gate_only_activation,
+            concat=config.concat_output,
+        )
+        return cls([layer.weights() for layer in layers], form, mask)
+
+
 class HSTU(nn.Module):
     """The layers over jagged rows of embeddings, and what comes before the first one.
 
@@ -333,7 +359,7 @@ class HSTU(nn.Module):
         times_s = (times_ms[0] // 1000, times_ms[1] // 1000)
         asked_s = (times_s[0], times_s[1][kept.new_M])
         x_MD: Tensor = self.input(item_MD, known_M, kept.offsets, asked_s, places_L=kept.places_M, dropout=None)
-        x_MD = self._extended(self._whole(), x_MD, asked_s, kept, mask=mask, kernel=kernel)
+        x_MD = self._extended(x_MD, asked_s, kept, truncated=False, mask=mask, kernel=kernel)
         if not self.plan.num_truncated:
             return x_MD
         newest = kept.newest
@@ -341,60 +367,58 @@ class HSTU(nn.Module):
         x_MD, own = newest.put(x_MD), newest.kept
         asked_s = (times_s[0][newest.places_W], times_s[1][newest.places_W[own.new_M]])
         mask = self._mask(num_targets_B, longest=self.plan.truncated_len)
-        return self._extended(self._truncated(), x_MD, asked_s, own, mask=mask, kernel=kernel)
+        return self._extended(x_MD, asked_s, own, truncated=True, mask=mask, kernel=kernel)
 
     def _extended(
         self,
-        layers: Iterable[HSTULayer],
         x_MD: Tensor,
         times_s: tuple[Tensor, Tensor],
         kept: KeyValues,
         *,
+        truncated: bool,
         mask: AttentionMask,
         kernel: KernelName,
     ) -> Tensor:
-        """x_MD behind these layers, whose keys and values are the ones kept."""
-        if kernel == "auto" and takes(mask) and self._decodes(x_MD):
-            return self._decoded(list(layers), x_MD, times_s, kept, mask)
-        for number, layer in enumerate(layers):
+        """x_MD behind the layers that read all, or the truncated ones, whose keys and values are the ones kept."""
+        if kernel == "auto" and takes(mask) and self.decodes(x_MD.shape[0], x_MD.dtype):
+            return self.decoded(x_MD, times_s, kept, truncated=truncated)
+        for number, layer in enumerate(self._truncated() if truncated else self._whole()):
             x_MD = layer(x_MD, kept.offsets, times_s, mask=mask, dropout=None, kernel=kernel, kept=(kept, number))
         return x_MD
 
-    def _decodes(self, x_MD: Tensor) -> bool:
+    def decodes(self, num_new: int, dtype: torch.dtype) -> bool:
         """Whether compiled code for one position at a time is there, and faster than all at once."""
         config = self.config
         width = 2 * config.num_heads * (config.hidden_dim + config.attention_dim)
-        is_small = x_MD.shape[0] * config.embedding_dim * width <= _PRODUCTS_MAX
-        return is_small and is_available(x_MD.dtype, x_MD.device)
+        is_small = num_new * config.embedding_dim * width <= _PRODUCTS_MAX
+        return is_small and is_available(dtype, self.input.position_embedding.device)
 
-    def _decoded(
-        self,
-        layers: list[HSTULayer],
-        x_MD: Tensor,
-        times_s: tuple[Tensor, Tensor],
-        kept: KeyValues,
-        mask: AttentionMask,
+    def decoded(
+        self, x_MD: Tensor, times_s: tuple[Tensor, Tensor], kept: KeyValues, *, truncated: bool = False
     ) -> Tensor:
-        config = layers[0].config  # truncated layers have a max_len of their own
+        """x_MD behind the layers that read all of a history, or the truncated ones, by compiled code.
+
+        times_s: of the L positions, and of the M queries. Where ``decodes`` says so, and nothing is a target.
+        """
+        decoder = self._decoders[truncated]
+        assert decoder is not None, "there are such layers"
+        query_offsets = kept.offsets if kept.query_offsets is None else kept.query_offsets
         return hstu_decode(
             x_MD,
             kept.layers,
-            [layer.weights() for layer in layers],
+            decoder.weights,
             offsets=kept.offsets,
-            query_offsets=kept.offsets if kept.query_offsets is None else kept.query_offsets,
+            query_offsets=query_offsets,
             times_s=times_s,
-            form=LayerForm(
-                heads=config.num_heads,
-                attention_dim=config.attention_dim,
-                hidden_dim=config.hidden_dim,
-                max_len=config.max_len,
-                alpha=config.attention_dim**-0.5 if config.scaled_scores else 1.0,
-                eps=NORM_EPS,
-                gate_only=config.gate_only_activation,
-                concat=config.concat_output,
-            ),
-            mask=mask,
+            form=decoder.form,
+            mask=decoder.mask,
         )
+
+    @cached_property
+    def _decoders(self) -> tuple[_Decoder | None, _Decoder | None]:
+        """Of the layers that read all, and of the truncated ones; they see the parameters, whatever these become."""
+        mask = self._mask(None, longest=self.plan.truncated_len)
+        return _Decoder.of(list(self._whole()), self._mask(None)), _Decoder.of(list(self._truncated()), mask)
 
     def truncated_starts(self, lengths_B: Tensor) -> Tensor:
         """int64[B]: the first place of histories of these lengths that the truncated layers read."""

@@ -34,6 +34,7 @@ from model.mixture import TransducerMixture
 from model.recommender import Recommender, take_items
 from model.token_hstu import Acts, TokenHSTU
 from model.transducers import read_by
+from model.user_decoding import decode_newest, decodes
 
 Int64s = NDArray[np.int64]
 
@@ -42,9 +43,10 @@ Int64s = NDArray[np.int64]
 class UserState:
     """Keys and values of the P settled positions of one history, and what they were computed from.
 
-    inputs_IP: int64[I, P], item row, time and query time of each position, and, where they are read, its actions and
-    the bits of its value. layers: float[layers, P, W], of the layers that read all of the history. newest: of those
-    that read the newest of it, where there are any. Two tokens of one position stand side by side.
+    inputs_IP: int64[I, P], all that keys and values of a position depend on besides the positions before it: item row,
+    time and query time, and, where they are read, its actions and the bits of its value. layers: float[layers, P, W],
+    of the layers that read all of the history. newest: of those that read the newest of it, where there are any. Two
+    tokens of one position stand side by side.
     """
 
     inputs_IP: Int64s
@@ -101,7 +103,7 @@ class EncodedUsers:
     """
 
     u_BD: Tensor
-    states: list[KeptState]
+    states: Sequence[KeptState]
     num_reused_B: list[int]
     num_computed_B: list[int]
 
@@ -131,16 +133,52 @@ def encode_newest(
     *,
     kernel: KernelName = "auto",
 ) -> EncodedUsers:
+    """``encode_users`` of a batch. Equal to ``Recommender.encode`` at ``batch.last_positions()``, up to rounding."""
+    columns = [batch.rows_L, batch.timestamps_ms_L, batch.query_times_ms_L]
+    if recommender.config.reads_actions:
+        acts = recommender.acts_of(batch)
+        columns += [acts.actions_L, acts.values_L.view(torch.int32).long()]
+    inputs_IL = torch.stack(columns).numpy()
+    inputs = [inputs_IL[:, start:end] for start, end in pairwise(batch.offsets.tolist())]
+    return encode_users(recommender, inputs, known, kernel=kernel)
+
+
+def user_inputs(
+    config: ModelConfig,
+    rows: Int64s,
+    times_ms: Int64s,
+    asked_ms: int,
+    actions: NDArray[np.uint32],
+    values: NDArray[np.float32],
+) -> Int64s:
+    """int64[I, n]: what ``encode_users`` takes of one history, oldest first, when its user asks at asked_ms.
+
+    rows: int64[n], -1 for items that the table does not hold. actions: a bit each. values: NaN where unknown.
+    """
+    inputs_In = np.empty((5 if config.reads_actions else 3, len(rows)), np.int64)
+    inputs_In[0], inputs_In[1], inputs_In[2, :-1] = rows, times_ms, times_ms[1:]
+    # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
+    inputs_In[2, -1:] = np.maximum(times_ms[-1:], asked_ms)
+    if config.reads_actions:
+        inputs_In[3], inputs_In[4] = actions, values.view(np.int32)
+    return inputs_In
+
+
+def encode_users(
+    recommender: Recommender,
+    inputs: Sequence[Int64s],
+    known: Sequence[KeptState | None],
+    *,
+    kernel: KernelName = "auto",
+) -> EncodedUsers:
     """The newest state of each of B users, none without interactions, from what is known of them and what is new.
 
-    known: of each user, what an earlier call with the same weights and item rows returned, or None. Equal to
-    ``Recommender.encode`` at ``batch.last_positions()``, up to rounding. ValueError unless ``keeps_user_states``.
+    inputs: ``user_inputs`` of each. known: of each user, what an earlier call with the same weights and item rows
+    returned, or None. ValueError unless ``keeps_user_states``.
     """
     if not keeps_user_states(recommender.config):
         raise ValueError("this encoder's states change with the time of the request (model.time_embedding, kind)")
     encoder = recommender.encoder
-    inputs_IL = _inputs(recommender, batch)
-    inputs = [inputs_IL[:, start:end] for start, end in pairwise(batch.offsets.tolist())]
     if isinstance(encoder, TransducerMixture):
         return _encode_mixed(recommender, encoder, inputs, known, kernel)
     assert isinstance(encoder, HSTU | TokenHSTU), "checked by keeps_user_states"
@@ -201,30 +239,23 @@ def _encode_rows(
 ) -> EncodedUsers:
     """Of users, each with at least one interaction, by one encoder."""
     users = [_User.of(one, own, encoder.plan) for one, own in zip(known, inputs, strict=True)]
-    u_BD = torch.empty(len(inputs), recommender.config.embedding_dim)
-    states: dict[int, UserState] = {}
     # Rows that are all new are computed apart: attention is faster where every position has a query.
-    for has_known in (False, True):
-        places = [place for place, user in enumerate(users) if (user.num_reused > 0) == has_known]
-        if places:
-            part = [users[place] for place in places]
-            u_BD[torch.tensor(places)], found = _encode(recommender, encoder, part, kernel)
-            states |= zip(places, found, strict=True)
+    parts = [[place for place, user in enumerate(users) if (user.num_reused > 0) == has] for has in (False, True)]
+    if all(parts) or not users:
+        u_BD = torch.empty(len(inputs), recommender.config.embedding_dim)
+        of_place: dict[int, UserState] = {}
+        for places in parts:
+            u_BD[torch.tensor(places)], found = _encode(recommender, encoder, [users[at] for at in places], kernel)
+            of_place |= zip(places, found, strict=True)
+        states = [of_place[place] for place in range(len(users))]
+    else:
+        u_BD, states = _encode(recommender, encoder, users, kernel)
     return EncodedUsers(
         u_BD=u_BD,
-        states=[states[place] for place in range(len(users))],
+        states=states,
         num_reused_B=[user.num_reused for user in users],
         num_computed_B=[user.num_interactions - user.num_reused for user in users],
     )
-
-
-def _inputs(recommender: Recommender, batch: HistoryBatch) -> Int64s:
-    """int64[I, L]: all that the keys and values of a position depend on besides the positions before."""
-    columns = [batch.rows_L, batch.timestamps_ms_L, batch.query_times_ms_L]
-    if recommender.config.reads_actions:
-        acts = recommender.acts_of(batch)
-        columns += [acts.actions_L, acts.values_L.view(torch.int32).long()]
-    return torch.stack(columns).numpy()
 
 
 def _acts(inputs_IL: Tensor) -> Acts:
@@ -261,7 +292,13 @@ def _encode(
     """u_BD and states of users of whom nothing is reused, or something of each."""
     core, each = (encoder, 1) if isinstance(encoder, HSTU) else (encoder.encoder, encoder.each)
     kept = _key_values(core, users, each)
-    inputs_IL = torch.from_numpy(np.concatenate([user.inputs_In for user in users], axis=1))
+    num_new = kept.new_M.shape[0]
+    if isinstance(encoder, HSTU) and decodes(core, num_new, kernel):
+        new_IM = _joined([user.inputs_In[:, user.num_reused :] for user in users])
+        times_ms_L = _joined([user.inputs_In[1] for user in users])
+        u_BD = decode_newest(core, recommender.items.weight, new_IM, times_ms_L, kept)
+        return u_BD, _settled(users, kept, encoder.plan.num_unsettled, each)
+    inputs_IL = torch.from_numpy(_joined([user.inputs_In for user in users]))
     num_new_B = torch.tensor([user.num_interactions - user.num_reused for user in users])
     inputs_IM = inputs_IL[:, kept.new_M[::each] // each]
     rows_M, times_ms = inputs_IM[0], (inputs_IL[1], inputs_IL[2])
@@ -274,6 +311,10 @@ def _encode(
         num_new_B = torch.tensor([user.num_interactions - user.start - user.num_newest_reused for user in users])
     u_BD = functional.normalize(x_MD[each * num_new_B.cumsum(0) - 1], dim=1, eps=NORM_EPS)
     return u_BD, _settled(users, kept, encoder.plan.num_unsettled, each)
+
+
+def _joined(parts: Sequence[Int64s]) -> Int64s:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def _key_values(core: HSTU, users: Sequence[_User], each: int) -> KeyValues:

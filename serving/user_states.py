@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.batch import HistoryBatch
-from model.user_state import KeptState, encode_newest, keeps_user_states, window_len
+from model.user_state import KeptState, encode_users, keeps_user_states, user_inputs, window_len
 from serving.config import ServingConfig
 from serving.weights import ServedWeights, WeightsInfo
 
@@ -109,13 +109,15 @@ class UserEncoder:
 
     def encode(self, readings: Sequence[Reading], now_ms: int) -> Tensor:
         """u_UD: the state of each when its user asks at `now_ms`. Weights must be loaded."""
-        batch = _history_batch(readings, now_ms)
         if not self._is_keeping:
+            batch = _history_batch(readings, now_ms)
             return self._weights.recommender.encode(batch)[batch.last_positions()]
         info, cache = self._weights.info, self.cache
         assert info is not None, "no weights are loaded"
         known = [None if one.user_id is None else cache.get(one.user_id, info) for one in readings]
-        found = encode_newest(self._weights.recommender, batch, known)
+        config = self._weights.config
+        inputs = [user_inputs(config, one.rows, one.times_ms, now_ms, one.actions, one.values) for one in readings]
+        found = encode_users(self._weights.recommender, inputs, known)
         cache.num_positions_reused += sum(found.num_reused_B)
         cache.num_positions_computed += sum(found.num_computed_B)
         for reading, state, num_reused in zip(readings, found.states, found.num_reused_B, strict=True):
