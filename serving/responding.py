@@ -50,7 +50,7 @@ async def respond(
         attributes={
             "http.request.method": request.method,
             "http.route": route,
-            "url.scheme": request.url.scheme,
+            "url.scheme": request.scope["scheme"],
             "headrace.request.id": request_id,
         },
     ) as span:
@@ -73,7 +73,8 @@ async def respond(
                 ended["error.type"] = str(status_code)
             span.set_attributes(ended)
             # Within the span: its trace is the example of how long requests take.
-            asked = {"http.request.method": request.method, "http.route": route, "url.scheme": request.url.scheme}
+            scheme = request.scope["scheme"]
+            asked = {"http.request.method": request.method, "http.route": route, "url.scheme": scheme}
             worker.instruments.request_done(route, outcome, worker.clock.monotonic_s() - started_s, asked | ended)
     response.headers["x-request-id"] = request_id
     return response
