@@ -46,11 +46,11 @@ INLINE void product(const int R, const int N, REAL *c, int64_t ldc, const REAL *
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++)
-            sum[r][v] = add ? *(vec *)(c + r * ldc + v * LANES) : (vec){0};
+            sum[r][v] = add ? *(loose *)(c + r * ldc + v * LANES) : (vec){0};
     for (int64_t l = 0; l < length; l++) {
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) {
-            const vec b_v = *(const vec *)(b + l * ldb + v * LANES);
+            const vec b_v = *(const loose *)(b + l * ldb + v * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
                 sum[r][v] += a[r * ar + l * al] * b_v;
@@ -60,7 +60,7 @@ INLINE void product(const int R, const int N, REAL *c, int64_t ldc, const REAL *
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++)
-            *(vec *)(c + r * ldc + v * LANES) = sum[r][v];
+            *(loose *)(c + r * ldc + v * LANES) = sum[r][v];
 }
 
 /* The same for up to ROWS rows and any number of vectors. */

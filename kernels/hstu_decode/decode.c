@@ -40,7 +40,7 @@ INLINE int64_t keys_to(int64_t max_len) { return vectors(max_len) * LANES; }
 /* Scratch of a call in numbers of REAL, for rows of at most num_new new positions. */
 int64_t hstu_decode_scratch(int64_t D, int64_t heads, int64_t A, int64_t V, int64_t max_len, int64_t num_new)
 {
-    return (num_new + ROWS) * (D + 2 * heads * (A + V)) + 4 * heads * V + 2 * keys_to(max_len) + 8 * LANES +
+    return (num_new + ROWS) * (D + 2 * heads * (A + V)) + ROWS * 4 * heads * V + 2 * ROWS * (keys_to(max_len) + LANES) +
            (num_new >= MANY ? heads * A * keys_to(max_len) : 0);
 }
 
@@ -143,7 +143,9 @@ static void fill_bias(const Call *call, const Layer *layer, REAL *bias, const in
     *bucket = c;
 }
 
-/* Where the parts of a call are kept. normed and entered: of all new positions of a row. */
+INLINE int64_t score_stride(const Call *call) { return keys_to(call->max_len) + LANES; }
+
+/* Where the parts of a call are kept. normed and entered: of all new positions of a row; the others: of ROWS. */
 typedef struct {
     REAL *normed, *entered, *o, *y, *bias, *score, *kT;
 } Scratch;
@@ -154,10 +156,10 @@ static Scratch scratch_of(const Call *call, int64_t num_new)
     Scratch s = {.entered = call->scratch}; /* first, since whole vectors of it are written */
     s.normed = s.entered + (num_new + ROWS) * entered_width(call);
     s.o = s.normed + (num_new + ROWS) * call->D;
-    s.y = s.o + G;
-    s.bias = s.y + 3 * G;
-    s.score = s.bias + keys_to(call->max_len) + LANES;
-    s.kT = num_new >= MANY ? s.score + keys_to(call->max_len) + LANES : NULL;
+    s.y = s.o + ROWS * G;
+    s.bias = s.y + ROWS * 3 * G;
+    s.score = s.bias + ROWS * score_stride(call);
+    s.kT = num_new >= MANY ? s.score + ROWS * score_stride(call) : NULL;
     return s;
 }
 
@@ -174,17 +176,14 @@ static void enter(const Call *call, const Layer *layer, const Row *row, const Sc
     const int64_t D = call->D, G = call->heads * call->V, QK = call->heads * call->A, E = entered_width(call);
     for (int64_t m = 0; m < row->num_new; m++)
         normalise(s->normed + m * D, row->x + m * D, D, (REAL)call->eps, layer->input_scale, layer->input_shift);
-    const int is_whole = E % LANES == 0 && (uintptr_t)layer->uvqk % VECTOR_BYTES == 0 &&
-                         (uintptr_t)s->entered % VECTOR_BYTES == 0;
-    for (int64_t m = 0; m < row->num_new; m += ROWS) {
-        const int64_t num = least(ROWS, row->num_new - m);
-        if (is_whole) {
-            rows_product(s->entered + m * E, E, s->normed + m * D, D, 1, layer->uvqk, E, num, E / LANES, D, 0);
-            continue;
-        }
-        memset(s->entered + m * E, 0, sizeof(REAL) * num * E);
-        for (int64_t r = m; r < m + num; r++)
-            add_product(s->entered + r * E, s->normed + r * D, layer->uvqk, E, D, E);
+    if (E % LANES == 0)
+        for (int64_t m = 0; m < row->num_new; m += ROWS)
+            rows_product(s->entered + m * E, E, s->normed + m * D, D, 1, layer->uvqk, E, least(ROWS, row->num_new - m),
+                         E / LANES, D, 0);
+    else {
+        memset(s->entered, 0, sizeof(REAL) * row->num_new * E);
+        for (int64_t m = 0; m < row->num_new; m++)
+            add_product(s->entered + m * E, s->normed + m * D, layer->uvqk, E, D, E);
     }
     if (!call->gate_only)
         silu(s->entered, row->num_new * E, 1);
@@ -202,57 +201,90 @@ static void enter(const Call *call, const Layer *layer, const Row *row, const Sc
                 s->kT[w * keys_to(call->max_len) + j] = row->kept[j * (QK + G) + w];
 }
 
-/* o += attention of one query over the keys [from, to) of its row, of one head. */
-static void attend(const Call *call, const Row *row, const Scratch *s, REAL *o, const REAL *q, int64_t head, int64_t from,
-                   int64_t to, int has_bias)
+/* o += attention of the queries of new positions m, m + 1, ... over the keys [from[r], to[r]) of their row, of one head. */
+static void attend(const Call *call, const Row *row, const Scratch *s, int64_t m, int64_t num, int64_t head,
+                   const int64_t *from, const int64_t *to, const REAL *bias)
 {
-    const int64_t stride = call->heads * (call->A + call->V), A = call->A, ld = keys_to(call->max_len);
-    const REAL *k = row->kept + head * A, *v = row->kept + call->heads * A + head * call->V;
+    const int64_t A = call->A, V = call->V, G = call->heads * V, stride = call->heads * (A + V);
+    const int64_t ld = keys_to(call->max_len), score_ld = score_stride(call), E = entered_width(call);
+    const REAL *q = s->entered + m * E + 2 * G + head * A, *k = row->kept + head * A;
+    const REAL *v = row->kept + call->heads * A + head * V;
     const REAL alpha = (REAL)call->alpha;
-    REAL *score = s->score;
-    if (s->kT) {
-        memset(score + from, 0, sizeof(REAL) * (to - from));
-        add_product(score + from, q, s->kT + head * A * ld + from, ld, A, to - from);
-    } else {
-        for (int64_t j = from; j < to; j++)
-            score[j] = dot(q, k + j * stride, A);
+    int64_t low = from[0], high = to[0];
+    for (int64_t r = 1; r < num; r++) {
+        low = least(low, from[r]);
+        high = -least(-high, -to[r]);
     }
-    for (int64_t j = from; j < to; j++)
-        score[j] = alpha * score[j] + (has_bias ? s->bias[j] : 0);
-    silu(score + from, to - from, (REAL)call->max_len);
-    add_product(o, score + from, v + from * stride, stride, to - from, call->V);
+    low = low / LANES * LANES; /* so that whole vectors end where a row of kT does */
+    if (high <= low)
+        return;
+    if (s->kT)
+        rows_product(s->score + low, score_ld, q, E, 1, s->kT + head * A * ld + low, ld, num, vectors(high - low), A, 0);
+    else
+        for (int64_t r = 0; r < num; r++)
+            for (int64_t j = from[r]; j < to[r]; j++)
+                s->score[r * score_ld + j] = dot(q + r * E, k + j * stride, A);
+    for (int64_t r = 0; r < num; r++) {
+        REAL *score = s->score + r * score_ld;
+        for (int64_t j = from[r]; j < to[r]; j++)
+            score[j] = alpha * score[j] + (bias ? bias[r * score_ld + j] : 0);
+        silu(score + from[r], to[r] - from[r], (REAL)call->max_len);
+        if (num == 1 || V % LANES) {
+            add_product(s->o + r * G + head * V, score + from[r], v + from[r] * stride, stride, to[r] - from[r], V);
+            continue;
+        }
+        for (int64_t j = low; j < from[r]; j++)
+            score[j] = 0;
+        for (int64_t j = to[r]; j < high; j++)
+            score[j] = 0;
+    }
+    if (num > 1 && V % LANES == 0)
+        rows_product(s->o + head * V, G, s->score + low, score_ld, 1, v + low * stride, stride, num, V / LANES, high - low,
+                     1);
 }
 
-/* x of the new position m becomes the next layer's. */
-static void leave(const Call *call, const Layer *layer, const Row *row, const Scratch *s, int64_t m)
+/* x of the new positions m, m + 1, ..., at most ROWS of them, become the next layer's. */
+static void leave(const Call *call, const Layer *layer, const Row *row, const Scratch *s, int64_t m, int64_t num)
 {
-    const int64_t D = call->D, G = call->heads * call->V, i = row->n - row->num_new + m;
-    const REAL *u = s->entered + m * entered_width(call), *q = u + 2 * G;
-    REAL *x = row->x + m * D, *gated = call->concat ? s->y + 2 * G : s->y;
-    const Sight seen = sight(call, i, row->n);
-    const int has_bias = layer->time_weight != NULL;
-    int64_t bucket = 0;
-    if (has_bias) {
-        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m], seen.low, i + 1, &bucket);
-        fill_bias(call, layer, s->bias, row->key_times_s, i, row->query_times_s[m], 0, seen.oldest, &bucket);
-    }
-    memset(s->o, 0, sizeof(REAL) * G);
-    for (int64_t head = 0; head < call->heads; head++) {
-        REAL *o = s->o + head * call->V;
-        attend(call, row, s, o, q + head * call->A, head, 0, seen.oldest, has_bias);
-        attend(call, row, s, o, q + head * call->A, head, seen.low, i + 1, has_bias);
-    }
-    normalise(gated, s->o, G, (REAL)call->eps, layer->output_scale, layer->output_shift);
-    for (int64_t w = 0; w < G; w++)
-        gated[w] *= u[w];
-    if (call->concat)
-        for (int64_t w = 0; w < G; w++) {
-            s->y[w] = u[w];
-            s->y[G + w] = s->o[w];
+    const int64_t D = call->D, G = call->heads * call->V, Y = call->concat ? 3 * G : G;
+    const REAL *bias = layer->time_weight ? s->bias : NULL;
+    int64_t first[ROWS] = {0}, oldest[ROWS], low[ROWS], after[ROWS];
+    for (int64_t r = 0; r < num; r++) {
+        const int64_t i = row->n - row->num_new + m + r;
+        const Sight seen = sight(call, i, row->n);
+        oldest[r] = seen.oldest;
+        low[r] = seen.low;
+        after[r] = i + 1;
+        if (bias) {
+            REAL *own = s->bias + r * score_stride(call);
+            int64_t bucket = 0;
+            fill_bias(call, layer, own, row->key_times_s, i, row->query_times_s[m + r], low[r], i + 1, &bucket);
+            fill_bias(call, layer, own, row->key_times_s, i, row->query_times_s[m + r], 0, oldest[r], &bucket);
         }
-    for (int64_t d = 0; d < D; d++)
-        x[d] += layer->output_bias[d];
-    add_product(x, s->y, layer->output, D, call->concat ? 3 * G : G, D);
+    }
+    memset(s->o, 0, sizeof(REAL) * num * G);
+    for (int64_t head = 0; head < call->heads; head++) {
+        attend(call, row, s, m, num, head, first, oldest, bias);
+        attend(call, row, s, m, num, head, low, after, bias);
+    }
+    for (int64_t r = 0; r < num; r++) {
+        const REAL *u = s->entered + (m + r) * entered_width(call), *o = s->o + r * G;
+        REAL *y = s->y + r * Y, *gated = y + Y - G, *x = row->x + (m + r) * D;
+        normalise(gated, o, G, (REAL)call->eps, layer->output_scale, layer->output_shift);
+        for (int64_t w = 0; w < G; w++)
+            gated[w] *= u[w];
+        if (call->concat)
+            for (int64_t w = 0; w < G; w++) {
+                y[w] = u[w];
+                y[G + w] = o[w];
+            }
+        for (int64_t d = 0; d < D; d++)
+            x[d] += layer->output_bias[d];
+        if (D % LANES)
+            add_product(x, y, layer->output, D, Y, D);
+    }
+    if (D % LANES == 0)
+        rows_product(row->x + m * D, D, s->y, Y, 1, layer->output, D, num, D / LANES, Y, 1);
 }
 
 void hstu_decode_run(const Call *call)
@@ -269,8 +301,8 @@ void hstu_decode_run(const Call *call)
         for (int64_t l = 0; l < call->num_layers; l++) {
             row.kept = call->kept + (l * call->num_positions + first) * width;
             enter(call, call->layers + l, &row, &s);
-            for (int64_t m = 0; m < row.num_new; m++)
-                leave(call, call->layers + l, &row, &s, m);
+            for (int64_t m = 0; m < row.num_new; m += ROWS)
+                leave(call, call->layers + l, &row, &s, m, least(ROWS, row.num_new - m));
         }
     }
 }

@@ -21,6 +21,8 @@ from kernels.hstu_attention.native import bucket_from_s
 from kernels.native_build import native_library
 
 _SOURCE = Path(__file__).with_name("decode.c")
+_SHORT = 8
+"""New positions that take so little time that no other thread needs the interpreter meanwhile."""
 _POINTERS_OF_A_LAYER = (
     "uvqk", "output", "output_bias", "input_scale", "input_shift", "output_scale", "output_shift", "position_weight",
     "time_weight",
@@ -130,7 +132,8 @@ def hstu_decode(
     """
     if not takes(mask):
         raise ValueError("hstu_decode takes no targets and no contextual positions: go through the layers instead")
-    library = _library(x_MD.dtype) if x_MD.device.type == "cpu" else None
+    is_short = x_MD.shape[0] <= _SHORT
+    library = _library(x_MD.dtype, holds_interpreter=is_short) if x_MD.device.type == "cpu" else None
     if library is None:
         raise KernelUnavailableError("hstu_decode is for a CPU, and needs a C compiler: go through the layers instead")
     x_MD = x_MD.contiguous().clone()
@@ -203,8 +206,9 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    library = native_library(_SOURCE, (f"REAL_BITS={torch.finfo(dtype).bits}",))
+def _library(dtype: torch.dtype, *, holds_interpreter: bool = False) -> ctypes.CDLL | None:
+    defines = (f"REAL_BITS={torch.finfo(dtype).bits}",)
+    library = native_library(_SOURCE, defines, holds_interpreter=holds_interpreter)
     if library is not None:
         library.hstu_decode_scratch.restype = ctypes.c_int64
     return library
