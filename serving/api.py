@@ -57,7 +57,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Api(FastAPI):
-    """FastAPI that documents bodies which are not pydantic models too, and answers what is asked most without detours."""
+    """FastAPI that documents bodies which are not pydantic models, and answers what is asked most without detours."""
 
     direct: dict[str, Handler]
     """By path: handlers of POST that need nothing of what the framework does around a handler, a quarter of the event
