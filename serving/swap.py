@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -293,6 +294,9 @@ class HotSwapper:
 
     def _apply(self, prepared: PreparedSwap) -> float:
         """In the model thread. Returns for how long it answered nothing."""
+        # The event loop, if it waits for the interpreter, has its turn now: it would take it in the middle of the swap
+        # once it has waited for 5 ms.
+        time.sleep(0)
         started_s = self._clock.monotonic_s()
         self._weights.swap(prepared)
         return self._clock.monotonic_s() - started_s

@@ -180,10 +180,11 @@ def test_c_and_torch_find_the_same_rows_among_many_equal_scores(
     tensors["offset_V"][[5, 6, 200]] = torch.tensor([torch.inf, -torch.inf, torch.inf])
     arguments: dict[str, Any] = {"excluded": excluded, "rows_per_chunk": rows_per_chunk, "kernel": "cpu"}
     for k in (1, 40, 400):
-        compiled = top_k(**tensors, k=k, **arguments)
+        asked: dict[str, Any] = tensors | arguments | {"k": k}
+        compiled = top_k(**asked)
         with monkeypatch.context() as patch:
             patch.setattr("kernels.top_k.cpu.native_library", lambda *_, **__: None)
-            without = top_k(**tensors, k=k, **arguments)
+            without = top_k(**asked)
         assert torch.equal(compiled.rows_BK, without.rows_BK)
         assert torch.equal(compiled.scores_BK.nan_to_num(nan=7e9), without.scores_BK.nan_to_num(nan=7e9))
 
