@@ -34,6 +34,8 @@ class ColumnMapping:
     """Number that comes with the event: a rating, watch seconds."""
     value_scale: float = 1.0
     """What a value is multiplied by: 0.001 makes seconds of milliseconds."""
+    surface: str | None = None
+    """Where it happened: what producers send under `events.surface_key`. Texts or whole numbers."""
     event_id: str | None = None
     """Identity of an event; without it the row number is the identity."""
     action: str | None = None
@@ -60,5 +62,5 @@ class ColumnMapping:
     @property
     def wanted(self) -> tuple[str, ...]:
         """The columns that are read, each once."""
-        named = (self.user, self.item, self.time, self.arrival, self.value, self.event_id, self.action)
+        named = (self.user, self.item, self.time, self.arrival, self.value, self.surface, self.event_id, self.action)
         return tuple(dict.fromkeys(name for name in named if name is not None))

@@ -30,6 +30,9 @@ class RecordedColumns:
     value: str | None = None
     """Optional number that comes with the event: a rating, watch seconds."""
 
+    surface: str | None = None
+    """Where it happened, as text or whole number: sent under `ReplayConfig.surface_key`."""
+
     event_id: str | None = None
     """Identity of an event; without it the row number in the file is the identity."""
 

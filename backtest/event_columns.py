@@ -64,6 +64,11 @@ class RecordedBatch(Protocol):
         """[N]."""
         ...
 
+    @property
+    def surface(self) -> list[str | None] | None:
+        """[N], where each happened; None: the log does not say."""
+        ...
+
     def __len__(self) -> int: ...
 
 
@@ -79,8 +84,8 @@ class EventSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventColumns:
-    """N events. event: number in the log. event_id: texts. action: as declared in the settings. user_texts,
-    item_texts: what hashed ids are called.
+    """N events. event: number in the log. event_id: texts. action: as declared in the settings. surface:
+    texts, or None. user_texts, item_texts: what hashed ids are called.
     """
 
     event: Int64s
@@ -93,6 +98,7 @@ class EventColumns:
     value: NDArray[np.float32]
     event_id: NDArray[np.object_]
     event_key: NDArray[np.uint64]
+    surface: NDArray[np.object_]
     user_texts: Mapping[int, str] = field(default_factory=dict)
     item_texts: Mapping[int, str] = field(default_factory=dict)
 
@@ -115,6 +121,7 @@ class EventColumns:
             value=batch.value.astype(np.float32),
             event_id=np.array(batch.event_id, object),
             event_key=event_keys(batch.event_id),
+            surface=np.array([None] * len(batch) if batch.surface is None else batch.surface, object),
             user_texts=user_texts,
             item_texts=item_texts,
         )
@@ -137,8 +144,8 @@ class EventColumns:
         }
         return EventColumns(**columns)
 
-    def as_event(self, row: int) -> Event:
-        """One of them as its producer sends it."""
+    def as_event(self, row: int, surface_key: str = "") -> Event:
+        """One of them as its producer sends it; surface_key: of its context, empty: without."""
         user, item, value = int(self.user_id[row]), int(self.item_id[row]), float(self.value[row])
         return Event(
             event_id=self.event_id[row],
@@ -147,6 +154,7 @@ class EventColumns:
             action=self.action[row],
             event_time=int(self.event_time_ms[row]),
             value=None if np.isnan(value) else value,
+            context={surface_key: self.surface[row]} if surface_key and self.surface[row] is not None else None,
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from feature_store.store import FeatureStore
 
-_OF_THE_EVENT: Final = ("event_time_ms", "event_key", "item_id", "action", "value")
+_OF_THE_EVENT: Final = ("event_time_ms", "event_key", "item_id", "action", "value", "surface")
 """Columns of a history that do not depend on when its interactions arrived."""
 _WEIGHTS: Final = ("ids", "weight", "bias", "trend")
 _USERS_AT_ONCE: Final = 10_000

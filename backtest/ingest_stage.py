@@ -89,7 +89,7 @@ class IngestStage:
             offsets=offsets,
             timestamps_ms=events.arrival_ms,
             keys=[None] * len(events),
-            values=cast("list[bytes | None]", _Encoded(events)),
+            values=cast("list[bytes | None]", _Encoded(events, self._rules.surface_key)),
             headers=[()] * len(events),
         )
         kept = events.take(rows)
@@ -106,6 +106,7 @@ class IngestStage:
                 event_key=kept.event_key,
                 seq=np.zeros(len(rows), np.uint32),
                 arrival_ms=kept.arrival_ms,
+                surface=self._surfaces(kept),
             ),
             offsets=offsets[rows],
             append_ms=kept.arrival_ms,
@@ -114,6 +115,12 @@ class IngestStage:
             item_names=_present(events.item_texts, kept.item_id),
             source=source,
         )
+
+    def _surfaces(self, events: EventColumns) -> NDArray[np.uint8]:
+        if not self._rules.surface_key:
+            return np.zeros(len(events), np.uint8)
+        number_of = self._decoder.surface_numbers.get
+        return np.array([number_of(text, 0) for text in events.surface.tolist()], np.uint8)
 
     def _judged(self, events: EventColumns) -> tuple[NDArray[np.uint32], dict[int, Refusal]]:
         """Action bits, and why some rows are refused: by the live rules, each as of its own arrival."""
@@ -132,14 +139,14 @@ class IngestStage:
 class _Encoded(Sequence[bytes | None]):
     """The events' records, made when somebody looks at them: those of dead letters, and all after a hash collision."""
 
-    def __init__(self, events: EventColumns) -> None:
-        self._events = events
+    def __init__(self, events: EventColumns, surface_key: str) -> None:
+        self._events, self._surface_key = events, surface_key
 
     def __len__(self) -> int:
         return len(self._events)
 
     def __getitem__(self, row: int) -> bytes:  # type: ignore[override]
-        return encode_event(self._events.as_event(row))
+        return encode_event(self._events.as_event(row, self._surface_key))
 
     def __iter__(self) -> Iterator[bytes]:
         return (self[row] for row in range(len(self)))

@@ -26,7 +26,7 @@ EVENT_SCHEMA: Final = {
     "value": pl.Float64,
     "event_id": pl.String,
 }
-"""Beside `user_id` and `item_id`, which are i64 or text."""
+"""Beside `user_id` and `item_id`, which are i64 or text; and, where the log has it, `surface`, text."""
 
 REASONS: Final = {
     "malformed_row": "the row is no row of this layout",
@@ -61,7 +61,7 @@ class Normalised:
     """What became of raw rows, in their order."""
 
     events: pl.DataFrame
-    """`user_id`, `item_id` and `EVENT_SCHEMA`."""
+    """`user_id`, `item_id`, `EVENT_SCHEMA` and, where the mapping has one, `surface`."""
     refused: pl.DataFrame
     """The raw rows that are no events, with `__reason` and `__column`."""
 
@@ -102,6 +102,8 @@ def normalise(frame: pl.DataFrame, mapping: ColumnMapping, kinds: Kinds) -> Norm
     columns.append(_action(mapping).alias("action"))
     columns.append(_value(mapping, schema, checks).alias("value"))
     columns.append(_event_id(mapping, checks).alias("event_id"))
+    if mapping.surface is not None:
+        columns.append(pl.col(mapping.surface).cast(pl.String).alias("surface"))
     verdict = pl.coalesce(
         *(pl.when(is_bad).then(pl.lit(f"{reason}\t{column}")) for reason, column, is_bad in checks),
         pl.lit(None, pl.String),

@@ -1,7 +1,7 @@
 """A recording: events of a log in the order in which they are replayed, in a folder, read in bounded pieces.
 
     <folder>/recording.json          what it is, where it came from, and what was refused: written last
-    <folder>/events-000000.parquet   `user_id`, `item_id` (i64, or text) and `normalising.EVENT_SCHEMA`
+    <folder>/events-000000.parquet   `user_id`, `item_id` (i64, or text), `normalising.EVENT_SCHEMA`, `surface`
     <folder>/refused.jsonl           refused rows with their reason, if they were asked for
 
 Order: by event time; by arrival time where the log has one, so that late events come late. Equal times keep the order
@@ -143,6 +143,8 @@ class EventBatch:
     value: NDArray[np.float64]
     """f64[N], NaN where there is none."""
     event_id: list[str]
+    surface: list[str | None] | None = None
+    """[N], where each happened; None: the log does not say."""
 
     def __len__(self) -> int:
         return len(self.event_time_ms)
@@ -244,6 +246,7 @@ class Recording:
             action=frame["action"].to_list(),
             value=frame["value"].fill_null(float("nan")).to_numpy(),
             event_id=frame.select(pl.coalesce("event_id", numbered)).to_series().to_list(),
+            surface=frame["surface"].to_list() if "surface" in frame.columns else None,
         )
 
 

@@ -39,6 +39,9 @@ class ReplayConfig:
     speed: float | None = None
     """Seconds of event time per second; None: as fast as the log acknowledges."""
 
+    surface_key: str = ""
+    """Key of an event's context under which the file's surfaces are sent; needed where it has a column for them."""
+
     event_id_prefix: str = "replay"
     """Event ids are `<prefix>-<row>` when the file has no column for them: name what tells files apart."""
 
@@ -88,6 +91,9 @@ class RecordedStream:
     event_id: list[str] | None
     """None when the file has no such column."""
 
+    surface: list[str | None] | None = None
+    """None when the file has no such column, or per event."""
+
     def __len__(self) -> int:
         return len(self.row)
 
@@ -100,7 +106,12 @@ class RecordedStream:
             action=config.action,
             event_time=int(self.event_time_ms[index]),
             value=self.value[index] if self.value is not None else None,
+            context=self._context(index, config.surface_key),
         )
+
+    def _context(self, index: int, key: str) -> dict[str, str | int | float | bool | None] | None:
+        surface = None if self.surface is None else self.surface[index]
+        return None if surface is None else {key: surface}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +183,7 @@ def read_recorded(path: Path, columns: RecordedColumns, *, limit: int | None = N
         row=frame[_ROW].to_numpy().astype(np.int64),
         value=_values(path, frame, columns.value) if columns.value is not None else None,
         event_id=frame[columns.event_id].to_list() if columns.event_id is not None else None,
+        surface=frame[columns.surface].cast(pl.String).to_list() if columns.surface is not None else None,
     )
 
 
@@ -268,7 +280,8 @@ async def _sleep(duration_s: float, stopping: asyncio.Event) -> None:
 
 def _read_columns(path: Path, columns: RecordedColumns) -> pl.DataFrame:
     """The named columns, and the row number."""
-    wanted = [name for name in (columns.user, columns.item, columns.time, columns.value, columns.event_id) if name]
+    named = (columns.user, columns.item, columns.time, columns.value, columns.event_id, columns.surface)
+    wanted = [name for name in named if name]
     try:
         if path.suffix == ".parquet":
             frame = pl.read_parquet(path)

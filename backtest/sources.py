@@ -39,6 +39,8 @@ class SourceConfig:
     """Column of the arrival time: the order of the replay, with late events."""
     value: str | None = None
     """Column of a rating, watch seconds or the like."""
+    surface: str | None = None
+    """Column of where it happened: what producers send under `events.surface_key`."""
     event_id: str | None = None
     """Column of the event id. None: the row number."""
     action: str | None = None

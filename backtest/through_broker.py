@@ -86,7 +86,7 @@ async def _pour(settings: RunSettings, source: EventSource, log: KafkaLog) -> tu
             users.append(np.unique(events.user_id))
             num_events += len(events)
             for row in range(len(events)):
-                value = encode_event(events.as_event(row))
+                value = encode_event(events.as_event(row, settings.rules.surface_key))
                 in_flight.append(await writer.send(log.topics.interactions, value, partition=0))
             await acknowledged(in_flight)
             in_flight.clear()

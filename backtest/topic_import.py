@@ -101,6 +101,7 @@ class _Judge:
 
     def _events(self, good: Sequence[tuple[Record, Event]]) -> pl.DataFrame:
         user_kind, item_kind = self._kinds or ("integer", "integer")
+        key = self._decoder.rules.surface_key
         return pl.DataFrame(
             {
                 "row": [record.offset for record, _ in good],
@@ -112,6 +113,7 @@ class _Judge:
                 "action": [event.action for _, event in good],
                 "value": [event.value for _, event in good],
                 "event_id": [event.event_id for _, event in good],
+                **({"surface": [_surface(event, key) for _, event in good]} if key else {}),
             },
             schema={
                 "row": pl.Int64,
@@ -119,8 +121,17 @@ class _Judge:
                 "user_id": pl.Int64 if user_kind == "integer" else pl.String,
                 "item_id": pl.Int64 if item_kind == "integer" else pl.String,
                 **{name: kind for name, kind in EVENT_SCHEMA.items() if name not in {"row", "part"}},
+                **({"surface": pl.String} if key else {}),
             },
         )
+
+
+def _surface(event: Event, key: str) -> str | None:
+    """What is under a key of the context, as text; None: nothing, or what can be no surface."""
+    found = (event.context or {}).get(key)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    return None if found is None or isinstance(found, bool | float) else str(found)
 
 
 def _kind(identity: int | str) -> IdKind:

@@ -7,7 +7,7 @@ T interactions of all users together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 import numpy as np
@@ -22,12 +22,16 @@ COLUMN_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "item_id": np.dtype(np.int64),
     "action": np.dtype(np.uint32),
     "value": np.dtype(np.float32),
+    "surface": np.dtype(np.uint8),
     "arrival_ms": np.dtype(np.int64),
     "seq": np.dtype(np.uint32),
 }
 """The columns of one interaction in a history; the last two depend on arrival order, the others only on the event."""
 
 BYTES_PER_INTERACTION: Final = sum(dtype.itemsize for dtype in COLUMN_DTYPES.values())
+
+_NOT_TOLD: Final = np.empty(0, np.uint8)
+"""Stands for a column of zeros until the number of rows is known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +54,12 @@ class Interactions:
     """u32[N], arrival number within the user; 0 until the store has accepted the row."""
     arrival_ms: NDArray[np.int64]
     """i64[N], epoch milliseconds: when ingest handled it."""
+    surface: NDArray[np.uint8] = field(default_factory=lambda: _NOT_TOLD)
+    """u8[N], number of the declared surface on which it happened; 0, and so when left out: not told, or another."""
 
     def __post_init__(self) -> None:
+        if self.surface is _NOT_TOLD:
+            object.__setattr__(self, "surface", np.zeros(len(self.user_id), np.uint8))
         _check_column("Interactions", "user_id", self.user_id, np.dtype(np.int64), len(self.user_id))
         for name, dtype in COLUMN_DTYPES.items():
             _check_column("Interactions", name, getattr(self, name), dtype, len(self.user_id))
@@ -61,7 +69,7 @@ class Interactions:
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The seven columns that are stored in a history, without the user."""
+        """The columns that are stored in a history, without the user."""
         return {name: getattr(self, name) for name in COLUMN_DTYPES}
 
     def take(self, rows: NDArray[np.integer[Any]] | NDArray[np.bool_] | slice) -> Interactions:
@@ -106,8 +114,12 @@ class JaggedHistories:
     """u32[T], arrival number within the user."""
     arrival_ms: NDArray[np.int64]
     """i64[T]."""
+    surface: NDArray[np.uint8] = field(default_factory=lambda: _NOT_TOLD)
+    """u8[T], 0 where it was not told."""
 
     def __post_init__(self) -> None:
+        if self.surface is _NOT_TOLD:
+            object.__setattr__(self, "surface", np.zeros(len(self.item_id), np.uint8))
         _check_column("JaggedHistories", "user_ids", self.user_ids, np.dtype(np.int64), len(self.user_ids))
         _check_column("JaggedHistories", "offsets", self.offsets, np.dtype(np.int64), len(self.user_ids) + 1)
         if self.offsets[0] != 0 or (np.diff(self.offsets) < 0).any():
@@ -127,7 +139,7 @@ class JaggedHistories:
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The seven columns, each of length T."""
+        """The columns, each of length T."""
         return {name: getattr(self, name) for name in COLUMN_DTYPES}
 
     def lengths(self) -> NDArray[np.int64]:

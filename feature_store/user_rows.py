@@ -22,7 +22,7 @@ class UserRows:
     offsets: NDArray[np.int64]
     """i64[U + 1], user u owns the rows `[offsets[u], offsets[u + 1])`."""
     columns: dict[str, NDArray[Any]]
-    """The seven columns, each of length N."""
+    """The columns, each of length N."""
 
     @staticmethod
     def of(interactions: Interactions) -> UserRows:

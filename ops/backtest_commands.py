@@ -45,6 +45,9 @@ TimeFormatOption = Annotated[str | None, typer.Option("--time-format", help="How
 RelativeOption = Annotated[bool, typer.Option("--relative-time", help="Times do not count from 1970.")]
 ArrivalOption = Annotated[str | None, typer.Option("--arrival-col", help="Column of the arrival time.")]
 ValueOption = Annotated[str | None, typer.Option("--value-col", help="Column of a rating, watch seconds …")]
+SurfaceOption = Annotated[
+    str | None, typer.Option("--surface-col", help="Column of where it happened (events.surface_key).")
+]
 EventIdOption = Annotated[str | None, typer.Option("--event-id-col", help="Column of the event id; the row number.")]
 ActionColumnOption = Annotated[str | None, typer.Option("--action-col", help="Column of the action.")]
 ActionOption = Annotated[str | None, typer.Option("--action", help="Action of events without one; rating.")]
@@ -74,6 +77,7 @@ def backtest_import(
     time_format: TimeFormatOption = None,
     arrival: ArrivalOption = None,
     value: ValueOption = None,
+    surface: SurfaceOption = None,
     event_id: EventIdOption = None,
     action: ActionColumnOption = None,
     default_action: ActionOption = None,
@@ -106,6 +110,7 @@ def backtest_validate(
     time_format: TimeFormatOption = None,
     arrival: ArrivalOption = None,
     value: ValueOption = None,
+    surface: SurfaceOption = None,
     event_id: EventIdOption = None,
     action: ActionColumnOption = None,
     default_action: ActionOption = None,

@@ -284,6 +284,7 @@ def replay(
     value_col: Annotated[str | None, typer.Option(help="Column of a rating, watch seconds or the like.")] = None,
     action: Annotated[str, typer.Option(help="Action of every event; declared in events.actions.")] = "rating",
     event_id_col: Annotated[str | None, typer.Option(help="Column of the event id; by default the row number.")] = None,
+    surface_col: Annotated[str | None, typer.Option(help="Column of where it happened (events.surface_key).")] = None,
     speed: Annotated[str, typer.Option(help="Event time per real time, such as 1000x, or max.")] = "max",
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after so many events.")] = None,
     bootstrap: Annotated[str | None, typer.Option(help="Broker; by default log.bootstrap_servers.")] = None,
@@ -300,7 +301,13 @@ def replay(
         lambda: ReplayConfig(action=action, speed=parse_speed(speed), event_id_prefix=file.stem[:64] or "replay")
     )
     columns = RecordedColumns(
-        user=user_col, item=item_col, time=time_col, time_unit=time_unit.value, value=value_col, event_id=event_id_col
+        user=user_col,
+        item=item_col,
+        time=time_col,
+        time_unit=time_unit.value,
+        value=value_col,
+        surface=surface_col,
+        event_id=event_id_col,
     )
     settings = settings_of(config)
     recorded = read_recorded(file, columns, limit=limit)

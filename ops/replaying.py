@@ -25,15 +25,20 @@ async def replay_to_kafka(
     bootstrap: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Replay to the broker until done, SIGTERM or SIGINT; returns the report as plain values.
+    """Replay to the broker until done, SIGTERM or SIGINT; returns the report as plain values. Surfaces are sent under
+    events.surface_key.
 
-    Raises SettingsError for an action that ingest would refuse, LogUnavailableError when the broker is away.
+    Raises SettingsError for an action that ingest would refuse, or surfaces that it would not look at,
+    LogUnavailableError when the broker is away.
     """
     rules = settings.get(EventRules)
     if config.action not in rules.actions:
         raise SettingsError(
             f"--action {config.action}: ingest would refuse every event; events.actions are {', '.join(rules.actions)}"
         )
+    if recorded.surface is not None and not rules.surface_key:
+        raise SettingsError("--surface-col: set events.surface_key and events.surfaces, or ingest would not keep it")
+    config = dataclasses.replace(config, surface_key=rules.surface_key)
     kafka = settings.get(KafkaConfig)
     log = KafkaLog(dataclasses.replace(kafka, bootstrap_servers=bootstrap) if bootstrap else kafka)
     await log.create_topics()

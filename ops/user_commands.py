@@ -29,7 +29,7 @@ def user_show(
 
     settings = settings_of(config)
     with open_store(settings) as store:
-        shown = show_user(store, user_id, settings.get(EventRules).actions, limit=limit)
+        shown = show_user(store, user_id, settings.get(EventRules), limit=limit)
     if shown is None:
         say(f"headrace: user {user_id!r} has no history")
         raise typer.Exit(1)

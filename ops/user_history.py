@@ -12,9 +12,10 @@ import numpy as np
 from feature_store.ids import stable_id
 from feature_store.store import FeatureStore
 from ops.readable import readable, utc_time
+from stream.events import EventRules
 
 _INT64_MAX: Final = 2**63 - 1
-_COLUMNS: Final = ("event_time_ms", "item_id", "action", "value", "seq", "arrival_ms")
+_COLUMNS: Final = ("event_time_ms", "item_id", "action", "surface", "value", "seq", "arrival_ms")
 _HEADER: Final = ("event time", "item", "action", "value", "seq", "arrived")
 
 
@@ -28,6 +29,8 @@ class ShownInteraction:
     """The text behind a hashed item id."""
     title: str | None
     actions: tuple[str, ...]
+    surface: str | None
+    """Where it happened; None: it was not told."""
     value: float | None
     seq: int
     arrival_ms: int
@@ -38,7 +41,7 @@ class ShownInteraction:
         return (
             utc_time(self.event_time_ms),
             f"{item} {readable(self.title)}" if self.title else item,
-            "+".join(self.actions),
+            "+".join(self.actions) + ("" if self.surface is None else f"@{readable(self.surface)}"),
             "-" if self.value is None else f"{self.value:g}",
             str(self.seq),
             utc_time(self.arrival_ms),
@@ -75,7 +78,7 @@ class ShownUser:
         return "\n".join([heading, *(line.rstrip() for line in lines)])
 
 
-def show_user(store: FeatureStore, raw_id: str, actions: tuple[str, ...], *, limit: int) -> ShownUser | None:
+def show_user(store: FeatureStore, raw_id: str, rules: EventRules, *, limit: int) -> ShownUser | None:
     """The newest `limit` interactions of a user, or None for one without history.
 
     Digits mean the number; if nothing is stored under it, the text.
@@ -83,7 +86,7 @@ def show_user(store: FeatureStore, raw_id: str, actions: tuple[str, ...], *, lim
     Raises ChunkCorruptError, SchemaRevisionError or StoreUnavailableError.
     """
     for user_id in user_ids_meant(raw_id):
-        shown = _show(store, user_id, actions, limit)
+        shown = _show(store, user_id, rules, limit)
         if shown is not None:
             return shown
     return None
@@ -102,7 +105,14 @@ def action_names(mask: int, actions: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _show(store: FeatureStore, user_id: int, actions: tuple[str, ...], limit: int) -> ShownUser | None:
+def surface_name(number: int, surfaces: tuple[str, ...]) -> str | None:
+    """A declared surface; one that is not declared any more is named by its number."""
+    if number == 0:
+        return None
+    return surfaces[number - 1] if number <= len(surfaces) else f"surface {number}"
+
+
+def _show(store: FeatureStore, user_id: int, rules: EventRules, limit: int) -> ShownUser | None:
     current = store.read_current(np.array([user_id], np.int64), max_len=limit)
     num_interactions, found = int(current.next_seq[0]), current.histories
     if num_interactions == 0:
@@ -120,11 +130,12 @@ def _show(store: FeatureStore, user_id: int, actions: tuple[str, ...], limit: in
                 item_id=item_id,
                 item_name=names.get(item_id),
                 title=(items[item_id].title or None) if item_id in items else None,
-                actions=action_names(action, actions),
+                actions=action_names(action, rules.actions),
+                surface=surface_name(surface, rules.surfaces),
                 value=None if math.isnan(value) else value,
                 seq=seq,
                 arrival_ms=arrival_ms,
             )
-            for event_time_ms, item_id, action, value, seq, arrival_ms in rows
+            for event_time_ms, item_id, action, surface, value, seq, arrival_ms in rows
         ),
     )

@@ -176,6 +176,7 @@ class IngestService(Service):
             "refused": dict(counts.num_refused),
             "with_unknown_fields": self.decoder.num_with_unknown_fields,
             "of_newer_schema": self.decoder.num_of_newer_schema,
+            "of_other_surfaces": self.decoder.num_of_other_surfaces,
             "batches": counts.num_batches,
             "watermark_ms": counts.watermark_ms,
             "pruned": self.sweeper.num_interactions,

@@ -151,7 +151,9 @@ def _parse(
 def _checked_columns(
     events: Sequence[Event], decoder: EventDecoder, now_ms: int
 ) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_]]:
-    """Columns `event_time_ms`, `value`, `action`; which of the N events `EventDecoder.judge` would refuse or count."""
+    """Columns `event_time_ms`, `value`, `action` and `surface`; which of the N events `EventDecoder.judge` would refuse
+    or count.
+    """
     raw_times = [event.event_time for event in events]
     if {int}.issuperset(map(type, raw_times)):
         times = np.array(raw_times, np.int64)
@@ -167,7 +169,8 @@ def _checked_columns(
     actions = np.array([bit_of(event.action, 0) for event in events], np.uint32)
     is_suspect = (times < 0) | (times - now_ms > decoder.rules.max_future_skew_ms) | np.isinf(values) | (actions == 0)
     is_suspect |= np.array([event.schema_version != NEWEST_SCHEMA_VERSION for event in events], np.bool_)
-    return {"event_time_ms": times, "value": values, "action": actions}, is_suspect
+    surfaces = decoder.surfaces_of(events)
+    return {"event_time_ms": times, "value": values, "action": actions, "surface": surfaces}, is_suspect
 
 
 def _keep_names(ids: _Ids, kept: NDArray[np.int64]) -> None:

@@ -16,11 +16,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 INT64_MAX: Final = 2**63 - 1
 FLOAT32_MAX: Final = (2 - 2**-23) * 2.0**127
 MAX_ACTIONS: Final = 32
 """Actions are bits of a 32-bit mask."""
+MAX_SURFACES: Final = 255
+"""Surfaces are numbers of 8 bits from 1 on."""
 NEWEST_SCHEMA_VERSION: Final = 1
 """The version whose fields `Event` lists; events of later ones are accepted and counted."""
 
@@ -94,6 +98,12 @@ class EventRules:
 
     actions: tuple[str, ...] = ("rating", "view", "click", "like", "purchase")
     """Declared actions, at most 32, since an action is stored as a bit: append only, never reorder."""
+    surface_key: str = ""
+    """Key of an event's `context` that says where it happened, such as "page" or "device"; empty: histories do not keep
+    it. What was ingested before keeps none."""
+    surfaces: tuple[str, ...] = ()
+    """Declared values of that key, texts or whole numbers as text, at most 255, since one is stored as a byte: append
+    only, never reorder. Others are kept as "not told", and counted."""
     max_event_bytes: int = 16_384
     """Largest accepted record in bytes; bounds what one poison record can cost."""
     max_future_skew_ms: int = 300_000
@@ -102,6 +112,13 @@ class EventRules:
     def __post_init__(self) -> None:
         if not 1 <= len(self.actions) <= MAX_ACTIONS or len(set(self.actions)) != len(self.actions):
             raise ValueError(f"events.actions = {self.actions!r}: name 1 to {MAX_ACTIONS} different actions")
+        if len(self.surfaces) > MAX_SURFACES or len(set(self.surfaces)) != len(self.surfaces) or "" in self.surfaces:
+            raise ValueError(f"events.surfaces = {self.surfaces!r}: name at most {MAX_SURFACES} different texts")
+        if bool(self.surface_key) != bool(self.surfaces):
+            raise ValueError(
+                f"events.surface_key = {self.surface_key!r} and events.surfaces = {self.surfaces!r}: set both, so that"
+                " what is under the key has a number, or neither"
+            )
         if self.max_event_bytes < 256:
             raise ValueError(f"events.max_event_bytes = {self.max_event_bytes}: must be at least 256")
         if self.max_future_skew_ms < 0:
@@ -113,6 +130,15 @@ class EventRules:
             return 1 << self.actions.index(action)
         except ValueError:
             raise KeyError(action) from None
+
+    def surface_numbers(self) -> dict[str | int | float, int]:
+        """Declared surface → its number, from 1 on; a whole number is found as text and as number."""
+        numbers: dict[str | int | float, int] = {}
+        for number, name in enumerate(self.surfaces, 1):
+            numbers[name] = number
+            if name.isascii() and name.isdigit() and str(int(name)) == name:
+                numbers[int(name)] = number
+        return numbers
 
 
 def encode_event(event: Event) -> bytes:
@@ -131,6 +157,9 @@ class EventDecoder:
         self.rules = rules
         self.num_with_unknown_fields = 0
         self.num_of_newer_schema = 0
+        self.num_of_other_surfaces = 0
+        """Events whose surface is not declared."""
+        self.surface_numbers = rules.surface_numbers()
         self.action_bits = {action: 1 << bit for bit, action in enumerate(rules.actions)}
         self._strict = msgspec.json.Decoder(_StrictEvent)
         self._lenient = msgspec.json.Decoder(Event)
@@ -170,6 +199,18 @@ class EventDecoder:
                 # What came before the one that failed has been added.
                 parsed.append(self.parse(values[len(parsed)]))
         return parsed
+
+    def surfaces_of(self, events: Sequence[Event]) -> NDArray[np.uint8]:
+        """u8[N]: number of the surface that each event names; 0: none that is declared, which is counted."""
+        key, number_of = self.rules.surface_key, self.surface_numbers
+        if not key:
+            return np.zeros(len(events), np.uint8)
+        named = [None if event.context is None else event.context.get(key) for event in events]
+        # True equals 1, but is no number here.
+        found = [0 if name is None or isinstance(name, bool) else number_of.get(name, 0) for name in named]
+        numbers = np.array(found, np.uint8)
+        self.num_of_other_surfaces += len(named) - named.count(None) - int(np.count_nonzero(numbers))
+        return numbers
 
     def judge(self, event: Event, now_ms: int) -> Refusal | None:
         """Why an event that parsed is not accepted, or None; counts those accepted of a newer schema."""

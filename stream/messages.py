@@ -57,6 +57,10 @@ _COLUMNS: Final = {
 }
 
 
+_SURFACE: Final = "surface"
+"""A column, u8, that a message has only where some interaction of it tells."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryUpdate:
     """Interactions that ingest accepted from one source partition, in source order.
@@ -96,6 +100,8 @@ class HistoryUpdate:
     def encode(self) -> bytes:
         """Msgpack bytes."""
         columns = {name: _bytes(getattr(self.interactions, name), kind) for name, kind in _COLUMNS.items()}
+        if self.interactions.surface.any():
+            columns[_SURFACE] = self.interactions.surface.tobytes()
         return msgspec.msgpack.encode(
             {
                 "format": _FORMAT,
@@ -119,6 +125,8 @@ class HistoryUpdate:
             if raw["format"] != _FORMAT:
                 raise MessageFormatError(f"history update of format {raw['format']}; this headrace reads {_FORMAT}")
             columns = {name: np.frombuffer(raw["columns"][name], kind) for name, kind in _COLUMNS.items()}
+            if _SURFACE in raw["columns"]:
+                columns[_SURFACE] = np.frombuffer(raw["columns"][_SURFACE], "<u1")
             return cls(
                 log_id=raw["log_id"],
                 partition=raw["partition"],

@@ -356,6 +356,14 @@ def test_lineage_names_every_file_and_its_content(tmp_path: Path) -> None:
     assert len(source.sha256) == 64
 
 
+def test_a_column_of_surfaces_is_kept_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,event_time,page\n1,2,1500000000,home\n2,3,1500000001,\n3,4,1500000002,7\n")
+    files = files_of("csv", [path], time_unit="s", surface="page")
+    recording = import_files(files, tmp_path / "recording", ImportConfig(), name="log")
+    assert [one.surface for one in recording.batches(10)] == [["home", None, "7"]]
+
+
 def test_columns_of_a_known_format_are_not_the_users_to_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the format movielens knows its columns"):
         files_of("movielens", [tmp_path], user="who")

@@ -22,6 +22,7 @@ from stream.log import Record
 from stream.memory_log import MemoryLog
 
 NOW_MS = 1_700_000_000_000
+RULES = EventRules(surface_key="page", surfaces=("home", "search", "3"))
 
 
 def mixed() -> EventBatch:
@@ -43,6 +44,7 @@ def mixed() -> EventBatch:
         action=actions,
         value=np.where(np.arange(count) % 3 == 0, np.nan, 2.5),
         event_id=ids,
+        surface=[None if number % 5 == 0 else ("home", "3", "elsewhere")[number % 3] for number in range(count)],
     )
 
 
@@ -51,6 +53,10 @@ def store_in(folder: Path) -> FeatureStore:
     url = f"sqlite:///{folder}/store.db"
     migrate(url)
     return FeatureStore(FeatureStoreConfig(url=url))
+
+
+def _encoded(events: EventColumns, row: int) -> bytes:
+    return encode_event(events.as_event(row, RULES.surface_key))
 
 
 async def _through_records(store: FeatureStore, events: EventColumns) -> Committer:
@@ -62,11 +68,11 @@ async def _through_records(store: FeatureStore, events: EventColumns) -> Committ
         writer=log.writer(),
         topics=log.topics,
         log_id=log.log_id,
-        decoder=EventDecoder(EventRules()),
+        decoder=EventDecoder(RULES),
         clock=clock,
     )
     records = [
-        Record("interactions", 0, row, int(events.arrival_ms[row]), None, encode_event(events.as_event(row)), ())
+        Record("interactions", 0, row, int(events.arrival_ms[row]), None, _encoded(events, row), ())
         for row in range(len(events))
     ]
     await committer.commit(0, records)
@@ -75,7 +81,7 @@ async def _through_records(store: FeatureStore, events: EventColumns) -> Committ
 
 
 async def _through_columns(store: FeatureStore, events: EventColumns) -> IngestStage:
-    stage = IngestStage(store, EventRules())
+    stage = IngestStage(store, RULES)
     await stage.start()
     # The log says the arrival of a wrong clock's event, whatever that clock said.
     for part in (slice(0, 13), slice(13, None)):
@@ -108,8 +114,10 @@ def test_decoding_the_records_again_gives_the_same_batch(tmp_path: Path) -> None
     """Which happens after a hash collision."""
     events = EventColumns.of(mixed())
     store = store_in(tmp_path / "store")
-    decoded = IngestStage(store, EventRules())._decoded(events)
-    again = decode_batch(decoded.source, EventDecoder(EventRules()), int(events.arrival_ms.max()))
+    decoded = IngestStage(store, RULES)._decoded(events)
+    again = decode_batch(decoded.source, EventDecoder(RULES), int(events.arrival_ms.max()))
+    assert set(decoded.interactions.surface.tolist()) == {0, 1, 3}
+    assert np.array_equal(decoded.interactions.surface, again.interactions.surface)
     assert np.array_equal(decoded.interactions.event_key, again.interactions.event_key)
     assert np.array_equal(decoded.interactions.user_id, again.interactions.user_id)
     assert decoded.user_names == again.user_names

@@ -87,6 +87,14 @@ async def test_a_record_is_keyed_by_its_user_and_passes_ingests_own_validation(t
     assert [event.value for event in decoded if isinstance(event, Event)] == [4.5, None, None]
 
 
+async def test_surfaces_are_sent_under_the_key_that_ingest_looks_at(tmp_path: Path) -> None:
+    path = _write(tmp_path, {"user": [1, 2, 3], "item": [1, 2, 3], "time": [1, 2, 3], "page": [4, None, 5]})
+    recorded = read_recorded(path, RecordedColumns(user="user", item="item", time="time", surface="page"))
+    log = await _memory_log()
+    await replay(recorded, log.writer(), TOPIC, ReplayConfig(surface_key="page"), clock=WallClock())
+    assert [event.context for event in _events(log)] == [{"page": "4"}, None, {"page": "5"}]
+
+
 async def test_replaying_twice_sends_the_same_bytes(tmp_path: Path) -> None:
     path = _write(tmp_path, {"user": [3, 1, 2], "item": [1, 1, 1], "time": [9, 9, 1]})
     first, second = await _memory_log(), await _memory_log()

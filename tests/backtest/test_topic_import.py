@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ async def test_records_are_in_order_of_arrival_and_keep_their_own_time(tmp_path:
     assert _users(later) == [1, 2]
     with pytest.raises(RecordedStreamError, match="holds no record from 8000 ms on"):
         await import_topic(log, TOPIC, tmp_path / "none", ImportConfig(), RULES, from_ms=8_000)
+
+
+async def test_surfaces_are_recorded_where_the_settings_name_their_key(log: EventLog, tmp_path: Path) -> None:
+    contexts = [{"page": "home"}, {"page": 3}, {"page": True}, {"page": 2.0}, {"page": 2.5}, {"device": "home"}, None]
+    await _send(log, *(_event(number, context=each) for number, each in enumerate(contexts)))
+    rules = replace(RULES, surface_key="page", surfaces=("home", "3"))
+    recording = await import_topic(log, TOPIC, tmp_path / "recording", ImportConfig(), rules)
+    (batch,) = recording.batches(100)
+    told = dict(zip(batch.event_id, batch.surface or [], strict=True))
+    assert [told[f"e{number}"] for number in range(7)] == ["home", "3", None, "2", None, None, None]
+    plain = await import_topic(log, TOPIC, tmp_path / "plain", ImportConfig(), RULES)
+    assert [one.surface for one in plain.batches(100)] == [None]
 
 
 BAD: list[tuple[Callable[[], bytes], str]] = [

@@ -22,9 +22,9 @@ from stream.dead_letters import DeadLetter
 from stream.events import Event, EventRules
 from stream.log import Record
 from stream.messages import HistoryUpdate
-from tests.faults.load import Truth
+from tests.faults.load import SURFACE_KEY, SURFACES, Truth
 
-_RULES: Final = EventRules()
+_RULES: Final = EventRules(surface_key=SURFACE_KEY, surfaces=SURFACES)
 _SHOWN: Final = 5
 
 
@@ -37,6 +37,7 @@ class Row(NamedTuple):
     item_id: int
     action: int
     value: float
+    surface: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +101,7 @@ def row_of(event: Event) -> Row:
         item_id=item,
         action=_RULES.action_bit(event.action),
         value=float(event.value or 0.0),
+        surface=_RULES.surface_numbers().get((event.context or {}).get(SURFACE_KEY) or "", 0),
     )
 
 

@@ -19,6 +19,7 @@ from feature_store.config import FeatureStoreConfig
 from feature_store.store import FeatureStore
 from ops.ports import free_port
 from stream.kafka import KafkaConfig
+from tests.faults.load import SURFACE_KEY, SURFACES
 
 START_S_MAX: Final = 180.0
 """For a machine that many suites share: a start takes 4 s of one core."""
@@ -129,6 +130,8 @@ class Installation:
             "HEADRACE_STORE__URL": url,
             "HEADRACE_INGEST__SESSION_TIMEOUT_MS": "1000",
             "HEADRACE_INGEST__MAX_BATCH_RECORDS": "100",
+            "HEADRACE_EVENTS__SURFACE_KEY": SURFACE_KEY,
+            "HEADRACE_EVENTS__SURFACES": json.dumps(SURFACES),
             **(settings or {}),
         }
 

@@ -23,6 +23,8 @@ from stream.kafka import KafkaConfig, KafkaLog
 OBSERVER: Final = "observer"
 """Kafka client id of the test's own connections, which the proxy lets through when it cuts everybody else's."""
 
+SURFACE_KEY: Final = "page"
+SURFACES: Final = ("home", "search")
 _BASE_MS: Final = 1_700_000_000_000
 _TICK_S: Final = 0.02
 _NUM_USERS: Final = 40
@@ -88,8 +90,14 @@ class EventSource:
             action=self._random.choice(("rating", "view", "click")),
             event_time=_BASE_MS + 100 * self._number + self._random.randrange(5_000) - late_ms,
             value=float(self._random.randrange(10)),
-            context={"padding": self._padding} if self._padding else None,
+            context=self._context(),
         )
+
+    def _context(self) -> dict[str, str | int | float | bool | None] | None:
+        """Most events tell where they happened, some of them another place than is declared."""
+        surface = self._random.choice((*SURFACES, "elsewhere", None))
+        told: dict[str, str | int | float | bool | None] = {} if surface is None else {SURFACE_KEY: surface}
+        return (told | ({"padding": self._padding} if self._padding else {})) or None
 
     def _malformed(self) -> bytes:
         number = self._number

@@ -80,6 +80,7 @@ def update_of(partition: int, fresh: list[tuple[int, Row, int]]) -> HistoryUpdat
             event_key=np.array([row.event_key for row in rows], np.uint64),
             seq=np.array([seq for _, _, seq in fresh], np.uint32),
             arrival_ms=np.zeros(len(fresh), np.int64),
+            surface=np.array([row.surface for row in rows], np.uint8),
         ),
     )
 

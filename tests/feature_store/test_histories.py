@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, text
 
 from feature_store import appending
-from feature_store.chunks import canonical_bytes
+from feature_store.chunks import SURFACE_VERSION, canonical_bytes
 from feature_store.engine import writing
 from feature_store.errors import ChunkCorruptError, StoreLayoutError
 from feature_store.store import FeatureStore
@@ -32,9 +32,13 @@ def stored_chunks(store: FeatureStore) -> list[tuple[object, ...]]:
     with writing(store._engine) as connection:
         rows = connection.execute(select(history_chunk).order_by(history_chunk.c.user_id, history_chunk.c.chunk_no))
         return [
-            (row.user_id, row.chunk_no, row.n, row.first_ms, row.last_ms, bytes(row.payload[: canonical_bytes(row.n)]))
+            (row.user_id, row.chunk_no, row.n, row.first_ms, row.last_ms, of_the_events(row.payload, row.n))
             for row in rows
         ]
+
+
+def of_the_events(payload: bytes, num_interactions: int) -> bytes:
+    return bytes(payload[: canonical_bytes(num_interactions, has_surfaces=payload[0] == SURFACE_VERSION)])
 
 
 def clear(store: FeatureStore) -> None:

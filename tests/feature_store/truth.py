@@ -22,6 +22,7 @@ class Row(NamedTuple):
     value: float = 0.5
     arrival_ms: int = 0
     seq: int = 0
+    surface: int = 0
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 def batch(rows: Sequence[Row]) -> Interactions:
     columns = list(zip(*rows, strict=True)) or [()] * len(Row._fields)
-    dtypes = {"event_key": np.uint64, "action": np.uint32, "value": np.float32, "seq": np.uint32}
+    dtypes = {"event_key": np.uint64, "action": np.uint32, "value": np.float32, "seq": np.uint32, "surface": np.uint8}
     return Interactions(
         **{
             name: np.array(values, dtypes.get(name, np.int64))
@@ -71,7 +72,15 @@ def random_rows(
 def content_of(user_id: int, event_time_ms: int, event_key: int) -> Row:
     """The same event always has the same content."""
     item_id = (user_id * 1009 + event_time_ms * 31 + event_key) % 2**62
-    return Row(user_id, event_time_ms, event_key, item_id=item_id, action=item_id % 2**32, value=float(item_id % 1000))
+    return Row(
+        user_id,
+        event_time_ms,
+        event_key,
+        item_id=item_id,
+        action=item_id % 2**32,
+        value=float(item_id % 1000),
+        surface=item_id % 3,
+    )
 
 
 class Truth:

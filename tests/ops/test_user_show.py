@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from feature_store.ids import stable_id
 from feature_store.interactions import Interactions
 from feature_store.records import Item
 from feature_store.store import FeatureStore
-from ops.user_history import action_names
+from ops.user_history import action_names, surface_name
 from tests.feature_store.databases import migrated_database
 from tests.ops.command_line import Headrace, assert_refused
 
@@ -98,6 +99,7 @@ def test_json_has_everything(headrace: Headrace, url: str) -> None:
         "item_name": None,
         "title": "Heat",
         "actions": ["rating", "view", "like"],
+        "surface": None,
         "value": 4.5,
         "seq": 2,
         "arrival_ms": NOW_MS + 60_000,
@@ -121,6 +123,22 @@ def test_a_user_without_history_is_one_sentence_and_status_1(headrace: Headrace,
 def test_a_database_without_schema_is_one_sentence(headrace: Headrace, tmp_path: Path) -> None:
     ran = headrace("user", "show", "5", HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/empty.db")
     assert_refused(ran, "headrace migrate")
+
+
+def test_a_surface_is_shown_with_the_action(headrace: Headrace, url: str) -> None:
+    on_page = replace(interactions(9, items=[1, 3]), surface=np.array([0, 2], np.uint8))
+    store = FeatureStore(FeatureStoreConfig(url=url))
+    with store.transaction() as transaction:
+        transaction.append(on_page)
+    store.close()
+    declared = {"HEADRACE_EVENTS__SURFACE_KEY": "page", "HEADRACE_EVENTS__SURFACES": '["home", "search"]'}
+    ran = headrace("user", "show", "9", HEADRACE_STORE__URL=url, **declared)
+    assert [row.split()[-4] for row in ran.stdout.splitlines()[2:]] == ["rating+view+like@search", "view"]
+    assert (surface_name(0, ("home",)), surface_name(1, ("home",)), surface_name(3, ("home",))) == (
+        None,
+        "home",
+        "surface 3",
+    )
 
 
 def test_an_action_that_is_not_declared_any_more_is_named_by_its_bit() -> None:

@@ -28,6 +28,7 @@ changes = st.one_of(
     st.fixed_dictionaries({"action": st.sampled_from(["view", "rating", "teleport", ""])}),
     st.fixed_dictionaries({"schema_version": st.sampled_from([1, 0, 2, 2**70, "1"])}),
     st.fixed_dictionaries({"surface": st.sampled_from(["home", {"x": [1]}])}),
+    st.fixed_dictionaries({"context": st.sampled_from([None, {}, {"page": 2}, {"other": "home"}, [1], {"page": []}])}),
 )
 events = st.builds(lambda change, number: GOOD | {"event_id": f"e{number}"} | change, changes, st.integers(0, 9))
 values = st.one_of(
@@ -103,6 +104,22 @@ def row_of(event: Event, decoder: EventDecoder) -> tuple[Any, ...]:
     user, item = (stable_id(each) if isinstance(each, str) else each for each in (event.user_id, event.item_id))
     value = float(np.float32("nan" if event.value is None else event.value))
     return user, item, event.event_time_ms(), decoder.action_bits[event.action], repr(value), event_key(event.event_id)
+
+
+def test_what_the_declared_key_of_the_context_says_becomes_a_number() -> None:
+    rules = EventRules(surface_key="page", surfaces=("home", "3", "search", "007"))
+    told = ["search", "home", 3, "3", 3.0, 7, "007", "elsewhere", True, None, 2.5, "", {}, "no context"]
+    contexts = [{} if each == {} else {"page": each, "device": "home"} for each in told[:-1]]
+    raw = [json.dumps(GOOD | {"event_id": str(n), "context": each}).encode() for n, each in enumerate(contexts)]
+    raw.append(json.dumps(GOOD).encode())
+    decoder = EventDecoder(rules)
+    batch = decode_batch(batch_of(raw), decoder, NOW_MS)
+    assert batch.refused == []
+    assert batch.interactions.surface.tolist() == [3, 1, 2, 2, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0]
+    assert decoder.num_of_other_surfaces == 5
+    off = EventDecoder(EventRules())
+    assert not decode_batch(batch_of(raw), off, NOW_MS).interactions.surface.any()
+    assert off.num_of_other_surfaces == 0
 
 
 def test_a_hash_that_another_text_has_is_refused_and_its_name_not_kept() -> None:

@@ -144,6 +144,21 @@ def test_events_of_a_newer_schema_are_accepted_and_counted() -> None:
     assert decoder.num_of_newer_schema == 2
 
 
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"surface_key": "page"}, "set both"),
+        ({"surfaces": ("home",)}, "set both"),
+        ({"surface_key": "page", "surfaces": ("home", "home")}, "different texts"),
+        ({"surface_key": "page", "surfaces": ("",)}, "different texts"),
+        ({"surface_key": "page", "surfaces": tuple(map(str, range(256)))}, "at most 255"),
+    ],
+)
+def test_surfaces_that_cannot_be_meant_are_refused(rules: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=rf"events\.surface.*{says}"):
+        EventRules(**rules)
+
+
 def test_an_event_at_the_edge_of_the_future_is_accepted() -> None:
     assert isinstance(decode(good(event_time=NOW_MS + 300_000)), Event)
 

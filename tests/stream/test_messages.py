@@ -54,6 +54,16 @@ def test_a_history_update_reads_back() -> None:
     np.testing.assert_array_equal(again.interactions.event_key, update.interactions.event_key)
 
 
+def test_surfaces_travel_where_some_are_told_and_take_no_room_elsewhere() -> None:
+    plain = update_of(5)
+    told = replace(plain, interactions=replace(plain.interactions, surface=np.arange(5, dtype=np.uint8)))
+    assert HistoryUpdate.decode(told.encode()).interactions.surface.tolist() == [0, 1, 2, 3, 4]
+    assert HistoryUpdate.decode(plain.encode()).interactions.surface.tolist() == [0] * 5
+    assert b"surface" not in plain.encode()
+    assert told.split(2)[1].interactions.surface.tolist() == [2, 3]
+    assert told.above(13).interactions.surface.tolist() == [2, 3, 4]
+
+
 def test_above_drops_what_was_applied() -> None:
     kept = update_of(5).above(13)
     assert kept.offsets.tolist() == [14, 16, 18]
