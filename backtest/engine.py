@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,8 @@ from backtest.run_setup import build_batch_trained, build_trainings
 from backtest.run_state import PolledEvents, Progress, RunOutcome, SoFar
 from backtest.timeline import Timeline
 from backtest.training import Training
+from backtest.upstream_replay import UpstreamConfigs, UpstreamReplay
+from backtest.vector_gains import VectorGains
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from feature_store.hot import HotHistories
 from feature_store.schema import migrate
@@ -70,6 +73,8 @@ class EngineParts:
     hot: HotHistoriesConfig
     learner: LearnerConfig
     root: Path
+    upstream: UpstreamConfigs | None = None
+    """None: no users' vectors."""
     stopping: Callable[[], bool] = lambda: False
     on_progress: Callable[[Progress], None] = lambda _: None
 
@@ -96,10 +101,17 @@ class Backtest:
         hot = HotHistories(
             self._store, replace(parts.hot, max_len=max(parts.hot.max_len, parts.learner.model.max_len + 1))
         )
+        self._upstream = self._upstream_replay()
         self._trainings: list[Training] = build_trainings(
-            parts.config, parts.learner, hot, self._answers, log_id=self._ingest.log_id
+            parts.config,
+            parts.learner,
+            hot,
+            self._answers,
+            log_id=self._ingest.log_id,
+            upstream=self._upstream,
         )
         self._first = self._trainings[0]
+        self._gains = self._vector_gains()
         self._batch_trained = build_batch_trained(parts.config, parts.learner, self._store, self._answers)
         seed = parts.learner.trainer.seed
         self._baselines = {name: build_baseline(name, seed) for name in parts.config.baselines if name in LEARNING}
@@ -117,6 +129,24 @@ class Backtest:
         self._num_checkpoints = self._resumed_at // parts.config.checkpoint_events
         self._started = (time.perf_counter(), time.process_time())
         self._users: list[Int64s] = []
+        self._closed_ms = 0
+
+    def _upstream_replay(self) -> UpstreamReplay | None:
+        parts, log_id = self._parts, self._ingest.log_id
+        if parts.upstream is None:
+            return None
+        return UpstreamReplay(parts.upstream, self._store, parts.hot, log_id=log_id, learner=parts.learner)
+
+    def _vector_gains(self) -> VectorGains | None:
+        """Hears of what the rankers predict that read vectors in different ways."""
+        if self._parts.upstream is None:
+            return None
+        gains = VectorGains(self._config.vectors_lag, self._parts.upstream.model.tasks)
+        for place in range(len(self._config.vectors_lag)):
+            ranking = self._trainings[place].learner.ranking
+            assert ranking is not None, "vectors are computed for a ranker"
+            ranking.on_tested = partial(gains.hear, place)
+        return gains
 
     async def run(self) -> RunOutcome:
         """Replay to the end, or until told to stop; what was done since the last checkpoint is done again then."""
@@ -177,16 +207,22 @@ class Backtest:
         evaluates_next = int(closed.offsets[-1]) + 1 >= self._warm_up
         for arm in self._batch_trained:
             arm.note(events)
+        if self._upstream is not None:
+            self._upstream.compute_due(closed)
         for training in self._trainings:
             asking = self._asking(events, is_first=training is self._first)
             # The first is everybody's: queries and baselines come from it. Others are there for their own arms only.
             with nullcontext() if training is self._first else self._answers.spending(training.arm_names):
                 training.step(closed, asking, evaluates_next=evaluates_next)
+        if self._upstream is not None and self._gains is not None:
+            self._upstream.learn(closed)
+            self._gains.settle(counts=self._sofar.is_evaluating)
         is_set_aside = bool(self._first.learner.set_aside)
         for training in self._trainings:
             training.learner.set_aside.clear()
         self._after_trainings(closed, events)
         self._note(closed, events, evaluates_next)
+        self._closed_ms = closed.closed_ms
         self._kept.after_step(self._first, closed, is_set_aside=is_set_aside)
         decisions = self._first.learner.take_drift_decisions()
         self._timeline.look(closed, self._first.learner, self._ingest.counts, decisions)
@@ -300,6 +336,8 @@ class Backtest:
         # Step 2: publishing begins with an anchor, as after a restart: so a run that goes on from here and one that
         # was not interrupted publish the same.
         self._kept.begin_again(self._first)
+        if self._upstream is not None:
+            self._upstream.prune(self._closed_ms)
         # Step 3: the checkpoint appears whole, or the run goes on from the one before.
         write_checkpoint(self._parts.root / CHECKPOINTS, self._captured(), keep=1)
         wall_s, cpu_s = self._spent()
@@ -316,6 +354,10 @@ class Backtest:
             tensors |= {f"{arm.arm.name}.{name}": tensor.contiguous() for name, tensor in own.items()}
         for name, baseline in self._baselines.items():
             tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in baseline.state().items()}
+        if self._upstream is not None and self._gains is not None:
+            own, state["upstream"] = self._upstream.state()
+            tensors |= {f"upstream.{key}": tensor.contiguous() for key, tensor in own.items()}
+            state["gains"] = self._gains.state()
         wall_s, cpu_s = self._spent()
         sofar = replace(self._sofar, wall_s=wall_s, cpu_s=cpu_s)
         whole: dict[str, Any] = {
@@ -344,6 +386,9 @@ class Backtest:
             arm.load_state(part(arm.arm.name), state["trainings"][arm.arm.name])
         for name, baseline in self._baselines.items():
             baseline.load_state(part(name))
+        if self._upstream is not None and self._gains is not None:
+            self._upstream.load_state(part("upstream"), state["trainings"]["upstream"])
+            self._gains.load_state(state["trainings"]["gains"])
         self._timeline.load_state(state["timeline"])
         self._kept.load_state(state["kept"], self._first)
         self._answers.load_costs(
@@ -387,12 +432,18 @@ class Backtest:
                 "steps": learner.ledger.num_steps,
             },
             metrics=learner.metrics_summary(),
+            vectors=self._told_of_vectors(),
             fingerprints=fingerprints,
             wall_s=wall_s,
             cpu_s=cpu_s,
             costs={"shared": ArmCosts(cpu_s=round(shared_s, 3)), **costs},
             num_parts=sofar.num_parts,
         )
+
+    def _told_of_vectors(self) -> dict[str, Any]:
+        if self._upstream is None or self._gains is None:
+            return {}
+        return {"upstream": self._upstream.summary(), "gains": self._gains.summary()}
 
 
 def _empty_store(parts: EngineParts) -> FeatureStore:

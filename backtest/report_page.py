@@ -23,7 +23,7 @@ from backtest.report_svg import (
     catalogue_chart,
     line_chart,
 )
-from backtest.report_tables import MAIN_METRIC, arms_table, costs_table, lists_table, slices_table
+from backtest.report_tables import MAIN_METRIC, arms_table, costs_table, lists_table, slices_table, vectors_table
 from backtest.report_words import METRIC_NAMES, age_text, arm_title, figure, findings
 from backtest.run_files import RunFolder, RunManifest
 from online_trainer.prequential import ALL
@@ -52,6 +52,7 @@ def page(run: RunFolder, evaluation: Evaluation, config: EvaluationConfig) -> st
         *(section(_ABLATIONS[kind][0], _ablation(kind, evaluation, slots)) for kind in evaluation.ablations),
         section("New items, new users", slices_table(evaluation)),
         section("What would have been shown", lists_table(evaluation)),
+        *([section("What users' vectors bring", vectors_table(manifest))] if manifest.vectors else []),
         section("What it cost", costs_table(manifest, evaluation)),
         section("How this was made", _made(manifest, evaluation, config)),
     ]

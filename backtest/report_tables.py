@@ -11,6 +11,7 @@ from backtest.report_html import age, bytes_text, cell, cells, seconds, table, w
 from backtest.report_svg import interval_cell
 from backtest.report_words import METRIC_NAMES, arm_title, figure, interval
 from backtest.run_files import RunManifest
+from backtest.vector_gains import NEVER
 from online_trainer.prequential import ALL, ITEM_KINDS, USER_KINDS
 
 MAIN_METRIC: Final = "ndcg_at_20"
@@ -125,3 +126,22 @@ def costs_table(manifest: RunManifest, evaluation: Evaluation) -> str:
         "is what it took beyond what arms share"
     )
     return table(heads, rows, note)
+
+
+def vectors_table(manifest: RunManifest) -> str:
+    """What users' vectors bring each task of the ranker, by how late they come."""
+    rows = []
+    for task, rankers in manifest.vectors["gains"].items():
+        for lag, found in rankers.items():
+            gain = f"{found['gain_percent']:+.2f} ± {found['standard_error']:.2f} %" if "gain_percent" in found else ""
+            how = "none" if lag == NEVER else f"{lag} after they were computed"
+            values = [how, f"{found['count']:,.0f}", figure(found["normalised_loss"]), gain]
+            rows.append(f'<tr><th scope="row">{escape(task)}</th>{cells(values)}</tr>')
+    upstream = manifest.vectors["upstream"]
+    note = (
+        f"{upstream['vectors']:,} vectors of {upstream['versions']:,} versions of the upstream model. Rankers trained "
+        "on the same steps, which predicted each interaction before they learned it; loss over that of predicting the "
+        "mean, and the gain over no vectors in percent of it, with the standard error of paired differences over "
+        "interactions, which leaves out what another seed would change"
+    )
+    return table(["task", "vectors", "interactions", "normalised loss", "gain"], rows, note)

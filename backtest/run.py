@@ -23,6 +23,7 @@ from backtest.run_config import BacktestConfig
 from backtest.run_files import RUN_SCHEMA, ArmInfo, RunFolder, RunManifest, write_json, write_manifest
 from backtest.run_setup import with_seed, with_settings
 from backtest.run_state import Progress
+from backtest.upstream_replay import UpstreamConfigs
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from online_trainer.learner import LearnerConfig
 from online_trainer.prequential import RankMetrics
@@ -49,6 +50,8 @@ class RunSettings:
     store: FeatureStoreConfig
     hot: HotHistoriesConfig
     learner: LearnerConfig
+    upstream: UpstreamConfigs | None = None
+    """None: no users' vectors."""
 
     def __post_init__(self) -> None:
         if self.learner.trainer.lag_policy != "fall_behind":
@@ -60,6 +63,11 @@ class RunSettings:
             raise ValueError(
                 f"arrivals.delay_ms = {self.arrivals.delay_ms} makes events late: set backtest.late to how long "
                 "answers wait for them, at best arrivals.delay_max_ms"
+            )
+        if self.upstream is not None and self.learner.ranking.learn_from != "interactions":
+            raise ValueError(
+                "upstream_daemon.is_on and ranking.learn_from = impressions: a recorded log holds no labels of "
+                "impressions, so neither ranker nor upstream model would learn its tasks; set interactions"
             )
         for arm, _ in self.backtest.all_arms():
             with_settings(self.learner, arm.settings)
@@ -77,6 +85,8 @@ class RunSettings:
             name: getattr(self.learner, name)
             for name in ("trainer", "items", "model", "loss", "optimizer", "drift", "ranking")
         }
+        if self.upstream is not None:
+            parts |= {"upstream": self.upstream.model, "upstream_daemon": self.upstream.daemon}
         found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(parts))
         return found
 
@@ -125,6 +135,7 @@ def run_one(
         store=settings.store,
         hot=settings.hot,
         learner=with_seed(settings.learner, seed),
+        upstream=None if settings.upstream is None else settings.upstream.with_seed(seed),
         root=folder,
         stopping=hooks.stopping,
         on_progress=lambda progress: hooks.on_progress(folder.name, progress),

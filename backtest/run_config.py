@@ -12,6 +12,7 @@ from backtest.batch_trained import BatchTrainedArm
 from backtest.durations import as_text, duration_ms, publish_interval_ms
 from backtest.online_arms import OnlineArm
 from backtest.run_files import ArmInfo, check_arm_name
+from backtest.vector_gains import NEVER
 
 ArmKind = Literal["online", "frozen", "retrained", "fine_tuned"]
 Baseline = Literal["popularity", "cooccurrence", "item_knn", "river_mf"]
@@ -196,6 +197,10 @@ class BacktestConfig:
     """An online arm published every batch for each delay of its weights."""
     histories_lag: tuple[str, ...] = ()
     """An online arm published every batch for each delay of the histories it reads."""
+    vectors_lag: tuple[str, ...] = ("0s", "never")
+    """Where users' vectors are computed (upstream_daemon.is_on): a ranker for each, trained beside the others, which
+    gets vectors so long after they were computed; `never`, which must be the last: one that gets none. The first is
+    that of the arms."""
     baselines: tuple[Baseline, ...] = ("popularity", "cooccurrence")
     """Arms that need no training."""
     arms: tuple[ArmConfig, ...] = ()
@@ -217,12 +222,24 @@ class BacktestConfig:
                 duration_ms(getattr(self, name), f"backtest.{name}")
         for name in ("timeline_every", "late"):
             duration_ms(getattr(self, name), f"backtest.{name}")
+        self._check_vectors_lag()
         names = [arm.name for arm, _ in self.all_arms()] + list(self.baselines)
         doubles = {name for name in names if names.count(name) > 1}
         if doubles:
             raise ValueError(f"backtest: arms named twice: {', '.join(sorted(doubles))}")
         if not self.all_arms():
             raise ValueError('backtest: no arm learns; name backtest.publish_every = ["batch"] or [[backtest.arms]]')
+
+    def _check_vectors_lag(self) -> None:
+        if not self.vectors_lag or len(set(self.vectors_lag)) < len(self.vectors_lag):
+            raise ValueError(f"backtest.vectors_lag = {list(self.vectors_lag)}: name at least one, each once")
+        if NEVER in self.vectors_lag[:-1]:
+            raise ValueError(f"backtest.vectors_lag = {list(self.vectors_lag)}: {NEVER} must be the last")
+        self.vector_lags_ms()
+
+    def vector_lags_ms(self) -> tuple[int | None, ...]:
+        """`vectors_lag` in ms; None: never."""
+        return tuple(None if text == NEVER else duration_ms(text, "backtest.vectors_lag") for text in self.vectors_lag)
 
     def all_arms(self) -> list[tuple[ArmConfig, str | None]]:
         """Every arm that learns, with the curve that it is a point of."""

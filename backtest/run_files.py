@@ -156,6 +156,9 @@ class RunManifest:
     """What became of the events: accepted, duplicate, late, refused, ..."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The trainer's own prequential metrics, `arm.span.metric`."""
+    vectors: dict[str, Any] = field(default_factory=dict)
+    """Of a run with users' vectors: `upstream`, what became of them, and `gains`, what they bring each task of the
+    ranker (``backtest.vector_gains``)."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """sha256 of `histories`, `weights` and `metrics` at the end: equal for equal runs, whatever the transport."""
     wall_s: float = 0.0

@@ -12,6 +12,7 @@ from backtest.durations import duration_ms
 from backtest.online_arms import OnlineArm
 from backtest.run_config import BacktestConfig
 from backtest.training import Training
+from backtest.upstream_replay import UpstreamReplay
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from model.transducers import with_action_bits
@@ -19,23 +20,32 @@ from online_trainer.learner import LearnerConfig, OnlineLearner
 
 
 def build_trainings(
-    config: BacktestConfig, learner: LearnerConfig, hot: HotHistories, answers: Answers, *, log_id: str
+    config: BacktestConfig,
+    learner: LearnerConfig,
+    hot: HotHistories,
+    answers: Answers,
+    *,
+    log_id: str,
+    upstream: UpstreamReplay | None = None,
 ) -> list[Training]:
-    """One for each set of settings; the first has the run's own, and its test ranks for the baselines."""
+    """One for each set of settings; the first has the run's own, and its test ranks for the baselines.
+
+    With users' vectors, behind it one without arms for each further way to read them.
+    """
     arms_of: dict[str, list[OnlineArm]] = {"{}": []}
     for arm, _ in config.all_arms():
         if arm.learns_online:
             arms_of.setdefault(json.dumps(arm.settings, sort_keys=True), []).append(arm.online_arm())
     late_ms = duration_ms(config.late, "late")
-    return [
-        Training(
-            OnlineLearner(with_settings(learner, json.loads(settings)), hot, log_id=log_id),
-            arms,
-            answers,
-            late_ms=late_ms,
-        )
-        for settings, arms in arms_of.items()
-    ]
+    lags_ms = (None,) if upstream is None else config.vector_lags_ms()
+
+    def training(settings: str, arms: list[OnlineArm], lag_ms: int | None) -> Training:
+        vectors = None if upstream is None or lag_ms is None else upstream.reader(lag_ms)
+        own = with_settings(learner, json.loads(settings))
+        return Training(OnlineLearner(own, hot, log_id=log_id, vectors=vectors), arms, answers, late_ms=late_ms)
+
+    first, *others = [training(settings, arms, lags_ms[0]) for settings, arms in arms_of.items()]
+    return [first, *(training("{}", [], lag_ms) for lag_ms in lags_ms[1:]), *others]
 
 
 def build_batch_trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ class RunOutcome:
     evaluated_from_ms: int | None
     counts: dict[str, int]
     metrics: dict[str, float]
+    vectors: dict[str, Any]
     fingerprints: dict[str, str]
     wall_s: float
     cpu_s: float

@@ -42,6 +42,11 @@ def refuse_what_differs(settings: RunSettings) -> None:
     """Raises ValueError for settings that no broker can follow: it has the machine's clock."""
     if settings.arrivals.delay_ms or settings.arrivals.clock_skew_ms:
         raise ValueError("--through-broker: delays and wrong clocks are simulated without a broker only ([arrivals])")
+    if settings.upstream is not None:
+        raise ValueError(
+            "--through-broker: upstream_daemon.is_on, and when a daemon computes a vector depends on the machine's "
+            "clock; set it to false"
+        )
     if settings.backtest.batch_wait != "never":
         raise ValueError(
             f"--through-broker: backtest.batch_wait = {settings.backtest.batch_wait} is event time, and a daemon waits "

@@ -13,7 +13,7 @@ from feature_store.publications import load_watermark
 from feature_store.removing import count_forgotten
 from feature_store.retention import Retention
 from feature_store.tables import history_chunk, user_state
-from feature_store.user_states import StatePruning, StateQuery, UpstreamVersion, UserVectors
+from feature_store.user_states import StatePruning, StateQuery, StoredVectors, UpstreamVersion, UserVectors
 
 
 class UserStateStore:
@@ -42,6 +42,14 @@ class UserStateStore:
         no_limit = np.full(len(user_ids), user_states.ANY)
         query = StateQuery(user_id=user_ids, before_ms=no_limit, known_before_ms=no_limit, below_seq=no_limit)
         return self.vectors(model, query, width=width)
+
+    def stored(self, model: str, *, width: int) -> StoredVectors:
+        """Every vector that is kept of a model, of all versions, in memory: for whoever sets them aside whole.
+
+        Damaged ones are left out.
+        """
+        with read_transaction(self._engine) as connection:
+            return user_states.load_stored(connection, model, width)
 
     def versions(self, model: str) -> list[UpstreamVersion]:
         """Versions of the upstream model that vectors are, were lately or will be served of; ascending."""

@@ -94,6 +94,22 @@ class UserVectors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredVectors:
+    """N vectors as they are stored, ascending by user, version and next_seq; i64[N], and f32[N, W]."""
+
+    user_id: Int64s
+    version: Int64s
+    next_seq: Int64s
+    as_of_ms: Int64s
+    written_at_ms: Int64s
+    vector: Float32s
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """By name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UpstreamVersion:
     """One version of the upstream model, as far as its vectors are concerned."""
 
@@ -128,8 +144,8 @@ class UserStates:
         if self._connection.dialect.name == "postgresql":
             self._connection.execute(text("LOCK TABLE user_state IN ROW EXCLUSIVE MODE"))
 
-    def write(self, model: str, version: int, new: NewVectors, *, written_at_ms: int) -> None:
-        """Store vectors; those that are stored already stay as they are."""
+    def write(self, model: str, version: int, new: NewVectors, *, written_at_ms: Int64s | int) -> None:
+        """Store vectors; those that are stored already stay as they are. written_at_ms: of each, or of all."""
         rows = [
             {
                 "user_id": user_id,
@@ -137,11 +153,16 @@ class UserStates:
                 "version": version,
                 "next_seq": next_seq,
                 "as_of_ms": as_of_ms,
-                "written_at_ms": written_at_ms,
+                "written_at_ms": at_ms,
                 "vector": _encoded(vector),
             }
-            for user_id, next_seq, as_of_ms, vector in zip(
-                new.user_id.tolist(), new.next_seq.tolist(), new.as_of_ms.tolist(), new.vector, strict=True
+            for user_id, next_seq, as_of_ms, at_ms, vector in zip(
+                new.user_id.tolist(),
+                new.next_seq.tolist(),
+                new.as_of_ms.tolist(),
+                np.broadcast_to(written_at_ms, new.user_id.shape).tolist(),
+                new.vector,
+                strict=True,
             )
         ]
         if rows:
@@ -234,6 +255,19 @@ def load_vectors(connection: Connection, model: str, query: StateQuery, width: i
         for row in connection.execute(select(wanted.c.pos, user_state).join_from(wanted, user_state, is_answer)):
             found.put(start + row.pos, row)
     return found.vectors()
+
+
+def load_stored(connection: Connection, model: str, width: int) -> StoredVectors:
+    """Every vector of a model; see `UserStateStore.stored`."""
+    query = select(user_state).where(_state.model == model).order_by(_state.user_id, _state.version, _state.next_seq)
+    rows = connection.execute(query).all()
+    vectors = [_decoded(row.vector, width) for row in rows]
+    kept = [row for row, vector in zip(rows, vectors, strict=True) if vector is not None]
+    names = ("user_id", "version", "next_seq", "as_of_ms", "written_at_ms")
+    return StoredVectors(
+        **{name: np.array([getattr(row, name) for row in kept], np.int64) for name in names},
+        vector=np.array([vector for vector in vectors if vector is not None], np.float32).reshape(-1, width),
+    )
 
 
 def load_written_since(

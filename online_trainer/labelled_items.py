@@ -98,6 +98,11 @@ class LabelledItems:
             is_measured=self.is_measured[is_kept],
         )
 
+    def rows(self, part: slice) -> LabelledItems:
+        """Rows that stand together."""
+        row_C = np.repeat(np.arange(len(self.user_id)), np.diff(self.offsets))
+        return self.take((row_C >= part.start) & (row_C < part.stop), max_items=max(len(self), 1))
+
     def as_interactions(self) -> Interactions:
         """One interaction an item, at the time it was shown, for a file; without keys and arrival."""
         row_C = np.repeat(np.arange(len(self.user_id)), np.diff(self.offsets))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,8 @@ class RankingLearner:
         self._values = {one.name: ValueMeter(trainer.metrics_window) for one in tasks if one.kind == "mse"}
         self.served = TaskMeters(tasks, trainer.metrics_window)
         """Of what was predicted when the items were shown."""
+        self.on_tested: Callable[[Tensor, ActionLabels], None] | None = None
+        """Hears of the predictions of every step, float32[C, K], and of the labels, before it trains: for backtests."""
         self._guard = LossGuard(spike_deviations=trainer.spike_deviations, max_in_a_row=trainer.max_spikes_in_a_row)
         self._generator = torch.Generator().manual_seed(trainer.seed)
 
@@ -152,6 +154,8 @@ class RankingLearner:
         batch = replace(shown_batch(items, histories, self._model.items), upstream=upstream)
         found = ranking_pass(self._model, batch, labels, generator=self._generator)
         self._measure(found.predictions_CK, labels, items, batch.shown_rows_C)
+        if self.on_tested is not None:
+            self.on_tested(found.predictions_CK, labels)
         if served_CK is not None:
             self._measure_served(served_CK, labels, items)
         loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss

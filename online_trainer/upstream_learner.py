@@ -131,7 +131,8 @@ class UpstreamLearner:
         self.counts.num_passed_over += len(batch.thinned)
         if histories is not None:
             self._admit(new.item_id)
-            self._learn_interactions(items, histories)
+            for part in parts_within(histories.lengths(), self._settings.learn_tokens):
+                self._learn_interactions(items.rows(part), histories.rows(part))
         table = self.model.items
         rows = table.lookup(taken.item_id)
         table.observe(rows[rows >= 0], taken.event_time_ms[rows >= 0])
@@ -170,10 +171,8 @@ class UpstreamLearner:
         self.labels.num_steps += 1
         self.ledger.num_steps += 1
         if histories is not None:
-            row_C = np.repeat(np.arange(len(wanted.user_id)), np.diff(wanted.offsets))
             for part in parts_within(histories.lengths(), self._settings.learn_tokens):
-                items = wanted.take((row_C >= part.start) & (row_C < part.stop), max_items=len(wanted))
-                self._learn_labels(items, histories.rows(part))
+                self._learn_labels(wanted.rows(part), histories.rows(part))
         self._book.record(batch, is_new)
 
     def pass_over_labels(self, batch: LabelBatch) -> None:

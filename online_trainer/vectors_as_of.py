@@ -20,8 +20,9 @@ _NAMED_MAX: Final = 10
 class VectorsAsOf:
     """Reads vectors for the ranker's steps. Shapes: R rows, W width."""
 
-    def __init__(self, store: FeatureStore, *, model: str, width: int) -> None:
-        self._store, self._model, self._width = store, model, width
+    def __init__(self, store: FeatureStore, *, model: str, width: int, lag_ms: int = 0) -> None:
+        """lag_ms: how long after it was written a vector is read, to try out how stale they may be."""
+        self._store, self._model, self._width, self._lag_ms = store, model, width, lag_ms
         self.num_found = self.num_missing = self.num_damaged = 0
 
     def read(self, items: LabelledItems) -> UpstreamVectors:
@@ -33,7 +34,7 @@ class VectorsAsOf:
         query = StateQuery(
             user_id=items.user_id,
             before_ms=items.shown_at_ms,
-            known_before_ms=items.written_before_ms,
+            known_before_ms=items.written_before_ms - self._lag_ms,
             below_seq=items.below_seq,
         )
         found = self._store.user_states.vectors(self._model, query, width=self._width)

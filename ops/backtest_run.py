@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,16 +34,19 @@ from backtest.run_setup import with_seed
 from backtest.run_state import Progress as RunProgress
 from backtest.sources import SourceConfig, open_source
 from backtest.through_broker import fingerprints_through_broker, refuse_what_differs
+from backtest.upstream_replay import UpstreamConfigs
+from backtest.vector_gains import NEVER
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.llatte_config import LlatteSettings
-from model.ranking_model import with_ranking_head
+from model.ranking_model import upstream_model_config, with_ranking_head
 from model.ranking_settings import RankingSettings
 from model.upstream_config import UpstreamConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
 from online_trainer.learner import LearnerConfig
+from online_trainer.upstream_settings import UpstreamDaemonConfig
 from ops.config import HeadraceConfig
 from ops.errors import OpsError
 from ops.local_broker import LocalBroker, LocalBrokerConfig
@@ -93,9 +96,20 @@ def run_settings(settings: Settings) -> RunSettings:
                 actions=rules.actions,
                 ranking=ranking,
             ),
+            upstream=_upstream(settings),
         )
     except ValueError as error:
         raise OpsError(str(error)) from error
+
+
+def _upstream(settings: Settings) -> UpstreamConfigs | None:
+    """None where no users' vectors are asked for. ValueError as `upstream_model_config`."""
+    daemon = settings.get(UpstreamDaemonConfig)
+    if not daemon.is_on:
+        return None
+    actions = settings.get(EventRules).actions
+    model = upstream_model_config(settings.get(UpstreamConfig), settings.get(RankingSettings), actions)
+    return UpstreamConfigs(model=model, daemon=daemon)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +143,8 @@ def run_backtest(asked: Asked, *, say: Callable[[str], None], show: Callable[[st
         return 130
     if len(wanted.backtest.seeds) == 1:
         for line in _lines(summary_of(root)):
+            show(line)
+        for line in vector_lines(RunFolder.open(root).manifest.vectors):
             show(line)
     say(f"headrace: wrote {root}")
     return _compare_with_broker(wanted, recording, root, say=say) if asked.through_broker else 0
@@ -216,3 +232,16 @@ def _lines(summary: list[dict[str, Any]]) -> Iterator[str]:
     for one in summary:
         values = "".join(f"{'' if one[name] is None else format(one[name], '.4f'):>12}" for name in _SHOWN)
         yield f"{one['arm']:{width}}  {values}  {one['title']}"
+
+
+def vector_lines(vectors: Mapping[str, Any]) -> Iterator[str]:
+    """What users' vectors bring each task of the ranker; nothing of a run without them."""
+    for task, rankers in vectors.get("gains", {}).items():
+        count = next(iter(rankers.values()))["count"]
+        yield f"ranking {task}: {count:,.0f} interactions, loss over that of predicting the mean, gain over no vectors"
+        for lag, found in rankers.items():
+            name = "no vectors" if lag == NEVER else f"vectors {lag} after they were computed"
+            gain = ""
+            if "gain_percent" in found:
+                gain = f"  {found['gain_percent']:+.2f} ± {found['standard_error']:.2f} %"
+            yield f"  {name:38}  {found['normalised_loss']:.4f}{gain}"

@@ -41,6 +41,7 @@ class Log:
     item_id: NDArray[np.int64]
     time_ms: NDArray[np.int64]
     arrival_ms: NDArray[np.int64] | None = None
+    value: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.user_id)
@@ -57,7 +58,7 @@ class Log:
                 event_time_ms=self.time_ms[part],
                 arrival_ms=(self.time_ms if self.arrival_ms is None else self.arrival_ms)[part],
                 action=["click"] * count,
-                value=np.full(count, np.nan),
+                value=np.full(count, np.nan) if self.value is None else self.value[part],
                 event_id=[f"log-{number}" for number in range(first, part.stop)],
             )
 
@@ -77,7 +78,7 @@ def walks(num_events: int, *, num_users: int = 25, num_items: int = 40, seed: in
 
 def parts(root: Path, log: Log, *, learner: LearnerConfig = LEARNER, **options: Any) -> EngineParts:
     """A run of small pieces over a log."""
-    own: dict[str, Any] = {name: options.pop(name) for name in ("arrivals", "stopping") if name in options}
+    own: dict[str, Any] = {name: options.pop(name) for name in ("arrivals", "stopping", "upstream") if name in options}
     defaults = {"poll_events": 90, "checkpoint_events": 300, "sample_every": 4, "timeline_every": "30s"}
     return EngineParts(
         source=log,
