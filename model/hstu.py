@@ -30,9 +30,9 @@ from model.initial import NORM_EPS, dropout_seed, normal, xavier
 from model.key_values import KeyValues, packed_places
 from model.recomputation import RepeatedPart
 
-_PRODUCTS_MAX = 1 << 22
-"""New positions times numbers of a layer's input matrix up to which they are computed one by one: all at once,
-operation by operation, costs as much in calls."""
+_PRODUCTS_MAX = 1 << 25
+"""New positions times numbers of a layer's input matrix up to which compiled code computes them in one call: on one
+thread it is faster beyond that too, but operation by operation all threads of the machine share the work."""
 
 
 class HSTULayer(nn.Module):
