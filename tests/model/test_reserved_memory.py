@@ -19,9 +19,10 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_large_table_takes_memory_only_where_it_is_written() -> None:
+@pytest.mark.parametrize("in_huge_pages", [False, True])
+def test_a_large_table_takes_memory_only_where_it_is_written(in_huge_pages: bool) -> None:
     before = resident_bytes()
-    table = reserved_zeros(1 << 20, 64, dtype=torch.float32)
+    table = reserved_zeros(1 << 20, 64, dtype=torch.float32, in_huge_pages=in_huge_pages)
     assert resident_bytes() - before < 16 << 20
     table[:1000] = 1
     assert resident_bytes() - before < 16 << 20
