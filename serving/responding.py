@@ -6,7 +6,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Final, TypeVar
 
 import msgspec
@@ -57,7 +57,7 @@ async def respond(
         status_code = 500
         try:
             request.state.caller = worker.access.admit(request.headers.get("authorization"), host_of(request), scope)
-            async with _caller_s_deadline(request):
+            async with _caller_s_deadline(request) if TIMEOUT_HEADER in request.headers else nullcontext():
                 done = await work(await _read_body(request, worker.config), request_id)
             outcome = OK
             if isinstance(done, Answer):
@@ -88,13 +88,13 @@ def _parent(request: Request) -> Context | None:
 @asynccontextmanager
 async def _caller_s_deadline(request: Request) -> AsyncIterator[None]:
     """End what is inside when the caller waits no longer; what still waits for the model is not computed then."""
-    given = request.headers.get(TIMEOUT_HEADER)
-    if given is not None and not _MILLISECONDS.fullmatch(given):
+    given = request.headers[TIMEOUT_HEADER]
+    if not _MILLISECONDS.fullmatch(given):
         raise InvalidRequestError(
             f"{TIMEOUT_HEADER} must be whole milliseconds from 1 to 999999999", field=TIMEOUT_HEADER
         )
     try:
-        async with asyncio.timeout(None if given is None else int(given) / 1000) as deadline:
+        async with asyncio.timeout(int(given) / 1000) as deadline:
             with caller_waiting_until(deadline.when()):
                 yield
     except TimeoutError as error:
