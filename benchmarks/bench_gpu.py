@@ -10,6 +10,7 @@ Needs torch, triton, numpy and safetensors, and nothing else. Sections, in this 
 * *encoder*: HSTU forward and backward against a Transformer of equal width (pre-norm, d_ff = 4 D).
 * *semi-local*: the cost of a window, and of both readings of its global part, as rows get longer; beside the triangle.
 * *input-output*: what one layer keeps for its backward pass, with and without recomputation, and the time of both.
+* *fp8*: products of 8-bit floats beside those of bfloat16, alone and in a layer: time, and error.
 * *loss*, *top-k*, *embedding*: what touches the whole catalogue.
 
 Arms of a case take turns; every call comes after a flush of the second-level cache and is timed by events; the median
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from triton.runtime.autotuner import Autotuner
 
-from benchmarks import gpu_attention, gpu_catalogue, gpu_encoder
+from benchmarks import gpu_attention, gpu_catalogue, gpu_encoder, gpu_low_bits
 from benchmarks.compile_ahead import compile_ahead
 from benchmarks.environment import answer, environment
 from benchmarks.gpu_harness import FULL, TINY, TO_COMPILE, Bench, Row, nominal_tflops, print_table, write_section
@@ -44,6 +45,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "encoder": (gpu_encoder.encoder, 5),
     "semi-local": (gpu_attention.semi_local, 2),
     "input-output": (gpu_encoder.input_output, 2),
+    "fp8": (gpu_low_bits.fp8, 2),
     "loss": (gpu_catalogue.loss, 2),
     "top-k": (gpu_catalogue.top_k, 1),
     "embedding": (gpu_catalogue.embedding, 1),

@@ -4,7 +4,8 @@
 
 Forward and backward of one row with the relative bias, heads of width 64, one thread; both arms take turns in one
 process, times are the CPU's, the least of the steps. kept: bytes of all that the forward pass saves, its input
-included, parameters not. Both arms must give the same gradients, bit by bit. The last line is one JSON object.
+included, parameters not. Both arms must give the same gradients: bit by bit, under a window to rounding, since a
+product is made in two halves there. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ CASES: tuple[tuple[int, int, Literal["full", "semi-local"]], ...] = (
     (512, 4096, "full"),
     (512, 8192, "full"),
     (256, 8192, "semi-local"),
+    (512, 8192, "semi-local"),
 )
 """Width, positions, attention."""
 SEMI_LOCAL = AttentionMask(max_attn_len=256, min_full_attn_len=64)
+ROUNDING = 1e-5
+"""Of a gradient's norm: how far the two may be apart under a window."""
 TARGETS = {"kept_saved": 0.60, "time_ratio": 1.10}
 
 
@@ -93,7 +97,8 @@ def measure(width: int, length: int, attention: str, *, steps: int) -> dict[str,
                 continue
             kept.append(sum(size for address, size in found.items() if address not in weights))
             gradients.append(found_gradients)
-    if not all(torch.equal(one, other) for one, other in zip(*gradients, strict=True)):
+    allowed = 0.0 if attention == "full" else ROUNDING
+    if not all((one - other).norm() <= allowed * one.norm() for one, other in zip(*gradients, strict=True)):
         raise SystemExit("the two arms disagree")
     return {
         "width": width,

@@ -59,6 +59,10 @@ class Sizes:
     # input-output
     layer_rows: int = 256
     layer_len: int = 3072
+    # fp8
+    product_widths: tuple[int, ...] = (512, 1024, 2048)
+    product_positions: int = 65_536
+    product_len: int = 2048
     # loss
     catalogues: tuple[int, ...] = (100_000, 1_000_000)
     loss_positions: int = 8192
@@ -95,6 +99,9 @@ TINY = Sizes(
     encoder_positions=8,
     layer_rows=2,
     layer_len=8,
+    product_widths=(16,),
+    product_positions=8,
+    product_len=8,
     catalogues=(40,),
     loss_positions=5,
     loss_width=16,
@@ -117,6 +124,8 @@ TO_COMPILE = Sizes(
     num_layers=1,
     layer_rows=2,
     layer_len=128,
+    product_positions=256,
+    product_len=128,
     catalogues=(10_000,),
     loss_positions=256,
     num_queries=16,

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.config import DeviceChoice, Precision
+from kernels.fp8_product import CAPABILITY, MULTIPLE, ProductFormat
+from model.config import DeviceChoice, ModelConfig, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
-    """A device, and whether the encoder computes in bfloat16."""
+    """A device, whether the encoder computes in bfloat16, and how the products of its HSTU layers are made."""
 
     device: torch.device
     is_bfloat16: bool = False
+    product: ProductFormat = "plain"
 
     @classmethod
     def chosen(cls, device: DeviceChoice, precision: Precision) -> Compute:
@@ -32,6 +34,9 @@ class Compute:
                 "trainer.device is cuda, but PyTorch finds no CUDA device: install its driver, or set auto"
             )
         found = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
+        if precision == "fp8":
+            _check_fp8(found)
+            return cls(device=torch.device(found), is_bfloat16=True, product="fp8")
         wants_bfloat16 = precision == "bfloat16" or (precision == "auto" and found == "cuda")
         return cls(device=torch.device(found), is_bfloat16=wants_bfloat16)
 
@@ -55,6 +60,36 @@ class Compute:
         rounded = {name: parameter.to(torch.bfloat16) for name, parameter in module.named_parameters()}
         computed = torch.func.functional_call(module, rounded, (item_LD.to(torch.bfloat16), *arguments), dict(options))
         return computed.float()
+
+
+def _check_fp8(device: str) -> None:
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    if capability is None or capability < CAPABILITY:
+        found = "the CPU" if capability is None else "a device of capability {}.{}".format(*capability)
+        raise ValueError(
+            f"trainer.precision is fp8, but this computes on {found}: it needs a CUDA device of compute capability"
+            f" {CAPABILITY[0]}.{CAPABILITY[1]} or above; set trainer.precision to auto"
+        )
+
+
+def check_fp8_model(config: ModelConfig) -> None:
+    """ValueError for a model whose products cannot be made of 8-bit floats, by the setting to change."""
+    if config.kind not in ("hstu", "ultra_hstu"):
+        raise ValueError(
+            f"trainer.precision is fp8, which is for model.kind hstu and ultra_hstu, not for {config.kind}: set"
+            " trainer.precision to auto"
+        )
+    widths = {
+        "embedding_dim": config.embedding_dim,
+        "num_heads times model.attention_dim": config.num_heads * config.attention_dim,
+        "num_heads times model.hidden_dim": config.num_heads * config.hidden_dim,
+    }
+    for name, width in widths.items():
+        if width % MULTIPLE:
+            raise ValueError(
+                f"trainer.precision is fp8 and model.{name} is {width}: it must be a multiple of {MULTIPLE}, or set"
+                " trainer.precision to auto"
+            )
 
 
 HOST = Compute(device=torch.device("cpu"))

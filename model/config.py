@@ -27,7 +27,7 @@ _NOT_IN_HASH: Final = (
     "transducers",
 )
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +104,7 @@ class ModelConfig:
     recompute: bool = False
     """While training, keep of each HSTU layer only its input and what attention returned, and compute normed input, u,
     q, k, v and gated norm again for the gradients: a sixth of the memory, a few per cent of time with long histories.
+    With semi-local attention on a CPU what u and v are made of is kept, too: a third of the memory, a tenth of time.
     Weights are the same, so it may be changed at any time."""
     temperature: float = 0.2
     """Cosine similarities start out divided by this; the scale is learned from there. The research code's 0.05 suits

@@ -8,7 +8,7 @@ Shapes: L packed positions, D model width, H heads, A query/key width, V value w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kernels.fp8_product import ProductFormat
 from kernels.hstu_attention import CAUSAL, AttentionMask, RelativeBias, hstu_attention
 from kernels.hstu_decode import LayerForm, LayerWeights, hstu_decode, is_available, takes
 from kernels.hstu_input import hstu_input
@@ -28,7 +29,7 @@ from model.config import ModelConfig
 from model.history_input import HistoryInput
 from model.initial import NORM_EPS, dropout_seed, normal, xavier
 from model.key_values import KeyValues, packed_places
-from model.recomputation import RepeatedPart
+from model.recomputed_layer import Entered, recomputed, recomputed_under_window
 
 _PRODUCTS_MAX = 1 << 25
 """New positions times numbers of a layer's input matrix up to which compiled code computes them in one call: on one
@@ -59,6 +60,7 @@ class HSTULayer(nn.Module):
             self.time_weight = nn.Parameter(normal(generator, config.num_time_buckets + 1))
         self.input_norm = _Affine(config.embedding_dim) if config.affine_norms else None
         self.output_norm = _Affine(gate) if config.affine_norms else None
+        self.product: ProductFormat = "plain"
 
     def forward(
         self,
@@ -87,15 +89,17 @@ class HSTULayer(nn.Module):
         leave = partial(self._leave, weights=weights, seed=seed, kernel=kernel)
         if config.recompute and torch.is_grad_enabled() and kept is None:
             # The fused output half recomputes by itself.
-            is_fused = choose(kernel, x_LD.device, has_cpu_path=False) != "reference"
-            return _recomputed(partial(enter, recompute=False), attend, leave, x_LD, weights, is_fused=is_fused)
+            is_fused = self.product == "plain" and choose(kernel, x_LD.device, has_cpu_path=False) != "reference"
+            if mask.max_attn_len and not is_fused:
+                return recomputed_under_window(config, attend, leave, x_LD, weights, product=self.product)
+            return recomputed(partial(enter, recompute=False), attend, leave, x_LD, weights, is_fused=is_fused)
         entered = enter(x_LD)
         k_LHA, v_LHV = entered.k_LHA, entered.v_LHV
         if kept is not None:
             k_LHA, v_LHV = kept[0].put(kept[1], k_LHA, v_LHV)
         return leave(attend(entered.q_LHA, k_LHA, v_LHV).flatten(1), entered.u_LG, x_LD)
 
-    def _enter(self, x_LD: Tensor, *, weights: LayerWeights, kernel: KernelName, recompute: bool = True) -> _Entered:
+    def _enter(self, x_LD: Tensor, *, weights: LayerWeights, kernel: KernelName, recompute: bool = True) -> Entered:
         norm_weight, norm_bias = weights.input_norm or (None, None)
         entered = hstu_input(
             x_LD,
@@ -106,10 +110,11 @@ class HSTULayer(nn.Module):
             eps=NORM_EPS,
             activate="u" if self.config.gate_only_activation else "uvqk",
             recompute=recompute,
+            product=self.product,
             kernel=kernel,
         )
         config = self.config
-        return _Entered(
+        return Entered(
             u_LG=entered.u_LG,
             q_LHA=entered.q_LA.view(-1, config.num_heads, config.attention_dim),
             k_LHA=entered.k_LA.view(-1, config.num_heads, config.attention_dim),
@@ -139,6 +144,7 @@ class HSTULayer(nn.Module):
             concat=self.config.concat_output,
             dropout_p=self.config.linear_dropout,
             seed=seed,
+            product=self.product,
             kernel=kernel,
         )
 
@@ -193,46 +199,6 @@ class HSTULayer(nn.Module):
             query_offsets=query_offsets,
             kernel=kernel,
         )
-
-
-class _Entered(NamedTuple):
-    """What attention and the gate of a layer read."""
-
-    u_LG: Tensor
-    q_LHA: Tensor
-    k_LHA: Tensor
-    v_LHV: Tensor
-
-
-def _recomputed(
-    enter: Callable[[Tensor], _Entered],
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    leave: Callable[[Tensor, Tensor, Tensor], Tensor],
-    x_LD: Tensor,
-    weights: LayerWeights,
-    *,
-    is_fused: bool,
-) -> Tensor:
-    """A layer that keeps x_LD and what attention returned for its backward pass, and computes the rest again there.
-
-    is_fused: ``leave`` keeps nothing but its inputs anyway.
-    """
-    norms = (*(weights.input_norm or ()), *(weights.output_norm or ()))
-    tensors = (weights.uvqk_DE, weights.output_WD, weights.output_bias_D, *norms)
-    first = RepeatedPart(enter, kept=(x_LD, *tensors))
-    u_LG, q_LHA, k_LHA, v_LHV = first(x_LD)
-    with first.leaving_out_outputs():
-        attended_LG = attend(q_LHA, k_LHA, v_LHV).flatten(1)
-        if is_fused:
-            return leave(attended_LG, u_LG, x_LD)
-    # Not the tensors themselves: they hold the graph that this is to be a part of.
-    attended, x = (one.detach().requires_grad_(one.requires_grad) for one in (attended_LG, x_LD))
-
-    def again() -> tuple[Tensor, Tensor, Tensor]:
-        return attended, first.output(0).detach().requires_grad_(), x
-
-    second = RepeatedPart(lambda *read: (leave(*read),), kept=(attended_LG, x_LD, *tensors), before=first)
-    return second(attended_LG, u_LG, x_LD, again=again)[0]
 
 
 class _Decoder(NamedTuple):

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from kernels.implementations import KernelName
 from model.batch import HistoryBatch
-from model.compute import HOST, Compute
+from model.compute import HOST, Compute, check_fp8_model
 from model.config import ModelConfig
 from model.encoder import build_encoder
+from model.hstu import HSTULayer
 from model.initial import NORM_EPS
 from model.item_model import ItemModel
 from model.item_table import ActiveRows, ItemTable
@@ -65,8 +66,13 @@ class Recommender(ItemModel):
 
     def use(self, compute: Compute) -> None:
         """Compute there from now on. Before an optimiser is made: its state lies where the parameters are."""
+        if compute.product == "fp8":
+            check_fp8_model(self.config)
         self.compute = compute
         self.encoder.to(compute.device)
+        for layer in self.encoder.modules():
+            if isinstance(layer, HSTULayer):
+                layer.product = compute.product
         for parameter in (self.log_scale, self.trend_coefficient):
             parameter.data = compute.send(parameter.data)
 

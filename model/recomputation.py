@@ -1,7 +1,8 @@
 """Selective recomputation: what the halves of a layer would keep for their backward pass is computed again there.
 
 Of a layer only its input and what attention returned stay; normed input, u, q, k, v and the gated norm are left out
-(ULTRA-HSTU, arXiv 2602.16986). Attention, the dearest part, is not repeated. ``torch.utils.checkpoint`` can do the same
+(ULTRA-HSTU, arXiv 2602.16986). Attention, the dearest part, is not repeated (``model.recomputed_layer`` puts a layer
+together). ``torch.utils.checkpoint`` can do the same
 with a policy, but its first call imports torch's compiler (2.5 s and 160 MB here), and each call costs a millisecond.
 """
 
@@ -90,10 +91,6 @@ class RepeatedPart:
 
         return _LeftOut(again)
 
-    def leaving_out_outputs(self) -> saved_tensors_hooks:
-        """A context in which operations that save an output of this part do not keep it either."""
-        return saved_tensors_hooks(lambda one: self.left_out(one) if self.has_output(one) else one, _unpack)
-
     def output(self, index: int) -> Tensor:
         """An output, computed again; it belongs to no graph."""
         self._needs_outputs = True
@@ -122,6 +119,16 @@ class RepeatedPart:
 
         with torch.enable_grad(), saved_tensors_hooks(pack, _unpack), suppress(_NothingMoreIsNeededError):
             self._outputs = [one.detach() for one in self._run(*self._inputs())]
+
+
+def leaving_out_outputs(*parts: RepeatedPart) -> saved_tensors_hooks:
+    """A context in which operations that save an output of these parts do not keep it either."""
+
+    def pack(tensor: Tensor) -> Tensor | _LeftOut:
+        part = next((one for one in parts if one.has_output(tensor)), None)
+        return tensor if part is None else part.left_out(tensor)
+
+    return saved_tensors_hooks(pack, _unpack)
 
 
 def _unpack(packed: Tensor | _LeftOut) -> Tensor:

@@ -46,7 +46,8 @@ class TrainerConfig:
     one, else on the CPU. Items' rows and all that is kept of them stay in host memory."""
     precision: Precision = "auto"
     """Of the encoder; parameters, their gradients and the loss are float32 always. auto: bfloat16 on a CUDA device,
-    float32 on the CPU."""
+    float32 on the CPU. fp8: bfloat16, and the two matrix products of each HSTU layer in 8-bit floats, which takes a
+    CUDA device of compute capability 8.9 or above. For wide models; not measured yet."""
     num_threads: int = 1
     """CPU threads of the numerical library; 0 leaves its default."""
     metrics_window: int = 5_000

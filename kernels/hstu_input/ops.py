@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from kernels.fp8_product import ProductFormat, fp8_product
 from kernels.hstu_input.reference import Activated, HSTUInput, hstu_input_reference
 from kernels.implementations import KernelName, choose
 from kernels.operators import operator
@@ -32,6 +33,7 @@ def hstu_input(
     eps: float = 1e-6,
     activate: Activated = "uvqk",
     recompute: bool = True,
+    product: ProductFormat = "plain",
     kernel: KernelName = "auto",
 ) -> HSTUInput:
     """``u, v, q, k = split(silu(layer_norm(x) @ weight + bias))``; with ``activate="u"`` SiLU is on u only.
@@ -40,14 +42,15 @@ def hstu_input(
     widths, which sum to E. bias_E: float[E]. norm_weight_D, norm_bias_D: float[D], both or neither (a norm without
     parameters). All of one dtype and device. eps: added to the variance. recompute: keep only x and two numbers a
     position for the backward pass, which then repeats the product; False keeps the normed x and the product (the
-    reference keeps what autograd keeps). kernel: "auto" chooses by device; a name forces one (for debugging).
+    reference keeps what autograd keeps). product: "fp8" rounds both factors to 8-bit floats, between plain PyTorch
+    (kernels/fp8_product.py). kernel: "auto" chooses by device; a name forces one (for debugging).
     Differentiable once in every tensor. ValueError for wrong shapes, dtypes or options, KernelUnavailableError for
     a kernel that cannot run here. Source: HSTU (arXiv 2402.17152) eq. 1; ULTRA-HSTU (arXiv 2602.16986) for what is
     recomputed; maths in README.md.
     """
     _check(x_LD, weight_DE, bias_E, norm_weight_D, norm_bias_D)
     _check_options(weight_DE, split_sizes, eps, activate)
-    if choose(kernel, x_LD.device, has_cpu_path=False) == "reference":
+    if product == "fp8" or choose(kernel, x_LD.device, has_cpu_path=False) == "reference":
         return hstu_input_reference(
             x_LD,
             weight_DE,
@@ -57,6 +60,7 @@ def hstu_input(
             eps=eps,
             split_sizes=split_sizes,
             activate=activate,
+            product=fp8_product if product == "fp8" else torch.matmul,
         )
     if x_LD.dtype not in TRITON_DTYPES:
         raise ValueError(f"x_LD is {x_LD.dtype}; Triton kernels take float16, bfloat16 or float32: use 'reference'")

@@ -6,7 +6,7 @@ E = 2 G + 2 A. The four widths may also differ from one another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,10 +38,13 @@ def hstu_input_reference(
     eps: float,
     split_sizes: Sequence[int],
     activate: Activated,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> HSTUInput:
     """The truth the kernels are tested against; differentiable by autograd, any floating dtype."""
     normed_LD = functional.layer_norm(x_LD, (x_LD.shape[1],), norm_weight_D, norm_bias_D, eps)
-    projected_LE = normed_LD @ weight_DE if bias_E is None else torch.addmm(bias_E, normed_LD, weight_DE)
+    projected_LE = product(normed_LD, weight_DE)
+    if bias_E is not None:
+        projected_LE = projected_LE + bias_E
     if activate == "uvqk":
         u_LG, v_LG, q_LA, k_LA = torch.split(functional.silu(projected_LE), list(split_sizes), dim=1)
     else:

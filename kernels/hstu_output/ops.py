@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.fp8_product import ProductFormat, fp8_product
 from kernels.hstu_output.reference import hstu_output_reference
 from kernels.implementations import KernelName, choose
 from kernels.operators import operator
@@ -36,6 +37,7 @@ def hstu_output(
     dropout_p: float = 0.0,
     seed: int | None = None,
     recompute: bool = True,
+    product: ProductFormat = "plain",
     kernel: KernelName = "auto",
 ) -> Tensor:
     """float[L, D]: ``x + dropout(y) @ weight + bias`` with ``y = u * norm(attended)``.
@@ -46,6 +48,7 @@ def hstu_output(
     num_groups: G is normed in that many equal parts, e.g. one per head. eps: added to the variance.
     dropout_p: share of the elements of y set to zero, in [0, 1); seed: int in [0, 2**63) the mask follows from, a new
     one for every layer and step, or None for a pass without dropout. recompute: keep no y for the backward pass.
+    product: "fp8" rounds both factors to 8-bit floats, between plain PyTorch (kernels/fp8_product.py).
     kernel: "auto" chooses by device; a name forces one (for debugging).
     Differentiable once in every tensor. ValueError for wrong shapes, dtypes or options, KernelUnavailableError for
     a kernel that cannot run here. Source: HSTU (arXiv 2402.17152) eq. 3; ULTRA-HSTU (arXiv 2602.16986) for what is
@@ -54,7 +57,7 @@ def hstu_output(
     _check(attended_LG, u_LG, x_LD, weight_WD, concat=concat)
     _check_parameters(attended_LG, u_LG, x_LD, weight_WD, bias_D, norm_weight_G, norm_bias_G)
     _check_options(attended_LG, num_groups, eps, dropout_p, seed)
-    if choose(kernel, x_LD.device, has_cpu_path=False) == "reference":
+    if product == "fp8" or choose(kernel, x_LD.device, has_cpu_path=False) == "reference":
         return hstu_output_reference(
             attended_LG,
             u_LG,
@@ -68,6 +71,7 @@ def hstu_output(
             concat=concat,
             dropout_p=dropout_p,
             seed=seed,
+            product=fp8_product if product == "fp8" else torch.matmul,
         )
     if x_LD.dtype not in TRITON_DTYPES:
         raise ValueError(f"x_LD is {x_LD.dtype}; Triton kernels take float16, bfloat16 or float32: use 'reference'")

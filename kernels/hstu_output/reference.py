@@ -6,6 +6,8 @@ treats apart, W width of the product's input: G, or 3 G where u and attended are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +29,7 @@ def hstu_output_reference(
     concat: bool,
     dropout_p: float,
     seed: int | None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:
     """The truth the kernels are tested against; differentiable by autograd, any floating dtype."""
     grouped_LHV = attended_LG.reshape(-1, num_groups, attended_LG.shape[1] // num_groups)
@@ -38,5 +41,5 @@ def hstu_output_reference(
         y_LW = torch.cat([u_LG, attended_LG, y_LW], dim=1)
     if seed is not None and dropout_p > 0.0:
         y_LW = y_LW * dropout_multiplier(y_LW.detach(), dropout_p, seed)
-    out_LD = x_LD + y_LW @ weight_WD
+    out_LD = x_LD + product(y_LW, weight_WD)
     return out_LD if bias_D is None else out_LD + bias_D

@@ -6,6 +6,7 @@ enter one operation. With one (`make gpu`), the steps themselves are compared.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,59 @@ def test_settings_choose_the_device_and_its_precision(monkeypatch: pytest.Monkey
     assert Compute.chosen("auto", "auto") == Compute(device=torch.device("cuda"), is_bfloat16=True)
     assert Compute.chosen("cuda", "float32") == Compute(device=torch.device("cuda"))
     assert Compute.chosen("cpu", "auto") == Compute(device=torch.device("cpu"))
+
+
+def test_products_of_8_bit_floats_need_a_device_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"trainer\.precision is fp8, .*the CPU.* set trainer\.precision to auto"):
+        Compute.chosen("auto", "fp8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match=r"capability 8\.0: it needs .* 8\.9 or above"):
+        Compute.chosen("auto", "fp8")
+    with pytest.raises(ValueError, match="the CPU"):
+        Compute.chosen("cpu", "fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert Compute.chosen("auto", "fp8") == Compute(device=torch.device("cuda"), is_bfloat16=True, product="fp8")
+
+
+FP8 = Compute(device=torch.device("cpu"), is_bfloat16=True, product="fp8")
+"""The CPU makes these products, too, if slowly."""
+WIDE: dict[str, Any] = {"embedding_dim": 32, "num_heads": 2, "attention_dim": 8, "hidden_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"kind": "gru"}, r"model\.kind hstu and ultra_hstu, not for gru"),
+        ({"embedding_dim": 40}, r"model\.embedding_dim is 40: it must be a multiple of 16"),
+        ({"num_heads": 1}, r"model\.num_heads times model\.attention_dim is 8"),
+    ],
+)
+def test_a_model_that_cannot_have_them_is_refused_by_the_setting(
+    small_config: ModelConfig, changed: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        Recommender(replace(small_config, **{**WIDE, **changed})).use(FP8)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("options", [{}, {"kind": "ultra_hstu", "local_attn_len": 2, "global_attn_len": 1}], ids=str)
+def test_a_step_with_products_of_8_bit_floats_is_close_to_one_in_bfloat16(
+    small_config: ModelConfig, options: dict[str, Any], recompute: bool
+) -> None:
+    config = replace(small_config, **WIDE, **options, tokens="items", recompute=recompute)
+    plain, rounded = recommender_of(config), recommender_of(config)
+    plain.use(Compute(device=torch.device("cpu"), is_bfloat16=True))
+    rounded.use(FP8)
+    want, got = a_pass(plain, LOSSES[0]), a_pass(rounded, LOSSES[0])
+    torch.testing.assert_close(got.loss, want.loss, rtol=0.02, atol=0.02)
+    assert not torch.equal(got.loss, want.loss)
+    for (name, parameter), other in zip(rounded.named_parameters(), plain.parameters(), strict=True):
+        if name.endswith(("uvqk", "output_weight")):
+            assert parameter.grad is not None
+            assert other.grad is not None
+            assert (parameter.grad - other.grad).norm() < 0.2 * other.grad.norm(), name
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.kind} {loss.negatives}")
