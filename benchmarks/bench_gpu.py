@@ -11,6 +11,7 @@ Needs torch, triton, numpy and safetensors, and nothing else. Sections, in this 
 * *semi-local*: the cost of a window, and of both readings of its global part, as rows get longer; beside the triangle.
 * *input-output*: what one layer keeps for its backward pass, with and without recomputation, and the time of both.
 * *fp8*: products of 8-bit floats beside those of bfloat16, alone and in a layer: time, and error.
+* *rows*: item rows from host memory, as float32 and rounded.
 * *loss*, *top-k*, *embedding*: what touches the whole catalogue.
 
 Arms of a case take turns; every call comes after a flush of the second-level cache and is timed by events; the median
@@ -46,6 +47,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "semi-local": (gpu_attention.semi_local, 2),
     "input-output": (gpu_encoder.input_output, 2),
     "fp8": (gpu_low_bits.fp8, 2),
+    "rows": (gpu_low_bits.rows, 1),
     "loss": (gpu_catalogue.loss, 2),
     "top-k": (gpu_catalogue.top_k, 1),
     "embedding": (gpu_catalogue.embedding, 1),

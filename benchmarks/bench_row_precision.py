@@ -12,6 +12,10 @@ answer the same questions with the same dense parameters, so differences are tho
 *swap*: milliseconds of CPU time of reading, verifying and decoding a delta of 1,400 rows (`load`, aside), of working
 out what it changes (`plan`, aside) and of carrying it out (`pause`).
 
+*sent*: the trainer's way to a device (trainer.device_rows), without one: bytes that go over for the whole catalogue
+and for the rows of a step, and milliseconds of CPU time of rounding what a step changed (`refresh`), of taking a step's
+rows (`take`) and of making embeddings of their codes (`restore`, which a device does).
+
 The last line is one JSON object.
 """
 
@@ -35,9 +39,11 @@ from benchmarks.in_process import batches, learner_with_store
 from benchmarks.study_stream import ratings
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.device_rows import DeviceRows
+from model.item_table import ItemTable
 from model.manifest import Manifest, SnapshotKind
 from model.recommender import Recommender
-from model.row_precision import ROW_PRECISIONS, RowPrecision
+from model.row_precision import ROW_PRECISIONS, RowPrecision, bytes_of_row
 from model.snapshot import load_snapshot, write_snapshot
 from model.swap import apply_snapshot, carry_out, plan_snapshot, take_rows
 from online_trainer.config import TrainerConfig
@@ -45,6 +51,8 @@ from online_trainer.learner import LearnerConfig, MeasuredStep
 
 TOUCHED = 0.01
 SWAPPED_ROWS = 1_400
+SENT_ROWS = 4_000
+"""Distinct items in the histories of a step."""
 PUBLISH_STEPS = 8
 
 
@@ -115,6 +123,44 @@ def swap_times(num_items: int, num_swaps: int, precision: RowPrecision) -> dict[
             ):
                 times[name].append(1_000 * seconds)
     return {name: round(float(np.median(values)), 3) for name, values in times.items()}
+
+
+def sent(num_items: int, num_rows: int, precision: RowPrecision, *, repeats: int = 20) -> dict[str, Any]:
+    """Medians, milliseconds of CPU time; a step reads num_rows rows and changes as many."""
+    items = ItemTable(ModelConfig())
+    items.admit(np.random.default_rng(0).integers(0, 1 << 62, num_items))
+    rounds = precision != "float32"
+    rows = DeviceRows(items, precision) if rounds else None
+    took: dict[str, list[float]] = {"refresh": [], "take": [], "restore": []}
+    drawn = torch.Generator().manual_seed(0)
+    for _repeat in range(repeats):
+        of_step = torch.randperm(num_items, generator=drawn)[:num_rows].sort().values
+        began = time.process_time()
+        if rows is not None:
+            rows.refresh()
+        refreshed = time.process_time()
+        codes = None if rows is None else rows.codes(of_step)
+        if codes is None:
+            items.weight[of_step].clone()
+        taken = time.process_time()
+        if codes is not None:
+            codes.weight()
+        done = time.process_time()
+        items.mark_changed(of_step)
+        for name, seconds in (
+            ("refresh", refreshed - began),
+            ("take", taken - refreshed),
+            ("restore", done - taken),
+        ):
+            took[name].append(1_000 * seconds)
+    each = bytes_of_row(items.config.embedding_dim, precision)
+    medians = {name: round(float(np.median(values[1:])), 3) for name, values in took.items()}
+    return {
+        "items": num_items,
+        "rows": num_rows,
+        "catalogue_bytes": each * num_items,
+        "step_bytes": each * num_rows,
+    } | {f"{name}_ms": value for name, value in medians.items()}
 
 
 @dataclass(slots=True)
@@ -190,6 +236,15 @@ def main() -> None:
     result["swap"] = {one: swap_times(options.items[0], options.swaps, one) for one in ROW_PRECISIONS}
     for precision, times in result["swap"].items():
         print(f"{precision:<9}" + "".join(f"  {name} {ms:.2f} ms" for name, ms in times.items()), flush=True)
+    result["sent"] = {one: [sent(num, SENT_ROWS, one) for num in options.items] for one in ROW_PRECISIONS}
+    for precision, cases in result["sent"].items():
+        for row in cases:
+            print(
+                f"{precision:<9}  catalogue of {row['items']:,}: {row['catalogue_bytes']:,} B; {row['rows']:,} rows:"
+                f" {row['step_bytes']:,} B, refresh {row['refresh_ms']} ms, take {row['take_ms']} ms, restore"
+                f" {row['restore_ms']} ms",
+                flush=True,
+            )
     if options.events:
         result["quality"] = quality(options.events)
         for precision in ROW_PRECISIONS:

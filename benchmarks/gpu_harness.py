@@ -67,6 +67,8 @@ class Sizes:
     catalogues: tuple[int, ...] = (100_000, 1_000_000)
     loss_positions: int = 8192
     loss_width: int = 256
+    # rows
+    sent_rows: int = 20_000
     # top-k
     num_queries: int = 256
     num_wanted: int = 200

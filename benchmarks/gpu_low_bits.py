@@ -1,4 +1,4 @@
-"""Fewer bits on a GPU: the products of an HSTU layer in 8-bit floats.
+"""Fewer bits on a GPU: the products of an HSTU layer in 8-bit floats, and item rows that are sent rounded.
 
 FLOP convention: as in gpu_encoder.py.
 """
@@ -9,14 +9,19 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.gpu_attention import BACKWARD_BY_FORWARD, dense_rows
 from benchmarks.gpu_harness import Arm, Bench, Calls, Case
 from kernels.fp8_product import ProductFormat, fp8_product
+from model.compute import Compute
 from model.config import ModelConfig
+from model.device_rows import DeviceRows
 from model.hstu import HSTULayer
+from model.item_table import ItemTable
+from model.row_precision import ROW_PRECISIONS, RowPrecision, bytes_of_row
 
 STEP = "forward+backward"
 LAYER_HEAD_WIDTH = 64
@@ -108,3 +113,44 @@ def _calls(forward: Callable[[], Tensor], inputs: list[Tensor]) -> Calls:
 @torch.no_grad()
 def _error(forward: Callable[[], Tensor], exact: Tensor) -> Mapping[str, Any]:
     return {"relative_error": round(float((forward().float() - exact).norm() / exact.norm()), 6)}
+
+
+def rows(bench: Bench) -> None:
+    """The whole catalogue, and the rows of a step, from host memory to embeddings on the device; rate of float32 bytes.
+
+    sent_bytes: what goes over. What a step changed is rounded before (`model.device_rows`), as in every step.
+    """
+    sizes = bench.sizes
+    for num_items in sizes.catalogues:
+        arms = [
+            Arm(name=precision, make=functools.partial(_sending, bench, num_items, precision), extra=extra)
+            for precision in ROW_PRECISIONS
+            for extra in [functools.partial(_sent_bytes, sizes.loss_width, num_items, precision)]
+        ]
+        work = {
+            "catalogue": 4.0 * sizes.loss_width * num_items,
+            "step": 4.0 * sizes.loss_width * min(sizes.sent_rows, num_items),
+        }
+        shape = {"V": num_items, "D": sizes.loss_width, "R": min(sizes.sent_rows, num_items)}
+        bench.run(Case(shape=shape, arms=arms, work=work, rate="GB/s"))
+
+
+def _sending(bench: Bench, num_items: int, precision: RowPrecision) -> Calls:
+    items = ItemTable(ModelConfig(embedding_dim=bench.sizes.loss_width))
+    items.admit(np.arange(num_items))
+    of_step = torch.randperm(num_items, generator=torch.Generator().manual_seed(0))[: bench.sizes.sent_rows]
+    everything, send = slice(0, num_items), Compute(device=bench.device).send
+    if precision == "float32":
+        return {"catalogue": lambda: send(items.weight[everything]), "step": lambda: send(items.weight[of_step])}
+    sent = DeviceRows(items, precision)
+    sent.refresh()
+
+    def step() -> Tensor:
+        items.mark_changed(of_step)
+        return sent.weight(of_step, send)
+
+    return {"catalogue": lambda: sent.weight(everything, send), "step": step}
+
+
+def _sent_bytes(width: int, num_items: int, precision: RowPrecision) -> Mapping[str, Any]:
+    return {"sent_bytes": bytes_of_row(width, precision) * num_items}

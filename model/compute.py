@@ -15,30 +15,43 @@ from torch import Tensor, nn
 
 from kernels.fp8_product import CAPABILITY, MULTIPLE, ProductFormat
 from model.config import DeviceChoice, ModelConfig, Precision
+from model.row_precision import RowPrecision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
-    """A device, whether the encoder computes in bfloat16, and how the products of its HSTU layers are made."""
+    """A device, how the encoder computes there, and how item embeddings get there."""
 
     device: torch.device
     is_bfloat16: bool = False
     product: ProductFormat = "plain"
+    row_precision: RowPrecision = "float32"
+    """Of item embeddings that are sent (`model.device_rows`)."""
 
     @classmethod
-    def chosen(cls, device: DeviceChoice, precision: Precision) -> Compute:
-        """As the settings say. auto: CUDA where there is a device, and bfloat16 there. ValueError without one."""
+    def chosen(cls, device: DeviceChoice, precision: Precision, row_precision: RowPrecision = "float32") -> Compute:
+        """As the settings say. auto: CUDA where there is a device, and bfloat16 there. ValueError without one, and for
+        what needs one.
+        """
         has_cuda = torch.cuda.is_available()
         if device == "cuda" and not has_cuda:
             raise ValueError(
                 "trainer.device is cuda, but PyTorch finds no CUDA device: install its driver, or set auto"
             )
         found = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
+        if row_precision != "float32" and found == "cpu":
+            raise ValueError(
+                f"trainer.device_rows is {row_precision}, but this computes on the CPU, where rows are sent nowhere:"
+                " set trainer.device_rows to float32"
+            )
         if precision == "fp8":
             _check_fp8(found)
-            return cls(device=torch.device(found), is_bfloat16=True, product="fp8")
-        wants_bfloat16 = precision == "bfloat16" or (precision == "auto" and found == "cuda")
-        return cls(device=torch.device(found), is_bfloat16=wants_bfloat16)
+        return cls(
+            device=torch.device(found),
+            is_bfloat16=precision in ("bfloat16", "fp8") or (precision == "auto" and found == "cuda"),
+            product="fp8" if precision == "fp8" else "plain",
+            row_precision=row_precision,
+        )
 
     def send(self, tensor: Tensor) -> Tensor:
         """The tensor on the device, as part of the graph; itself where it is there."""

@@ -25,8 +25,8 @@ Int64s = NDArray[np.int64]
 
 _HELD_MAX = 500
 """Numbers that numpy assigns by index without letting go of the interpreter; for one more, it does."""
-_COLUMNS = ("weight", "bias", "trend", "content", "seen_ms", "dirty")
-_CONTENT = ("num_items", "trend_as_of_ms", "_removed_ids", "_index", "_ids", *_COLUMNS)
+_COLUMNS = ("weight", "bias", "trend", "content", "seen_ms", "dirty", "unsent")
+_CONTENT = ("num_items", "trend_as_of_ms", "all_unsent", "_removed_ids", "_index", "_ids", *_COLUMNS)
 
 
 CONTENT_DIM: Final = 64
@@ -104,8 +104,9 @@ class ItemTable:
     none; not part of snapshots). Where a snapshot removes an item, its row stays behind with bias -inf, so that it is
     never ranked, until the next anchor. content: float16[max_items, C], what is known about an item besides its
     interactions, zeros where nothing is; C is 0 for models that do not read it. dirty: bool[max_items], rows changed
-    since ``clear_dirty``. All on the CPU, in reserved memory: rows beyond num_items hold anything, and a table grows
-    without being copied.
+    since ``clear_dirty``. unsent: bool[max_items], rows whose embedding changed since `model.device_rows` last looked;
+    all_unsent: all of them may have. All on the CPU, in reserved memory: rows beyond num_items hold anything, and a
+    table grows without being copied.
     """
 
     def __init__(self, config: ModelConfig, *, content_dim: int = 0) -> None:
@@ -124,6 +125,8 @@ class ItemTable:
         self.content = reserved_zeros(config.max_items, content_dim, dtype=torch.float16)
         self.seen_ms = reserved_zeros(config.max_items, dtype=torch.int64)
         self.dirty = reserved_zeros(config.max_items, dtype=torch.bool)
+        self.unsent = reserved_zeros(config.max_items, dtype=torch.bool)
+        self.all_unsent = True
 
     def storage(self) -> tuple[object, ...]:
         """Everything allocated, by reference. Who holds this decides when it is freed, once it has been replaced."""
@@ -177,8 +180,13 @@ class ItemTable:
         self.trend[first:end] = -torch.inf
         self.content[first:end] = 0
         self.seen_ms[first:end] = 0
-        self.dirty[first:end] = True
+        self.mark_changed(slice(first, end))
         self.num_items = end
+
+    def mark_changed(self, rows: Tensor | slice) -> None:
+        """Note that embeddings were written to."""
+        self.dirty[rows] = True
+        self.unsent[rows] = True
 
     def alike(self) -> ItemTable:
         """An empty table of the same configuration."""
@@ -247,6 +255,7 @@ class ItemTable:
         for column in (torch.from_numpy(self._ids), *(getattr(self, name) for name in _COLUMNS)):
             moves.follow(column)
         self.num_items = num_after
+        self.unsent[moves.targets] = True
         return moves
 
     def plan(self, removed_ids: Int64s, ids: Int64s) -> RowChange:
@@ -308,6 +317,7 @@ class ItemTable:
         assign(bias_V, rows, bias_R.numpy())
         assign(trend_V, rows, trend_R.numpy())
         self.num_items = change.end
+        self.all_unsent = True
         self.clear_dirty()
 
     def put_back(
@@ -318,6 +328,7 @@ class ItemTable:
         self._index.remove(late[late >= 0])
         late[:] = -1
         self.num_items = num_items
+        self.all_unsent = True
         self._ids[rows.numpy()] = ids
         back = (ids >= 0) & (self._index.find(ids) < 0)
         self._index.put(ids[back], rows.numpy()[back])
@@ -388,6 +399,7 @@ class ItemTable:
             self.content[:n] = content_VC
         self.seen_ms[:n], self.dirty[:n] = 0, False
         self._removed_ids = []
+        self.all_unsent = True
         self.num_items = n
 
 

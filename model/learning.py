@@ -103,7 +103,7 @@ def _full_pass(
         (u_PD, formed.u_PD),
         (recommender.scale, formed.scale),
         (recommender.trend_coefficient, formed.offset_V @ send(items.log_popularity())),
-        (functional.normalize(send(active.weight_RD), dim=1, eps=NORM_EPS), formed.item_gradient(stepped_R)),
+        (functional.normalize(recommender.sent_active(active), dim=1, eps=NORM_EPS), formed.item_gradient(stepped_R)),
         (send(active.bias_R), formed.offset_V[stepped_R]),
     )
     return SupervisedPass(loss=loss, active=active, summary=formed.summary, read=read)

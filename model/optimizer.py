@@ -95,7 +95,7 @@ class RecommenderOptimizer:
         for name, column in self._rows.items():
             column[rows_R] = state[name]
         items.weight[rows_R], items.bias[rows_R] = weight_RD, bias_R
-        items.dirty[rows_R] = True
+        items.mark_changed(rows_R)
 
     def _step_rows_by_adagrad(self, active: ActiveRows, learning_rate: float) -> None:
         items, rows_R = self.recommender.items, active.rows_R
@@ -105,7 +105,7 @@ class RecommenderOptimizer:
         step(items.weight, second, rows_R, active.weight_RD.grad, weight_decay=self.config.row_weight_decay)
         if active.bias_R.grad is not None:  # the ranking head reads no biases
             step(items.bias[:, None], bias_second, rows_R, active.bias_R.grad[:, None])
-        items.dirty[rows_R] = True
+        items.mark_changed(rows_R)
 
     def _move(
         self,

@@ -19,6 +19,7 @@ from kernels.implementations import KernelName
 from model.batch import HistoryBatch
 from model.compute import HOST, Compute, check_fp8_model
 from model.config import ModelConfig
+from model.device_rows import DeviceRows
 from model.encoder import build_encoder
 from model.hstu import HSTULayer
 from model.initial import NORM_EPS
@@ -55,6 +56,7 @@ class Recommender(ItemModel):
         super().__init__()
         self.config = config
         self.compute = HOST
+        self.device_rows: DeviceRows | None = None
         generator = torch.Generator().manual_seed(config.seed)
         self.encoder = build_encoder(config, generator)
         # The logarithm of the scale is learned: steps are relative, and it stays positive.
@@ -69,6 +71,8 @@ class Recommender(ItemModel):
         if compute.product == "fp8":
             check_fp8_model(self.config)
         self.compute = compute
+        rounds = compute.row_precision != "float32"
+        self.device_rows = DeviceRows(self.items, compute.row_precision) if rounds else None
         self.encoder.to(compute.device)
         for layer in self.encoder.modules():
             if isinstance(layer, HSTULayer):
@@ -99,7 +103,9 @@ class Recommender(ItemModel):
         rows_L = batch.rows_L.clamp(min=0)
         if active is not None:
             index_L = active.index_of(rows_L).clamp(max=max(active.rows_R.shape[0] - 1, 0))
-            item_LD = take_items(send(active.weight_RD), send(index_L))
+            item_LD = take_items(self.sent_active(active), send(index_L))
+        elif self.device_rows is not None:
+            item_LD = self.device_rows.weight(rows_L, send)
         else:
             item_LD = send(take_items(self.items.weight, rows_L))
         times_ms = (send(batch.timestamps_ms_L), send(batch.query_times_ms_L))
@@ -131,7 +137,7 @@ class Recommender(ItemModel):
         """The live catalogue (or only ``rows``) ready for scoring."""
         part, send = slice(0, self.items.num_items) if rows is None else rows, self.compute.send
         return Catalogue(
-            unit_VD=functional.normalize(send(self.items.weight[part]), dim=1, eps=NORM_EPS),
+            unit_VD=functional.normalize(self._sent_rows(part), dim=1, eps=NORM_EPS),
             offset_V=send(self.items.bias[part]) + self.trend_coefficient * send(self.items.log_popularity(rows)),
         )
 
@@ -139,9 +145,20 @@ class Recommender(ItemModel):
         """The active rows ready for scoring, differentiable in them and in the trend coefficient."""
         send = self.compute.send
         return Catalogue(
-            unit_VD=functional.normalize(send(active.weight_RD), dim=1, eps=NORM_EPS),
+            unit_VD=functional.normalize(self.sent_active(active), dim=1, eps=NORM_EPS),
             offset_V=send(active.bias_R) + self.trend_coefficient * send(self.items.log_popularity(active.rows_R)),
         )
+
+    def sent_active(self, active: ActiveRows) -> Tensor:
+        """float32[R, D] on the device: a step's rows, differentiable in ``active.weight_RD``."""
+        if self.device_rows is None:
+            return self.compute.send(active.weight_RD)
+        return self.device_rows.active_weight(active.rows_R, active.weight_RD, self.compute.send)
+
+    def _sent_rows(self, rows: Tensor | slice) -> Tensor:
+        if self.device_rows is None:
+            return self.compute.send(self.items.weight[rows])
+        return self.device_rows.weight(rows, self.compute.send)
 
     def retrieval_parameters(self) -> dict[str, nn.Parameter]:
         """The dense parameters without those of the ranking head."""

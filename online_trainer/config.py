@@ -48,6 +48,9 @@ class TrainerConfig:
     """Of the encoder; parameters, their gradients and the loss are float32 always. auto: bfloat16 on a CUDA device,
     float32 on the CPU. fp8: bfloat16, and the two matrix products of each HSTU layer in 8-bit floats, which takes a
     CUDA device of compute capability 8.9 or above. For wide models; not measured yet."""
+    device_rows: RowPrecision = "float32"
+    """Of item embeddings sent from host memory to a CUDA device: float32, or int8 or int4 as in row_precision, a
+    quarter and an eighth of the bytes. What is learned stays float32; the device computes with the rounded rows."""
     num_threads: int = 1
     """CPU threads of the numerical library; 0 leaves its default."""
     metrics_window: int = 5_000
@@ -134,6 +137,7 @@ class TrainerConfig:
             ("device", get_args(DeviceChoice)),
             ("precision", get_args(Precision)),
             ("row_precision", ROW_PRECISIONS),
+            ("device_rows", ROW_PRECISIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"trainer.{name} = {getattr(self, name)!r}: must be {' or '.join(choices)}")

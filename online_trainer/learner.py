@@ -106,7 +106,8 @@ class OnlineLearner:
             torch.set_num_threads(config.trainer.num_threads)
         self.ledger = Ledger(log_id)
         self.model = Recommender(config.model)
-        self.model.use(Compute.chosen(config.trainer.device, config.trainer.precision))
+        trainer = config.trainer
+        self.model.use(Compute.chosen(trainer.device, trainer.precision, trainer.device_rows))
         self._config, self._hot = config, hot
         self._optimizer = RecommenderOptimizer(self.model, config.optimizer)
         self.drift = DriftMonitor(config.drift)

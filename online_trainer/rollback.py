@@ -45,7 +45,7 @@ class WeightsCopy:
         known = rows >= 0
         model.items.weight[rows[known]] = self.weight_VD[known]
         model.items.bias[rows[known]] = self.bias_V[known]
-        model.items.dirty[rows[known]] = True
+        model.items.mark_changed(rows[known])
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; `from_tensors` reads them back."""
