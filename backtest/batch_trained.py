@@ -168,7 +168,7 @@ class BatchTraining:
             timestamps_ms_L=torch.from_numpy(histories.event_time_ms[inputs]),
             query_times_ms_L=torch.from_numpy(histories.event_time_ms[inputs + 1]),
             offsets=torch.from_numpy(offsets),
-            actions_L=torch.from_numpy(histories.action[inputs].astype(np.int64)),
+            actions_L=torch.from_numpy(histories.acts[inputs]),
             values_L=torch.from_numpy(histories.value[inputs]),
         )
         targets = Targets(positions_P=positions_P, rows_P=next_rows[positions_P])

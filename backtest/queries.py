@@ -36,16 +36,16 @@ class Queries:
     """P queries on the packed histories that they may use.
 
     positions_P: the newest interaction each may use, -1 for none. next_ms_L: when the next interaction happened, or the
-    query was asked, at each position. action_L, value_L: what was done, and its value, NaN without one. event_P: number
-    of the event that came next, in the log. asked_ms_P: when. history_ms_P: event time of the newest interaction used,
-    -1 for none. is_repeat_P: the user had the item before: a miss, whatever history is used. is_sampled_P: the list
-    shown is wanted as well.
+    query was asked, at each position. acts_L, value_L: what was done and where, and its value, NaN without one.
+    event_P: number of the event that came next, in the log. asked_ms_P: when. history_ms_P: event time of the newest
+    interaction used, -1 for none. is_repeat_P: the user had the item before: a miss, whatever history is used.
+    is_sampled_P: the list shown is wanted as well.
     """
 
     item_id_L: Int64s
     event_time_ms_L: Int64s
     next_ms_L: Int64s
-    action_L: NDArray[np.uint32]
+    acts_L: Int64s
     value_L: NDArray[np.float32]
     offsets: Int64s
     positions_P: Int64s
@@ -67,7 +67,7 @@ class Queries:
             item_id_L=examples.item_id,
             event_time_ms_L=examples.event_time_ms,
             next_ms_L=examples.query_time_ms,
-            action_L=examples.action,
+            acts_L=examples.acts,
             value_L=examples.value,
             offsets=examples.offsets,
             positions_P=positions_P,
@@ -87,7 +87,7 @@ class Queries:
             item_id_L=nothing,
             event_time_ms_L=nothing,
             next_ms_L=nothing,
-            action_L=nothing.astype(np.uint32),
+            acts_L=nothing,
             value_L=nothing.astype(np.float32),
             offsets=np.zeros(1, np.int64),
             positions_P=unknown,
@@ -124,7 +124,7 @@ class Queries:
             item_id_L=histories.item_id,
             event_time_ms_L=histories.event_time_ms,
             next_ms_L=next_ms_L[: histories.num_interactions],
-            action_L=histories.action,
+            acts_L=histories.acts,
             value_L=histories.value,
             offsets=histories.offsets,
             positions_P=last_P,
@@ -170,7 +170,7 @@ class Queries:
         )
 
 
-_OF_HISTORY: Final = ("item_id_L", "event_time_ms_L", "next_ms_L", "action_L", "value_L")
+_OF_HISTORY: Final = ("item_id_L", "event_time_ms_L", "next_ms_L", "acts_L", "value_L")
 _OF_QUERY: Final = (
     "positions_P",
     "target_item_id_P",
@@ -224,7 +224,7 @@ def rank_queries(
         timestamps_ms_L=torch.from_numpy(queries.event_time_ms_L),
         query_times_ms_L=torch.from_numpy(queries.next_ms_L),
         offsets=offsets,
-        actions_L=torch.from_numpy(queries.action_L.astype(np.int64)),
+        actions_L=torch.from_numpy(queries.acts_L),
         values_L=torch.from_numpy(queries.value_L),
     )
     positions_P = torch.from_numpy(queries.positions_P)

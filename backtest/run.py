@@ -70,7 +70,11 @@ class RunSettings:
                 "impressions, so neither ranker nor upstream model would learn its tasks; set interactions"
             )
         for arm, _ in self.backtest.all_arms():
-            with_settings(self.learner, arm.settings)
+            if with_settings(self.learner, arm.settings).model.surfaces and not self.rules.surface_key:
+                raise ValueError(
+                    f"arm {arm.name}: model.surfaces is true and events.surface_key is not set, so that no surface"
+                    " would ever be told: set events.surface_key and events.surfaces"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """By table, plain values."""

@@ -190,6 +190,7 @@ def _shown(new: Interactions, recent: NDArray[np.int64], rng: np.random.Generato
             known_before_ms=new.event_time_ms,
             written_before_ms=new.event_time_ms,
             below_seq=np.full(num, NEVER),
+            surface=np.zeros(num, np.uint8),
             offsets=width * np.arange(num + 1),
             item_id=items,
             action=np.where(taken, new.action.repeat(width), 0).astype(np.uint32),

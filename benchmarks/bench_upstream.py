@@ -121,6 +121,7 @@ def training(store: FeatureStore, num_users: int, width: int, seconds: float) ->
             known_before_ms=never,
             written_before_ms=never,
             below_seq=never,
+            surface=np.zeros(STEP_ROWS, np.uint8),
             offsets=np.arange(STEP_ROWS + 1),
             item_id=np.zeros(STEP_ROWS, np.int64),
             action=np.zeros(STEP_ROWS, np.uint32),

@@ -30,6 +30,9 @@ COLUMN_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 
 BYTES_PER_INTERACTION: Final = sum(dtype.itemsize for dtype in COLUMN_DTYPES.values())
 
+SURFACE_SHIFT: Final = 32
+"""Bit of an interaction's acts from which on they hold its surface."""
+
 _NOT_TOLD: Final = np.empty(0, np.uint8)
 """Stands for a column of zeros until the number of rows is known."""
 
@@ -142,6 +145,11 @@ class JaggedHistories:
         """The columns, each of length T."""
         return {name: getattr(self, name) for name in COLUMN_DTYPES}
 
+    @property
+    def acts(self) -> NDArray[np.int64]:
+        """i64[T]: what was done and where in one number, as models read it: actions, and from bit 32 on the surface."""
+        return acts_of(self.action, self.surface)
+
     def lengths(self) -> NDArray[np.int64]:
         """i64[B], the number of interactions in each row."""
         return np.diff(self.offsets)
@@ -200,6 +208,11 @@ class AppendResult:
             user_id=interactions.user_id[self.accepted],
             **{name: column[self.accepted] for name, column in columns.items()},
         )
+
+
+def acts_of(action: NDArray[np.uint32], surface: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """i64, of columns of one length: see `JaggedHistories.acts`."""
+    return action.astype(np.int64) | surface.astype(np.int64) << SURFACE_SHIFT
 
 
 def _check_column(owner: str, name: str, column: NDArray[Any], dtype: np.dtype[Any], length: int) -> None:

@@ -1,6 +1,10 @@
 """What a user did with an item, as an embedding: one learned vector for each kind of action, and for each threshold.
 
-Shapes: L interactions, K flags (kinds of action, then thresholds), E width of a flag's vector, D model width.
+Where it was done, the surface, may be one more: a number that stands above the bits of the actions, so that it goes
+wherever they go.
+
+Shapes: L interactions, K flags (kinds of action, then thresholds), S surfaces, E width of a flag's vector, D model
+width.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ STORED_ACTIONS: Final = 32
 later needs no new model."""
 
 
+NUM_SURFACES: Final = 256
+"""Numbers of surfaces; 0: not told. All have a vector from the start, as actions have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActionEncoderConfig:
     """Which actions there are and how wide they are held."""
@@ -32,10 +40,14 @@ class ActionEncoderConfig:
     """An interaction's value (such as seconds watched) sets one more flag for each threshold that it reaches."""
     action_dim: int = 8
     """Width E of a flag's own vector, before the matrix to D."""
+    has_surfaces: bool = False
+    """Whether bits STORED_ACTIONS and up of an interaction's actions say where it happened; else they are ignored."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_actions <= 62:
             raise ValueError(f"num_actions is {self.num_actions}; it must be 1 to 62, the bits of an int64")
+        if self.has_surfaces and self.num_actions > STORED_ACTIONS:
+            raise ValueError(f"num_actions is {self.num_actions}; beside surfaces it must be 1 to {STORED_ACTIONS}")
         for name in ("embedding_dim", "action_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -50,7 +62,8 @@ class ActionEncoderConfig:
 
 
 class ActionEncoder(nn.Module):
-    """``sum over the flags k that are set of vector_k @ matrix_k, + bias``; the matrices are one linear map to D.
+    """``sum over the flags k that are set of vector_k @ matrix_k, + bias [+ surface]``; the matrices are one linear map
+    to D.
 
     ``no_action`` takes K learned vectors of its own through the same map. It stands where an action is not known, which
     is not the same as an interaction without any action (the bias alone).
@@ -69,17 +82,31 @@ class ActionEncoder(nn.Module):
             torch.empty(num_flags, width, config.embedding_dim).uniform_(-bound, bound, generator=generator)
         )
         self.bias = nn.Parameter(torch.zeros(config.embedding_dim))
+        if config.has_surfaces:
+            self.surface_SE = nn.Parameter(torch.empty(NUM_SURFACES, width).normal_(std=INIT_STD, generator=generator))
+            bound = (6 / (width + config.embedding_dim)) ** 0.5
+            self.surface_ED = nn.Parameter(
+                torch.empty(width, config.embedding_dim).uniform_(-bound, bound, generator=generator)
+            )
         thresholds = torch.tensor(config.value_thresholds, dtype=torch.float32)
         self.register_buffer("thresholds_T", thresholds, persistent=False)
 
     def forward(self, actions_L: Tensor, values_L: Tensor | None = None) -> Tensor:
-        """float[L, D]. actions_L: int64[L], a bit for each kind of action; bits from num_actions on are ignored.
+        """float[L, D]. actions_L: int64[L], a bit for each kind of action; bits from num_actions on are ignored, the
+        surface apart.
 
         values_L: float[L], NaN where unknown (reaches no threshold); needed where there are thresholds.
         """
         flags_LK = self._flags(actions_L, values_L).to(self.bias.dtype)
         # Projecting K vectors once, instead of each interaction's, gives the same sums.
-        return torch.addmm(self.bias, flags_LK, torch.einsum("ke,ked->kd", self.vector_KE, self.matrix_KED))
+        found_LD = torch.addmm(self.bias, flags_LK, torch.einsum("ke,ked->kd", self.vector_KE, self.matrix_KED))
+        if self.config.has_surfaces:
+            found_LD = found_LD + self.surface((actions_L >> STORED_ACTIONS) % NUM_SURFACES)
+        return found_LD
+
+    def surface(self, surfaces_B: Tensor) -> Tensor:
+        """float[B, D]: what a place alone says, of int64[B]; where it is known before anything is done there."""
+        return (self.surface_SE @ self.surface_ED).index_select(0, surfaces_B)
 
     def no_action(self) -> Tensor:
         """float[D]: what a candidate carries, whose action is yet to happen."""
@@ -98,4 +125,4 @@ class ActionEncoder(nn.Module):
         return torch.cat([set_LA, values_L[:, None] >= self.thresholds_T], dim=1)
 
 
-__all__ = ["ActionEncoder", "ActionEncoderConfig"]
+__all__ = ["NUM_SURFACES", "STORED_ACTIONS", "ActionEncoder", "ActionEncoderConfig"]

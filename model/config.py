@@ -17,6 +17,7 @@ _NOT_IN_HASH: Final = (
     "recompute",
     "tokens",
     "value_thresholds",
+    "surfaces",
     "attention",
     "local_attn_len",
     "global_attn_len",
@@ -43,6 +44,8 @@ class ModelConfig:
     tokens, item, then action, at four times the attention. Not set: items, and merged for ultra_hstu."""
     value_thresholds: tuple[float, ...] = ()
     """Values of interactions (such as seconds watched) that merged and interleaved tokens tell apart, ascending."""
+    surfaces: bool = False
+    """Merged and interleaved tokens tell apart where interactions happened (events.surface_key). Needs a new model."""
     attention: Attention | None = None
     """What a position sees of those before it. full: all. semi_local: the local_attn_len newest, and more by
     global_attn. Not set: full, and semi_local for ultra_hstu."""
@@ -205,6 +208,8 @@ class ModelConfig:
             raise ValueError(f"value_thresholds is {list(self.value_thresholds)}; it must ascend and be finite")
         if self.value_thresholds and not plan.reads_actions:
             raise ValueError("value_thresholds is set, but tokens are items alone: set tokens to merged or interleaved")
+        if self.surfaces and not plan.reads_actions:
+            raise ValueError("surfaces is on, but tokens are items alone: set tokens to merged or interleaved")
         check_transducers(self)
 
     def as_dict(self) -> dict[str, Any]:
@@ -217,9 +222,13 @@ class ModelConfig:
         return self.plan().reads_actions or bool(self.transducers)
 
     def config_hash(self) -> str:
-        """sha256 in hex: equal only for models whose weights are interchangeable.
+        """sha256 in hex: equal only for models whose weights are interchangeable."""
+        return hashlib.sha256(json.dumps(self.hashed_fields(), sort_keys=True).encode()).hexdigest()
 
-        Of every field but max_items and recompute, which say how it is computed and kept, not what it is; of those that
+    def hashed_fields(self) -> dict[str, Any]:
+        """What decides which weights fit.
+
+        Every field but max_items and recompute, which say how it is computed and kept, not what it is; of those that
         make a plan, what they come to.
         """
         fields = {name: value for name, value in self.as_dict().items() if name not in _NOT_IN_HASH}
@@ -227,10 +236,12 @@ class ModelConfig:
         fields |= {"relative_bias": plan.has_relative_bias} | plan.identity()
         if plan.reads_actions and self.value_thresholds:
             fields["value_thresholds"] = list(self.value_thresholds)
+        if self.surfaces:
+            fields["surfaces"] = True
         if self.transducers:
             parts = [(one.mask, part_config(self, one)) for one in self.transducers]
             fields["transducers"] = [[mask, own.max_len, own.num_layers, own.plan().identity()] for mask, own in parts]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,6 +62,7 @@ class EncoderPlan:
             "tokens": "items",
             "transducers": (),
             "value_thresholds": (),
+            "surfaces": False,
             "relative_bias": self.has_relative_bias,
             "attention": "full",
             "truncated_layers": 0,

@@ -89,7 +89,10 @@ class LlatteRanker(nn.Module):
         network = settings.network(width=width, max_len=model.max_len)
         self.tokens = ActionTokens(
             ActionEncoderConfig(
-                num_actions=config.num_actions, embedding_dim=width, value_thresholds=config.value_thresholds
+                num_actions=config.num_actions,
+                embedding_dim=width,
+                value_thresholds=config.value_thresholds,
+                has_surfaces=config.surfaces,
             ),
             item_dim=width,
             content_dim=CONTENT_DIM if settings.content else 0,
@@ -130,7 +133,9 @@ class LlatteRanker(nn.Module):
             upstream = UpstreamVectors.missing(engagements.offsets.shape[0] - 1, self.config.upstream_width)
         if dropout is not None and self.config.llatte.upstream_dropout:
             upstream = upstream.withheld(self.config.llatte.upstream_dropout, dropout)
-        rows, user_BH = self.read(engagements, candidates.request_times_ms_B, upstream)
+        rows, user_BH = self.read(
+            engagements, candidates.request_times_ms_B, upstream, asked_on_B=candidates.request_surfaces_B
+        )
         return ActionPredictions(candidates_CK=self.behind(rows, user_BH, candidates), interactions_LK=None)
 
     def loss(self, predictions: ActionPredictions, *, candidates: ActionLabels) -> Tensor:
@@ -138,9 +143,17 @@ class LlatteRanker(nn.Module):
         return self.heads.loss(predictions.candidates_CK, candidates)
 
     def read(
-        self, engagements: Engagements, asked_at_ms_B: Tensor, upstream: UpstreamVectors
+        self,
+        engagements: Engagements,
+        asked_at_ms_B: Tensor,
+        upstream: UpstreamVectors,
+        *,
+        asked_on_B: Tensor | None = None,
     ) -> tuple[ReadRows, Tensor]:
-        """All that no candidate changes: rows for ``behind``, and float[B, H], the user's part of the backbone."""
+        """All that no candidate changes: rows for ``behind``, and float[B, H], the user's part of the backbone.
+
+        asked_on_B: int64[B], the surface that each request comes from, 0: not told; None: of none.
+        """
         check_longest("interactions", engagements.offsets, "max_len", self.max_len)
         num_positions = engagements.item_LD.shape[0]
         x_LD = self.tokens(
@@ -152,6 +165,9 @@ class LlatteRanker(nn.Module):
         )
         time_BD = self.tokens.time(asked_at_ms_B, asked_at_ms_B)
         request_BQD = self.queries + functional.pad(time_BD, (0, x_LD.shape[1] - time_BD.shape[1]))[:, None]
+        if self.config.surfaces:
+            asked_on_B = torch.zeros_like(asked_at_ms_B) if asked_on_B is None else asked_on_B
+            request_BQD = request_BQD + self.tokens.actions.surface(asked_on_B)[:, None]
         upstream_BD = self.upstream(upstream)
         query_BQD = torch.cat([request_BQD, upstream_BD[:, None]], 1)
         num_users, num_queries = query_BQD.shape[:2]

@@ -22,6 +22,8 @@ class LlatteRankingConfig:
     """Numbers in a user's vector."""
     value_thresholds: tuple[float, ...] = ()
     """Thresholds of an interaction's value that its token tells apart."""
+    surfaces: bool = False
+    """Whether where an interaction happened is part of its token, and where the request comes from of its own."""
     task_hidden_dim: int = 64
     """Width of the hidden layer that the tasks share."""
     max_candidates: int = 64

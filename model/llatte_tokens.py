@@ -2,7 +2,7 @@
 
 ``x_t = RMSNorm(MLP(E_item + E_action + E_content))``, the time added to the first half of the dimensions. Time is how
 long ago, in the units of a logarithm, and the hour and weekday (UTC): the paper finds attention with a period of a day.
-Where it happened (the paper's surface) is not among what a history holds.
+Where it happened (the paper's surface) is part of the action's embedding.
 
 Shapes: L interactions, D token width, E item embedding width, F content width, B users.
 """

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.hstu import HSTU
 from model.initial import INIT_STD, NORM_EPS
 from model.token_hstu import Acts, TokenHSTU
-from model.transducers import Transducer, hop_of, part_config
+from model.transducers import ALL_ACTIONS, Transducer, hop_of, part_config
 
 
 class Fusion(nn.Module):
@@ -91,7 +91,7 @@ def reads(transducer: Transducer, max_len: int, actions_L: Tensor, offsets: Tens
 
     An interaction of which no action is told (0) is everybody's. As ``read_by``, of packed rows.
     """
-    own_L = (actions_L == 0) | ((actions_L & transducer.mask) != 0)
+    own_L = (actions_L & ALL_ACTIONS == 0) | (actions_L & transducer.mask != 0)
     kept_K = own_L.nonzero().flatten()
     own_offsets = torch.searchsorted(kept_K, offsets)
     hop = hop_of(max_len)

@@ -60,7 +60,9 @@ def rank_candidates(
         return score_candidates(ranker, engagements, candidates)
     if upstream is None:
         upstream = UpstreamVectors.missing(engagements.offsets.shape[0] - 1, ranker.config.upstream_width)
-    rows, user_BH = ranker.read(engagements, candidates.request_times_ms_B, upstream)
+    rows, user_BH = ranker.read(
+        engagements, candidates.request_times_ms_B, upstream, asked_on_B=candidates.request_surfaces_B
+    )
     scores_CK = candidates.item_CD.new_empty(candidates.item_CD.shape[0], len(ranker.config.tasks))
     for part in micro_batches(candidates.offsets, ranker.config.max_candidates):
         scores_CK[part.places_M] = ranker.behind(rows, user_BH, candidates_of(candidates, part))

@@ -26,7 +26,8 @@ class ShownBatch:
 
     rows_L: int64[L], item table row, -1 for an item the table does not hold. actions_L: int64[L], a bit for each kind.
     values_L: float32[L], NaN where unknown. timestamps_ms_L: int64[L]. offsets: int64[R + 1]. shown_rows_C: int64[C],
-    all >= 0. shown_at_ms_R: int64[R]. shown_offsets: int64[R + 1]. upstream: the users' vectors as they were when the
+    all >= 0. shown_at_ms_R: int64[R]. shown_offsets: int64[R + 1]. shown_on_R: int64[R], the surface that each row was
+    asked for, 0: not told; None: of none. upstream: the users' vectors as they were when the
     items were shown; None: nobody has one.
     """
 
@@ -38,6 +39,7 @@ class ShownBatch:
     shown_rows_C: Tensor
     shown_at_ms_R: Tensor
     shown_offsets: Tensor
+    shown_on_R: Tensor | None = None
     upstream: UpstreamVectors | None = None
 
 
@@ -85,6 +87,7 @@ def ranking_pass(
             request_times_ms_B=batch.shown_at_ms_R,
             offsets=batch.shown_offsets,
             content_CF=recommender.items.content_of(batch.shown_rows_C),
+            request_surfaces_B=batch.shown_on_R,
         ),
         batch.upstream,
         dropout=generator,

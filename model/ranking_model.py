@@ -40,6 +40,7 @@ def with_ranking_head(
             llatte=LlatteSettings() if llatte is None else llatte,
             upstream_width=upstream_width,
             value_thresholds=settings.value_thresholds,
+            surfaces=settings.surfaces,
             task_hidden_dim=settings.task_hidden_dim,
             max_candidates=settings.max_candidates,
         )
@@ -49,6 +50,7 @@ def with_ranking_head(
         num_actions=STORED_ACTIONS,
         tokens=settings.tokens,
         value_thresholds=settings.value_thresholds,
+        surfaces=settings.surfaces,
         task_hidden_dim=settings.task_hidden_dim,
         max_candidates=settings.max_candidates,
     )
@@ -74,6 +76,7 @@ def upstream_model_config(
         tasks=action_tasks(settings, actions),
         num_actions=STORED_ACTIONS,
         value_thresholds=settings.value_thresholds,
+        surfaces=settings.surfaces,
     )
 
 

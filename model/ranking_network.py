@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class RankingConfig:
     of the attention; only candidates predict."""
     value_thresholds: tuple[float, ...] = ()
     """Thresholds of an interaction's value that its action's embedding tells apart (ActionEncoderConfig)."""
+    surfaces: bool = False
+    """Whether where an interaction happened is part of its token (ActionEncoderConfig)."""
     action_dim: int = 8
     """Width of the learned vector of one kind of action, before the matrix to the model's width."""
     task_hidden_dim: int = 64
@@ -84,10 +86,13 @@ class RankingModelConfig(ModelConfig):
     ranking: RankingConfig | LlatteRankingConfig
     """The head: HSTU's, or the ranker of LLaTTE."""
 
-    def config_hash(self) -> str:
+    def hashed_fields(self) -> dict[str, Any]:
         """See ModelConfig; the factors of the tasks' losses may differ."""
         tasks = tuple(replace(task, weight=1.0) for task in self.ranking.tasks)
-        return ModelConfig.config_hash(replace(self, ranking=replace(self.ranking, tasks=tasks)))
+        fields = ModelConfig.hashed_fields(replace(self, ranking=replace(self.ranking, tasks=tasks)))
+        if not self.ranking.surfaces:
+            del fields["ranking"]["surfaces"]  # weights from before there was this setting stay what they are
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +150,7 @@ class RankingNetwork(nn.Module):
                 embedding_dim=model.embedding_dim,
                 value_thresholds=config.value_thresholds,
                 action_dim=config.action_dim,
+                has_surfaces=config.surfaces,
             ),
             generator,
         )

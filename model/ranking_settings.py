@@ -53,6 +53,9 @@ class RankingSettings:
     """Of the task "value": about their standard deviation. Needs a new model."""
     value_thresholds: tuple[float, ...] = ()
     """Values of the interactions in a history that the head tells apart, ascending: (5, 8) for ratings."""
+    surfaces: bool = False
+    """The head tells apart where the interactions of a history happened (events.surface_key); of kind llatte, also
+    where the request comes from (`surface` of `/v1/rank`), and so does the upstream model. Needs a new model."""
     max_candidates: int = 64
     """Candidates of one user in one pass at most, in training and in answering; more take several passes."""
     task_hidden_dim: int = 64

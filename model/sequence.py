@@ -49,12 +49,14 @@ class Candidates:
 
     item_CD: float[C, D]. request_times_ms_B: int64[B], when they are asked for, epoch milliseconds. offsets:
     int64[B + 1] into C. content_CF: float[C, F], what is known about them besides, for a ranker that reads it.
+    request_surfaces_B: int64[B], where they are asked for, 0: not told; likewise.
     """
 
     item_CD: Tensor
     request_times_ms_B: Tensor
     offsets: Tensor
     content_CF: Tensor | None = None
+    request_surfaces_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_rows("item_CD", self.item_CD, self.offsets)

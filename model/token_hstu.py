@@ -25,7 +25,9 @@ from model.initial import NORM_EPS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Acts:
-    """What was done in each of L interactions. actions_L: int64[L], bits. values_L: float32[L], NaN where unknown."""
+    """What was done in each of L interactions. actions_L: int64[L], bits, and above them where it was done
+    (``ActionEncoder``). values_L: float32[L], NaN where unknown.
+    """
 
     actions_L: Tensor
     values_L: Tensor
@@ -47,6 +49,7 @@ class TokenHSTU(nn.Module):
                 num_actions=STORED_ACTIONS,
                 embedding_dim=config.embedding_dim,
                 value_thresholds=tuple(config.value_thresholds),
+                has_surfaces=config.surfaces,
             ),
             generator,
         )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+
+ALL_ACTIONS: Final = 0xFFFF_FFFF
+"""Bits of an interaction's acts that are actions; those above say where it happened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +107,7 @@ def part_config(model: ModelConfig, transducer: Transducer) -> ModelConfig:
 
 def read_by(transducer: Transducer, max_len: int, actions_n: NDArray[np.int64]) -> NDArray[np.int64]:
     """Places of one history that a transducer reads: its own, the newest max_len at most."""
-    own = np.flatnonzero((actions_n == 0) | (actions_n & transducer.mask != 0))
+    own = np.flatnonzero((actions_n & ALL_ACTIONS == 0) | (actions_n & transducer.mask != 0))
     return own[hop_start(len(own), max_len, hop_of(max_len)) :]
 
 

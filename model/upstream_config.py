@@ -110,6 +110,8 @@ class UpstreamModelConfig:
     """Kinds of action in a history; kind k is bit k of an interaction's actions."""
     value_thresholds: tuple[float, ...] = ()
     """Thresholds of an interaction's value that its token tells apart."""
+    surfaces: bool = False
+    """Whether where an interaction happened is part of its token."""
 
     def as_dict(self) -> dict[str, Any]:
         """Every field, as stored in a manifest."""
@@ -123,4 +125,6 @@ class UpstreamModelConfig:
             others.add("content")  # weights from before there was this setting stay what they are
         upstream = {name: value for name, value in asdict(self.upstream).items() if name not in others}
         content = {**self.as_dict(), "upstream": upstream, "tasks": tasks}
+        if not self.surfaces:
+            del content["surfaces"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

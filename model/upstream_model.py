@@ -108,6 +108,7 @@ class UpstreamModel(ItemModel):
                 num_actions=config.num_actions,
                 embedding_dim=network.width,
                 value_thresholds=config.value_thresholds,
+                has_surfaces=config.surfaces,
             ),
             item_dim=upstream.embedding_dim,
             content_dim=content_dim,

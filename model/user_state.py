@@ -148,19 +148,20 @@ def user_inputs(
     rows: Int64s,
     times_ms: Int64s,
     asked_ms: int,
-    actions: NDArray[np.uint32],
+    acts: Int64s,
     values: NDArray[np.float32],
 ) -> Int64s:
     """int64[I, n]: what ``encode_users`` takes of one history, oldest first, when its user asks at asked_ms.
 
-    rows: int64[n], -1 for items that the table does not hold. actions: a bit each. values: NaN where unknown.
+    rows: int64[n], -1 for items that the table does not hold. acts: a bit each, and where
+    (``ActionEncoder``). values: NaN where unknown.
     """
     inputs_In = np.empty((5 if config.reads_actions else 3, len(rows)), np.int64)
     inputs_In[0], inputs_In[1], inputs_In[2, :-1] = rows, times_ms, times_ms[1:]
     # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
     inputs_In[2, -1:] = np.maximum(times_ms[-1:], asked_ms)
     if config.reads_actions:
-        inputs_In[3], inputs_In[4] = actions, values.view(np.int32)
+        inputs_In[3], inputs_In[4] = acts, values.view(np.int32)
     return inputs_In
 
 

@@ -24,8 +24,8 @@ class Examples:
     """[L]"""
     query_time_ms: NDArray[np.int64]
     """[L] time of the next interaction: when the prediction would have been asked for."""
-    action: NDArray[np.uint32]
-    """[L] what was done, a bit each."""
+    acts: NDArray[np.int64]
+    """[L] what was done, a bit each, and above them where (JaggedHistories.acts)."""
     value: NDArray[np.float32]
     """[L] NaN where there is none."""
     next_action: NDArray[np.uint32]
@@ -68,7 +68,7 @@ def build_examples(histories: JaggedHistories, new: Interactions, *, max_len: in
         item_id=histories.item_id[inputs],
         event_time_ms=histories.event_time_ms[inputs],
         query_time_ms=histories.event_time_ms[inputs + 1],
-        action=histories.action[inputs],
+        acts=histories.acts[inputs],
         value=histories.value[inputs],
         next_action=histories.action[inputs + 1],
         offsets=input_offsets,

@@ -186,6 +186,7 @@ def _labelled_items(labels: Labels) -> LabelledItems:
         known_before_ms=known_before_ms,
         written_before_ms=known_before_ms,
         below_seq=np.array([_NEVER], np.int64),
+        surface=np.array([labels.surface], np.uint8),
         offsets=np.array([0, num_items], np.int64),
         item_id=np.array([_number(item) for item in labels.items], np.int64),
         action=np.array(labels.actions or [0] * num_items, np.uint32),

@@ -37,6 +37,8 @@ class LabelledItems:
     """[R] arrival number: a history holds what arrived with a smaller one. int64's maximum where time decides."""
     written_before_ms: Int64s
     """[R] processing time: what was worked out for the user (its vector) was there strictly before."""
+    surface: NDArray[np.uint8]
+    """[R] where they were met, which was known before anything was done with them; 0: not told."""
     offsets: Int64s
     """[R + 1] row boundaries of the items."""
     item_id: Int64s
@@ -60,6 +62,7 @@ class LabelledItems:
             known_before_ms=np.full(len(new), _NEVER),
             below_seq=new.seq.astype(np.int64),
             written_before_ms=new.arrival_ms,
+            surface=new.surface,
             offsets=np.arange(len(new) + 1, dtype=np.int64),
             item_id=new.item_id,
             action=new.action,
@@ -91,6 +94,7 @@ class LabelledItems:
             known_before_ms=self.known_before_ms[rows],
             below_seq=self.below_seq[rows],
             written_before_ms=self.written_before_ms[rows],
+            surface=self.surface[rows],
             offsets=np.append(is_start, len(row_C)).astype(np.int64),
             item_id=self.item_id[is_kept],
             action=self.action[is_kept],
@@ -112,6 +116,7 @@ class LabelledItems:
             item_id=self.item_id,
             action=self.action,
             value=self.value,
+            surface=self.surface[row_C],
             event_key=np.zeros(len(self), np.uint64),
             arrival_ms=np.zeros(len(self), np.int64),
             seq=np.zeros(len(self), np.uint32),
@@ -144,11 +149,12 @@ def shown_batch(items: LabelledItems, histories: JaggedHistories, table: ItemTab
     """What the network reads; every item must have a row in the table."""
     return ShownBatch(
         rows_L=torch.from_numpy(table.lookup(histories.item_id)),
-        actions_L=torch.from_numpy(histories.action.astype(np.int64)),
+        actions_L=torch.from_numpy(histories.acts),
         values_L=torch.from_numpy(histories.value),
         timestamps_ms_L=torch.from_numpy(histories.event_time_ms),
         offsets=torch.from_numpy(histories.offsets),
         shown_rows_C=torch.from_numpy(table.lookup(items.item_id)),
         shown_at_ms_R=torch.from_numpy(items.shown_at_ms),
         shown_offsets=torch.from_numpy(items.offsets),
+        shown_on_R=torch.from_numpy(items.surface.astype(np.int64)),
     )

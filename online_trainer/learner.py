@@ -268,7 +268,7 @@ class OnlineLearner:
             timestamps_ms_L=torch.from_numpy(examples.event_time_ms),
             query_times_ms_L=torch.from_numpy(examples.query_time_ms),
             offsets=torch.from_numpy(examples.offsets),
-            actions_L=torch.from_numpy(examples.action.astype(np.int64)),
+            actions_L=torch.from_numpy(examples.acts),
             values_L=torch.from_numpy(examples.value),
         )
         target_rows = torch.from_numpy(self.model.items.lookup(examples.target_item_id))

@@ -123,7 +123,7 @@ def _user_batch(model: UpstreamModel, histories: JaggedHistories, rows: Int64s, 
     places = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
     return UserBatch(
         rows_L=torch.from_numpy(model.items.lookup(histories.item_id[places])),
-        actions_L=torch.from_numpy(histories.action[places].astype(np.int64)),
+        actions_L=torch.from_numpy(histories.acts[places]),
         values_L=torch.from_numpy(histories.value[places]),
         timestamps_ms_L=torch.from_numpy(histories.event_time_ms[places]),
         offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(ends - starts)])),

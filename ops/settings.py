@@ -182,6 +182,7 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
             ranking.targets(events.actions)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+    _refuse_surfaces(configs)
     _refuse_upstream(configs)
     trainer, serving = configs.get("trainer"), configs.get("serving")
     if trainer is not None and serving is not None and serving.lease_interval_ms * 2 > trainer.replica_timeout_s * 1000:
@@ -189,6 +190,19 @@ def _refuse_contradictions(configs: Mapping[str, Any]) -> None:
             f"serving.lease_interval_ms = {serving.lease_interval_ms} is over half of trainer.replica_timeout_s = "
             f"{trainer.replica_timeout_s:g}: the trainer would take live workers for gone; lower the first"
         )
+
+
+def _refuse_surfaces(configs: Mapping[str, Any]) -> None:
+    """Refuse to tell surfaces apart where histories keep none."""
+    events = configs.get("events")
+    if events is None or events.surface_key:
+        return
+    for table in ("model", "ranking"):
+        if table in configs and configs[table].surfaces:
+            raise SettingsError(
+                f"{table}.surfaces is true and events.surface_key is not set, so that no surface would ever be told:"
+                f" set events.surface_key and events.surfaces, or {table}.surfaces to false"
+            )
 
 
 def _refuse_upstream(configs: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from serving.messages import (
 )
 from serving.queries import Query, Ranking, RankQuery, RecommendQuery
 from stream.clock import Clock
+from stream.events import EventRules
 from stream.messages import Impression
 
 
@@ -45,6 +46,8 @@ class AnswerParts:
     clock: Clock
     task_names: tuple[str, ...]
     """Tasks of the ranking head."""
+    rules: EventRules
+    """What surfaces are called."""
     query_now_ms: Callable[[], int]
     """Time of a request: the clock, or the event time of a replayed stream."""
 
@@ -55,6 +58,7 @@ class Answering:
     def __init__(self, config: ServingConfig, parts: AnswerParts) -> None:
         self._config = config
         self._parts = parts
+        self._surface_numbers = parts.rules.surface_numbers()
 
     async def recommend(self, request: RecommendRequest, request_id: str) -> Recommendation:
         """The best items for a user. Raises RequestError."""
@@ -81,14 +85,15 @@ class Answering:
             ScoredItem(item_id=self._parts.names.original(item_id), score=score)
             for item_id, score in zip(ranking.item_ids.tolist(), ranking.scores.tolist(), strict=True)
         ]
-        self._note(request.user_id, request_id, ranking, items)
+        self._note(request.user_id, request_id, ranking, items, surface=self._surface(request.surface))
         return Recommendation(**_origin(request_id, ranking), items=items, from_session=ranking.from_session)
 
     async def rank(self, request: RankRequest, request_id: str) -> RankedCandidates:
         """The candidates in order of preference. Raises RequestError."""
         _at_most(len(request.candidates), self._config.candidates_max, "candidates", "serving.candidates_max")
+        surface = self._surface(request.surface)
         ranking = await self._parts.batcher.submit(
-            RankQuery(user_id=_to_id(request.user_id), candidates=_to_ids(request.candidates))
+            RankQuery(user_id=_to_id(request.user_id), candidates=_to_ids(request.candidates), surface=surface)
         )
         predictions = self._predictions(ranking)
         items = [
@@ -101,7 +106,7 @@ class Answering:
             for place, score, of_item in zip(ranking.places.tolist(), ranking.scores.tolist(), predictions, strict=True)
         ]
         by_task = None if ranking.predictions is None else self._by_task(predictions)
-        self._note(request.user_id, request_id, ranking, items, by_task)
+        self._note(request.user_id, request_id, ranking, items, by_task, surface=surface)
         assert ranking.ranked_by is not None, "the answer to a RankQuery"
         return RankedCandidates(
             **_origin(request_id, ranking),
@@ -109,6 +114,10 @@ class Answering:
             ranked_by=ranking.ranked_by,
             upstream_age=ranking.upstream_age_s,
         )
+
+    def _surface(self, told: str | int | None) -> int:
+        """Its number; 0 where none is told, or one that is not declared."""
+        return 0 if told is None else self._surface_numbers.get(told, 0)
 
     def _predictions(self, ranking: Ranking) -> list[dict[str, float] | None]:
         """Of each item; None where the ranking head says nothing of it."""
@@ -134,6 +143,8 @@ class Answering:
         ranking: Ranking,
         items: Sequence[ScoredItem],
         predictions: dict[str, list[float | None]] | None = None,
+        *,
+        surface: int,
     ) -> None:
         """What is recorded about an answer, none of it in its way."""
         weights = ranking.weights
@@ -149,6 +160,7 @@ class Answering:
                     snapshot_version=None if weights is None else weights.version,
                     shown_at_ms=self._parts.query_now_ms(),
                     predictions=predictions,
+                    surface=surface,
                 )
             )
 

@@ -42,6 +42,8 @@ class UserHistory:
     event_time_ms: Int64s
     action: NDArray[np.uint32]
     """Bitmask of what the user did, of each interaction."""
+    acts: Int64s
+    """The same, and above the bits where it happened (JaggedHistories.acts)."""
     value: NDArray[np.float32]
     """Of each interaction, NaN where there is none."""
     num_arrived: int = 0
@@ -176,19 +178,21 @@ def _missing(user_id: int, error: FeatureStoreError) -> UserHistory:
         item_ids=empty,
         event_time_ms=empty,
         action=empty.astype(np.uint32),
+        acts=empty,
         value=empty.astype(np.float32),
         missing_because=reason,
     )
 
 
 def _by_user(histories: JaggedHistories) -> dict[int, UserHistory]:
-    bounds = histories.offsets.tolist()
+    bounds, acts = histories.offsets.tolist(), histories.acts
     return {
         user_id: UserHistory(
             user_id=user_id,
             item_ids=histories.item_id[start:end],
             event_time_ms=histories.event_time_ms[start:end],
             action=histories.action[start:end],
+            acts=acts[start:end],
             value=histories.value[start:end],
             num_arrived=int(histories.seq[start:end].max()) + 1 if end > start else 0,
         )

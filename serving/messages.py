@@ -15,6 +15,9 @@ TIMEOUT_HEADER: Final = "x-timeout-ms"
 ItemId = IntId | TextId
 """Non-negative 64-bit integer, or text of 1 to 256 characters."""
 
+Surface = Annotated[str, msgspec.Meta(max_length=256)] | int
+"""As in the context of events, under `events.surface_key`."""
+
 Category = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 """As in the `items` topic."""
 
@@ -35,6 +38,8 @@ class RecommendRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """Items of the visit under way, oldest first: stand in for a history that is not there."""
     diversity: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """0: by score. Towards 1: items that differ from those before them (maximal marginal relevance)."""
+    surface: Surface | None = None
+    """Where the items will be shown, as `RankRequest.surface`: for the impression; the order does not depend on it."""
 
 
 class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +47,9 @@ class RankRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     user_id: IntId | TextId
     candidates: Annotated[list[ItemId], msgspec.Meta(min_length=1)]
+    surface: Surface | None = None
+    """Where they will be shown, one of `events.surfaces`; read with `ranking.surfaces` and `ranking.kind = "llatte"`.
+    Another counts as not told, as in events."""
 
 
 class ScoredItem(msgspec.Struct, frozen=True, kw_only=True):

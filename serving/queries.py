@@ -45,6 +45,8 @@ class RankQuery:
 
     user_id: int
     candidates: Int64s
+    surface: int = 0
+    """Number of the surface that the request names; 0: none."""
 
     @property
     def item_ids(self) -> Int64s:

@@ -148,7 +148,7 @@ class Ranker:
                         user_id=history.user_id,
                         rows=asked.history_rows[newest],
                         times_ms=history.event_time_ms[newest],
-                        actions=history.action[newest],
+                        acts=history.acts[newest],
                         values=history.value[newest],
                     ),
                 )
@@ -161,7 +161,7 @@ class Ranker:
                     user_id=None,
                     rows=session,
                     times_ms=np.full(len(session), now_ms),
-                    actions=np.zeros(len(session), np.uint32),
+                    acts=np.zeros(len(session), np.int64),
                     values=np.full(len(session), np.nan, np.float32),
                 )
                 scored.append(_Scored(place, looked_at))
@@ -206,8 +206,9 @@ class Ranker:
             return {}
         vectors = self._vectors([batch[place].query.user_id for place in places])
         requests = [
-            ToRank(asked.history, asked.history_rows, asked.named_rows, vectors.get(asked.query.user_id))
+            ToRank(asked.history, asked.history_rows, asked.named_rows, vectors.get(query.user_id), query.surface)
             for asked in (batch[place] for place in places)
+            if isinstance(query := asked.query, RankQuery)
         ]
         found = self._parts.head.score(requests, now_ms)
         return {

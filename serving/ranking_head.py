@@ -37,6 +37,8 @@ class ToRank:
     """The same of the candidates."""
     vector: UserVector | None = None
     """The user's from upstream, where there is one."""
+    surface: int = 0
+    """Number of the surface that the request names; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +106,7 @@ class RankingHead:
         lengths = [len(one.history_rows[newest]) for one in requests]
         return Engagements(
             item_LD=self._embeddings(rows_L),
-            actions_L=torch.from_numpy(
-                np.concatenate([one.history.action[newest] for one in requests]).astype(np.int64)
-            ),
+            actions_L=torch.from_numpy(np.concatenate([one.history.acts[newest] for one in requests])),
             timestamps_ms_L=torch.from_numpy(np.concatenate([one.history.event_time_ms[newest] for one in requests])),
             offsets=_offsets(lengths),
             values_L=torch.from_numpy(np.concatenate([one.history.value[newest] for one in requests])),
@@ -119,6 +119,7 @@ class RankingHead:
             item_CD=self._embeddings(np.concatenate(known)),
             content_CF=self._weights.items.content_of(torch.from_numpy(np.concatenate(known))),
             request_times_ms_B=torch.tensor(asked_at_ms),
+            request_surfaces_B=torch.tensor([one.surface for one in requests]),
             offsets=_offsets([len(rows) for rows in known]),
         )
 

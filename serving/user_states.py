@@ -36,8 +36,8 @@ class Reading:
     """int64[n], rows of the item table; -1: an item that the weights do not know."""
     times_ms: Int64s
     """int64[n], when each interaction happened."""
-    actions: NDArray[np.uint32]
-    """uint32[n], what was done, a bit each; 0 where that is not told."""
+    acts: Int64s
+    """int64[n], what was done, a bit each, and above them where (JaggedHistories.acts); 0 where that is not told."""
     values: NDArray[np.float32]
     """float32[n], NaN where there is none."""
 
@@ -116,7 +116,7 @@ class UserEncoder:
         assert info is not None, "no weights are loaded"
         known = [None if one.user_id is None else cache.get(one.user_id, info) for one in readings]
         config = self._weights.config
-        inputs = [user_inputs(config, one.rows, one.times_ms, now_ms, one.actions, one.values) for one in readings]
+        inputs = [user_inputs(config, one.rows, one.times_ms, now_ms, one.acts, one.values) for one in readings]
         found = encode_users(self._weights.recommender, inputs, known)
         cache.num_positions_reused += sum(found.num_reused_B)
         cache.num_positions_computed += sum(found.num_computed_B)
@@ -141,6 +141,6 @@ def _history_batch(readings: Sequence[Reading], now_ms: int) -> HistoryBatch:
         timestamps_ms_L=torch.from_numpy(times_L),
         query_times_ms_L=torch.from_numpy(next_L),
         offsets=torch.from_numpy(offsets),
-        actions_L=torch.from_numpy(np.concatenate([reading.actions for reading in readings]).astype(np.int64)),
+        actions_L=torch.from_numpy(np.concatenate([reading.acts for reading in readings])),
         values_L=torch.from_numpy(np.concatenate([reading.values for reading in readings])),
     )

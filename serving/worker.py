@@ -178,6 +178,7 @@ class ServingWorker:
             impressions=self._impressions,
             clock=self.clock,
             task_names=self._parts.ranking.tasks,
+            rules=self._parts.rules,
             query_now_ms=self._query_now_ms,
         )
 

@@ -249,6 +249,7 @@ class Outcome:
                 predictions=None
                 if shown.predictions is None
                 else {task: [said[place] for place in places] for task, said in shown.predictions.items()},
+                surface=shown.surface,
             )
         )
         self.counts["late" if late else outcome] += len(places)

@@ -13,8 +13,7 @@ from typing import Any, Final
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from stream.fetching import end_of
-from stream.kafka import KafkaConfig
+from stream.kafka import KafkaConfig, end_of
 
 ASK_INTERVAL_S: Final = 1.0
 

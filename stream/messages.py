@@ -18,7 +18,7 @@ from feature_store.ids import stable_id
 from feature_store.interactions import Interactions
 from feature_store.records import Item
 from stream.errors import MessageFormatError
-from stream.events import INT64_MAX, IntId, TextId
+from stream.events import INT64_MAX, MAX_SURFACES, IntId, TextId
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +207,8 @@ class Impression(msgspec.Struct, frozen=True, kw_only=True):
     predictions: dict[str, list[float | None]] | None = None
     """Where the ranking head gave the scores: task → what it said of each item, as probability, of the task `value` in
     its own unit; null for an item it does not know. None: another order, or an impression of an earlier version."""
+    surface: Annotated[int, msgspec.Meta(ge=0, le=MAX_SURFACES)] = 0
+    """Number of the declared surface that the request named; 0: none."""
 
     def mismatch(self) -> str | None:
         """What is wrong where the lists are not all of one length, as a sentence's end; None: nothing."""
@@ -254,6 +256,8 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
     a replay, whose event times say nothing about arrival, the impression's append time. None: of an earlier version."""
     predictions: dict[str, list[float | None]] | None = None
     """Task → I predictions, as in the impression."""
+    surface: Annotated[int, msgspec.Meta(ge=0, le=MAX_SURFACES)] = 0
+    """As in the impression."""
 
 
 class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -24,7 +24,7 @@ def history_queries(histories: list[list[int]]) -> Queries:
         item_id_L=items,
         event_time_ms_L=np.zeros(len(items), np.int64),
         next_ms_L=np.ones(len(items), np.int64),
-        action_L=np.ones(len(items), np.uint32),
+        acts_L=np.ones(len(items), np.int64),
         value_L=np.full(len(items), np.nan, np.float32),
         offsets=offsets,
         positions_P=offsets[1:] - 1,

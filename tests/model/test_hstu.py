@@ -310,6 +310,7 @@ def test_a_row_longer_than_max_len_is_refused(kind: Any) -> None:
         ({"truncated_layers": 1, "truncated_len": 10}, "truncated_len is 10; it must be between 1 and 9"),
         ({"truncated_len": 4, "truncated_hop": 5}, "truncated_hop is 5; it must be between 1 and 4"),
         ({"value_thresholds": (5.0,)}, "value_thresholds is set, but tokens are items alone"),
+        ({"surfaces": True}, "surfaces is on, but tokens are items alone"),
         ({"tokens": "merged", "value_thresholds": (5.0, 4.0)}, r"value_thresholds is \[5.0, 4.0\]; it must ascend"),
         ({"kind": "sasrec", "tokens": "merged"}, "tokens, attention and truncated_layers are for hstu and ultra_hstu"),
         ({"kind": "gru", "attention": "semi_local"}, "tokens, attention and truncated_layers are for hstu"),

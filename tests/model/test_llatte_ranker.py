@@ -53,9 +53,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def ranker_of(trimming: str = "pyramid", *, dropout: float = 0.0) -> LlatteRanker:
+def ranker_of(trimming: str = "pyramid", *, dropout: float = 0.0, surfaces: bool = False) -> LlatteRanker:
     settings = replace(SETTINGS, trimming=trimming, upstream_dropout=dropout)  # type: ignore[arg-type]
-    return far_from_start(LlatteRanker(MODEL, replace(CONFIG, llatte=settings), seeded()))
+    return far_from_start(LlatteRanker(MODEL, replace(CONFIG, llatte=settings, surfaces=surfaces), seeded()))
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -119,9 +119,9 @@ def test_any_number_of_candidates_is_scored_as_in_passes_of_their_own(trimming: 
             place += 1
 
 
-@pytest.mark.parametrize("what", ["item", "action", "value", "time", "request", "vector", "age"])
+@pytest.mark.parametrize("what", ["item", "action", "value", "surface", "time", "request", "place", "vector", "age"])
 def test_scores_depend_on_all_that_is_read(what: str) -> None:
-    ranker, history, candidates = ranker_of(), engagements_of([5]), candidates_of([2])
+    ranker, history, candidates = ranker_of(surfaces=True), engagements_of([5]), candidates_of([2])
     vectors = vectors_of([60.0])
     before = ranker(history, candidates, vectors).candidates_CK
     if what == "item":
@@ -130,6 +130,10 @@ def test_scores_depend_on_all_that_is_read(what: str) -> None:
         history = replace(history, actions_L=7 - history.actions_L)
     elif what == "value":
         history = replace(history, values_L=torch.ones(5, dtype=torch.float64) * 0.1)
+    elif what == "surface":
+        history = replace(history, actions_L=history.actions_L | 3 << 32)
+    elif what == "place":
+        candidates = replace(candidates, request_surfaces_B=torch.tensor([2]))
     elif what == "time":
         history = replace(history, timestamps_ms_L=history.timestamps_ms_L - 10**9)
     elif what == "request":
@@ -139,6 +143,18 @@ def test_scores_depend_on_all_that_is_read(what: str) -> None:
     else:
         vectors = replace(vectors, age_s_B=vectors.age_s_B + 86_400)
     assert (ranker(history, candidates, vectors).candidates_CK - before).abs().max() > 1e-4
+
+
+def test_where_it_is_asked_for_counts_only_with_surfaces_and_none_is_as_not_told() -> None:
+    history, candidates = engagements_of(), candidates_of([2] * 4)
+    elsewhere = replace(candidates, request_surfaces_B=torch.tensor([0, 1, 0, 2]))
+    for surfaces in (False, True):
+        ranker = ranker_of(surfaces=surfaces)
+        before, after = (rank_candidates(ranker, history, one, VECTORS).view(4, -1) for one in (candidates, elsewhere))
+        moved = ((after - before).abs().amax(1) > 1e-9).tolist()
+        assert moved == [False, surfaces, False, surfaces]
+        passed = ranker(history, elsewhere, VECTORS).candidates_CK.view(4, -1)
+        torch.testing.assert_close(passed, after, atol=1e-10, rtol=0)
 
 
 def test_a_vector_that_cannot_be_read_counts_as_missing() -> None:

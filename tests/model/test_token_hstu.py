@@ -36,7 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "merged": {"tokens": "merged"},
     "interleaved": {"tokens": "interleaved"},
     "values": {"tokens": "merged", "value_thresholds": (0.3, 0.7)},
-    "all": ALL,
+    "surfaces": {"tokens": "merged", "surfaces": True},
+    "surfaces, interleaved": {"tokens": "interleaved", "surfaces": True},
+    "all": {**ALL, "surfaces": True},
     "all, interleaved, with bias": {**ALL, "tokens": "interleaved", "relative_bias": True},
 }
 every_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS.keys())
@@ -44,7 +46,9 @@ every_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS.keys()
 
 def acts() -> Acts:
     generator, num = seeded(5), sum(LENGTHS)
-    return Acts(actions_L=torch.randint(16, (num,), generator=generator), values_L=torch.rand(num, generator=generator))
+    actions_L = torch.randint(16, (num,), generator=generator)
+    surfaces_L = torch.randint(4, (num,), generator=generator)
+    return Acts(actions_L=actions_L | surfaces_L << 32, values_L=torch.rand(num, generator=generator))
 
 
 def built(options: dict[str, Any]) -> TokenHSTU:
@@ -104,11 +108,31 @@ def test_the_action_on_an_item_is_not_seen_where_the_item_is_predicted(options: 
     before = encoder(item_LD, known_L, offsets, times_ms, acts=acts())
     index = 9  # of the last row, which starts at 5: position 8 predicts its item
     other = acts()
-    other.actions_L[index] ^= 15
+    other.actions_L[index] ^= 15 | 3 << 32
     other.values_L[index] = 1 - other.values_L[index]
     after = encoder(item_LD, known_L, offsets, times_ms, acts=other)
     changed = ((after - before).abs().amax(1) > 1e-9).nonzero().flatten().tolist()
     assert changed == list(range(index, int(OFFSETS[-1])))
+
+
+@pytest.mark.parametrize("tokens", ["merged", "interleaved"])
+def test_where_it_happened_is_seen_from_there_on_and_only_by_who_tells_surfaces_apart(tokens: Any) -> None:
+    item_LD, known_L, offsets, times_ms = inputs()
+    known_L = torch.ones_like(known_L)
+    index, other = 9, acts()
+    other.actions_L[index] ^= 3 << 32
+    for surfaces in (True, False):
+        encoder = built({"tokens": tokens, "surfaces": surfaces})
+        before, after = (encoder(item_LD, known_L, offsets, times_ms, acts=one) for one in (acts(), other))
+        changed = ((after - before).abs().amax(1) > 1e-9).nonzero().flatten().tolist()
+        assert changed == (list(range(index, int(OFFSETS[-1]))) if surfaces else [])
+
+
+def test_only_a_model_that_tells_surfaces_apart_is_another_model_for_it() -> None:
+    plain = ModelConfig(kind="ultra_hstu")
+    hashed = plain.hashed_fields()
+    assert "surfaces" not in hashed
+    assert replace(plain, surfaces=True).hashed_fields() == hashed | {"surfaces": True}
 
 
 def recommender_of(options: dict[str, Any], **more: Any) -> Recommender:
@@ -127,7 +151,7 @@ def batch_of(lengths: list[int]) -> HistoryBatch:
         timestamps_ms_L=times_ms,
         query_times_ms_L=times_ms + 60_000,
         offsets=torch.tensor([0, *itertools.accumulate(lengths)]),
-        actions_L=torch.randint(16, (num,), generator=generator),
+        actions_L=torch.randint(16, (num,), generator=generator) | torch.arange(num) % 3 << 32,
         values_L=torch.rand(num, generator=generator),
     )
 
@@ -191,13 +215,15 @@ def test_in_bfloat16_states_are_nearly_the_same(options: dict[str, Any]) -> None
     torch.testing.assert_close(recommender.encode(batch), expected, atol=0.05, rtol=0)
 
 
-def test_what_was_done_can_be_learned_from() -> None:
-    """The next item follows from the last action alone: only a model that reads it can predict."""
+@pytest.mark.parametrize("told_by", ["action", "surface"])
+def test_what_was_done_and_where_can_be_learned_from(told_by: str) -> None:
+    """The next item follows from the last action, or surface, alone: only a model that reads it can predict."""
 
-    def loss_after(tokens: Any) -> float:
+    def loss_after(tokens: Any, *, surfaces: bool = told_by == "surface") -> float:
         config = ModelConfig(
-            embedding_dim=16, num_layers=1, num_heads=1, attention_dim=16, hidden_dim=16, max_len=8, tokens=tokens
-        )
+            embedding_dim=16, num_layers=1, num_heads=1, attention_dim=16, hidden_dim=16, max_len=8, tokens=tokens,
+            surfaces=surfaces,
+        )  # fmt: skip
         recommender, generator = Recommender(config), seeded(1)
         recommender.items.admit(np.arange(4))
         optimizer = torch.optim.Adam([*recommender.encoder.parameters(), recommender.log_scale], lr=0.02)
@@ -209,7 +235,7 @@ def test_what_was_done_can_be_learned_from() -> None:
                 timestamps_ms_L=torch.zeros(64).long(),
                 query_times_ms_L=torch.ones(64).long(),
                 offsets=torch.arange(0, 65, 4),
-                actions_L=1 << kind,
+                actions_L=1 << kind if told_by == "action" else 1 | kind << 32,
                 values_L=torch.full((64,), torch.nan),
             )
             targets = Targets(positions_P=torch.arange(64), rows_P=kind)
@@ -220,6 +246,6 @@ def test_what_was_done_can_be_learned_from() -> None:
             losses.append(float(learned.loss.detach()))
         return sum(losses[-10:]) / 10
 
-    blind, merged, interleaved = (loss_after(tokens) for tokens in ("items", "merged", "interleaved"))
+    blind = loss_after("items", surfaces=False)
     assert blind > 0.95 * math.log(4)
-    assert max(merged, interleaved) < 0.5 * blind
+    assert max(loss_after(tokens) for tokens in ("merged", "interleaved")) < 0.5 * blind

@@ -46,6 +46,7 @@ MIXTURE = (
 ULTRA: dict[str, dict[str, Any]] = {
     "merged": {"tokens": "merged", "value_thresholds": (1.0, 1.5)},
     "interleaved": {"tokens": "interleaved"},
+    "surfaces": {"tokens": "merged", "surfaces": True},
     "newest queries see all": {"attention": "semi_local", "local_attn_len": 2, "global_attn_len": 3},
     "all see oldest keys": {
         "attention": "semi_local",
@@ -71,7 +72,14 @@ ULTRA: dict[str, dict[str, Any]] = {
         "global_attn_len": 1,
         "truncated_len": 4,
     },
-    "all": {"kind": "ultra_hstu", "local_attn_len": 2, "global_attn_len": 2, "truncated_len": 6, "truncated_hop": 2},
+    "all": {
+        "kind": "ultra_hstu",
+        "surfaces": True,
+        "local_attn_len": 2,
+        "global_attn_len": 2,
+        "truncated_len": 6,
+        "truncated_hop": 2,
+    },
     "all, interleaved, with bias": {
         "kind": "ultra_hstu",
         "tokens": "interleaved",
@@ -97,7 +105,7 @@ def batch_of(histories: list[History], now_ms: int) -> HistoryBatch:
         timestamps_ms_L=torch.tensor(times),
         query_times_ms_L=torch.tensor(followed),
         offsets=torch.tensor(bounds),
-        actions_L=acts,
+        actions_L=acts | (acts * 7 + torch.tensor(rows)) % 4 << 32,
         values_L=torch.where(acts == 4, torch.nan, acts / 2),
     )
 
@@ -310,14 +318,15 @@ def test_a_transducer_computes_nothing_anew_for_interactions_that_it_does_not_re
     torch.testing.assert_close(again.u_BD, expected(recommender, batch), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("changed", [8, 1 << 32], ids=["action", "surface"])
 @pytest.mark.parametrize("tokens", ["merged", "interleaved"])
-def test_a_history_in_which_something_else_was_done_is_computed_again_from_there(tokens: Any) -> None:
-    recommender = build(tokens=tokens)
+def test_a_history_in_which_something_else_was_done_is_computed_again_from_there(tokens: Any, changed: int) -> None:
+    recommender = build(tokens=tokens, surfaces=True)
     batch = batch_of([HISTORY], NOW_MS)
     first = encode_newest(recommender, batch, [None])
     assert batch.actions_L is not None
     actions_L = batch.actions_L.clone()
-    actions_L[6] ^= 8
+    actions_L[6] ^= changed
     other = replace(batch, actions_L=actions_L)
     found = encode_newest(recommender, other, first.states)
     assert found.num_reused_B == [6]

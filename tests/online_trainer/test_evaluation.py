@@ -24,7 +24,7 @@ def examples(histories: list[list[int]]) -> tuple[Examples, torch.Tensor, torch.
             item_id=np.array(inputs),
             event_time_ms=np.zeros(len(inputs), np.int64),
             query_time_ms=np.full(len(inputs), 1_000),
-            action=np.ones(len(inputs), np.uint32),
+            acts=np.ones(len(inputs), np.int64),
             value=np.full(len(inputs), np.nan, np.float32),
             next_action=np.ones(len(inputs), np.uint32),
             offsets=offsets,

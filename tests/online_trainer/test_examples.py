@@ -6,7 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_store.interactions import Interactions, JaggedHistories
+from feature_store.interactions import SURFACE_SHIFT, Interactions, JaggedHistories, acts_of
+from model.action_encoder import NUM_SURFACES, STORED_ACTIONS
+from model.transducers import ALL_ACTIONS
 from online_trainer.examples import Examples, build_examples
 
 MAX_LEN = 4
@@ -104,3 +106,10 @@ def test_every_new_interaction_is_accounted_for_once(rows: dict[int, list[int]],
     predicted = [(u, s) for u, s in new if (before := rows[u][: rows[u].index(s)]) and max(before) < s]
     assert sorted(examples.target_item_id.tolist()) == sorted(10 * u + s for u, s in predicted)
     assert len(examples.positions) + examples.num_first + examples.num_out_of_reach == len(new)
+
+
+def test_models_find_the_surface_where_histories_put_it() -> None:
+    assert (SURFACE_SHIFT, ALL_ACTIONS) == (STORED_ACTIONS, (1 << STORED_ACTIONS) - 1)
+    acts = acts_of(np.array([2**32 - 1, 4], np.uint32), np.array([255, 0], np.uint8))
+    assert [(each >> STORED_ACTIONS) % NUM_SURFACES for each in acts.tolist()] == [255, 0]
+    assert [each & ALL_ACTIONS for each in acts.tolist()] == [2**32 - 1, 4]

@@ -56,6 +56,7 @@ def labels(interactions: Interactions, outcomes: NDArray[np.int64], after_ms: in
             known_before_ms=shown_at_ms,
             written_before_ms=shown_at_ms,
             below_seq=np.full(num, NEVER),
+            surface=np.zeros(num, np.uint8),
             offsets=np.arange(num + 1, dtype=np.int64),
             item_id=items,
             action=outcomes[part].astype(np.uint32),

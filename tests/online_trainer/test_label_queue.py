@@ -64,13 +64,14 @@ def test_a_label_waits_until_the_updates_before_it_were_read_and_learned_from() 
 
 
 def test_what_was_taken_and_what_was_not_is_read_from_the_message() -> None:
-    taken = labels(3, num=2, outcome="taken", values=[7.5, None], from_ms=450, user_id="ann")
+    taken = labels(3, num=2, outcome="taken", values=[7.5, None], from_ms=450, user_id="ann", surface=3)
     batch = queue(record(0, taken), record(1, labels(4, num=1))).take(0)
     assert batch is not None
     items = batch.items
     assert items.user_id.tolist() == [stable_id("ann"), 4]
     assert items.shown_at_ms.tolist() == [503, 504]
     assert items.known_before_ms.tolist() == [450, 504]
+    assert items.surface.tolist() == [3, 0]
     assert items.offsets.tolist() == [0, 2, 3]
     assert items.action.tolist() == [4, 4, 0]
     assert items.value[:1].tolist() == [7.5]

@@ -40,6 +40,7 @@ def shown(moments: list[tuple[int, int, int]], lengths: list[int] | None = None)
         known_before_ms=columns[1],
         written_before_ms=columns[1],
         below_seq=columns[2],
+        surface=np.arange(len(moments), dtype=np.uint8),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item_id=np.arange(num),
         action=np.arange(num, dtype=np.uint32),
@@ -85,6 +86,7 @@ def test_long_rows_are_cut_and_empty_ones_go() -> None:
     assert kept.item_id.tolist() == [0, 1, 3, 4, 6, 7]
     assert kept.offsets.tolist() == [0, 3, 4, 6]
     assert kept.shown_at_ms.tolist() == [10, 10, 30]
+    assert kept.surface.tolist() == [0, 0, 2]
     assert len(items.take(np.zeros(8, np.bool_), max_items=3)) == 0
 
 
@@ -93,6 +95,7 @@ def test_rows_of_several_parts_follow_each_other() -> None:
     assert joined.offsets.tolist() == [0, 2, 3, 6]
     assert joined.known_before_ms.tolist() == [1, 3, 5]
     assert joined.as_interactions().event_time_ms.tolist() == [10, 10, 20, 30, 30, 30]
+    assert joined.as_interactions().surface.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["item_id", "action", "value"])

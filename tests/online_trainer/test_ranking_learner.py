@@ -74,6 +74,7 @@ class Shown:
             known_before_ms=np.array([NEVER]),
             written_before_ms=np.array([NEVER]),
             below_seq=np.array([NEVER]),
+            surface=np.zeros(1, np.uint8),
             offsets=np.array([0, 2]),
             item_id=np.array([rows.item_id[row], other]),
             action=np.array([1, 0], np.uint32),

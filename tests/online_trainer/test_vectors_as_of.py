@@ -86,6 +86,7 @@ def test_a_label_is_learned_with_the_vector_that_its_answer_had(store: FeatureSt
         known_before_ms=np.array([2_001, 2_000, 1_000, 9_999]),
         written_before_ms=np.array([2_001, 2_000, 1_000, 9_999]),
         below_seq=np.full(4, never),
+        surface=np.zeros(4, np.uint8),
         offsets=np.arange(5),
         item_id=np.arange(4),
         action=np.zeros(4, np.uint32),

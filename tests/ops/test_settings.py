@@ -243,6 +243,14 @@ def test_less_history_kept_than_models_are_given_is_refused() -> None:
     load(environment={"HEADRACE_STORE__MAX_HISTORY": "0"})
 
 
+@pytest.mark.parametrize("table", ["MODEL", "RANKING"])
+def test_telling_surfaces_apart_that_histories_do_not_keep_is_refused(table: str) -> None:
+    told = {f"HEADRACE_{table}__SURFACES": "true", "HEADRACE_MODEL__TOKENS": "merged"}
+    with pytest.raises(SettingsError, match=rf"{table.lower()}\.surfaces is true and events\.surface_key is not set"):
+        load(environment=told)
+    load(environment=told | {"HEADRACE_EVENTS__SURFACE_KEY": "page", "HEADRACE_EVENTS__SURFACES": '["home"]'})
+
+
 def test_an_upstream_daemon_that_nobody_would_read_or_whose_vectors_go_too_soon_is_refused() -> None:
     is_on = {"HEADRACE_UPSTREAM_DAEMON__IS_ON": "true", "HEADRACE_RANKING__TASKS": '["rating"]'}
     with pytest.raises(SettingsError, match=r"upstream_daemon\.is_on is true and ranking\.kind = 'hstu'"):

@@ -22,6 +22,7 @@ from feature_store.store import FeatureStore
 from serving.api import build_api
 from serving.ranker import FALLBACK_REASONS
 from stream.errors import LogUnavailableError
+from stream.events import EventRules
 from stream.memory_log import MemoryLog, MemoryWriter
 from stream.messages import Command, Impression, decode_message
 from stream.tracing import Headers
@@ -515,6 +516,24 @@ async def test_what_an_answer_showed_is_written_to_the_log(town: Town) -> None:
         snapshot_version=1,
         shown_at_ms=NOW_MS,
     )
+
+
+async def test_an_impression_says_where_the_request_came_from(town: Town) -> None:
+    rules = EventRules(surface_key="page", surfaces=("home", "3"))
+    worker = town.build(rules=rules)
+    await worker.start()
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=build_api(worker)), base_url="http://worker"
+    ) as client:
+        for told in ({"surface": "3"}, {"surface": 3}, {"surface": "elsewhere"}, {"surface": None}, {}):
+            body = {"user_id": 7, **told}
+            assert (await client.post("/v1/recommend", json=body)).status_code == 200
+            assert (await client.post("/v1/rank", json=body | {"candidates": [1]})).status_code == 200
+        assert (await client.post("/v1/rank", json={"user_id": 7, "candidates": [1], "surface": []})).status_code == 422
+        await eventually(lambda: len(town.log.records(("impressions", 0))) == 10)
+    await worker.stop()
+    shown = [msgspec.json.decode(one.value or b"", type=Impression) for one in town.log.records(("impressions", 0))]
+    assert [one.surface for one in shown] == [2, 2, 2, 2, 0, 0, 0, 0, 0, 0]
 
 
 async def test_impressions_can_be_turned_off(town: Town) -> None:

@@ -120,7 +120,7 @@ def test_after_each_of_100_swaps_states_are_those_of_a_fresh_model_of_that_versi
                     user_id=user,
                     rows=weights.items.lookup(ids),
                     times_ms=NOW_MS - 50_000 + 900 * np.arange(len(ids)),
-                    actions=np.ones(len(ids), np.uint32),
+                    acts=np.ones(len(ids), np.int64),
                     values=np.full(len(ids), np.nan, np.float32),
                 )
                 for user, ids in histories.items()

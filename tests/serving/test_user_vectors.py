@@ -40,6 +40,7 @@ def request(user_id: int, vector: UserVector | None, *, newest_ms: int = NOW_MS 
         item_ids=np.array([1, 2]),
         event_time_ms=np.array([newest_ms - 1_000, newest_ms]),
         action=np.array([1, 2], np.uint32),
+        acts=np.array([1, 2]),
         value=np.full(2, np.nan, np.float32),
     )
     return ToRank(history, np.array([1, 2]), np.array([3, -1, 4, 5, 6]), vector)

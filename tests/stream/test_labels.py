@@ -74,10 +74,10 @@ async def test_what_is_taken_is_told_at_once_and_the_rest_when_the_window_ends(
     assert joiner.status()["open"] == 0
 
 
-async def test_labels_carry_what_was_predicted_of_their_items_when_they_were_shown(
+async def test_labels_carry_where_their_items_were_shown_and_what_was_predicted_of_them_then(
     world: World, joiner: LabelJoiner
 ) -> None:
-    world.show("r", 5, [10, 20, 30], predictions={"click": [0.5, 0.25, None], "value": [9.5, 8.5, None]})
+    world.show("r", 5, [10, 20, 30], predictions={"click": [0.5, 0.25, None], "value": [9.5, 8.5, None]}, surface=7)
     world.show("by retrieval", 5, [40])
     await run(joiner)
     await joiner.close()
@@ -96,6 +96,7 @@ async def test_labels_carry_what_was_predicted_of_their_items_when_they_were_sho
         ("r", "taken", True): ([10], {"click": [0.5], "value": [9.5]}),
         ("by retrieval", "not_taken", False): ([40], None),
     }
+    assert {(one.request_id, one.surface) for one in world.messages()} == {("r", 7), ("by retrieval", 0)}
 
 
 async def test_the_window_holds_its_first_moment_and_not_its_last(world: World, joiner: LabelJoiner) -> None:
