@@ -354,7 +354,8 @@ class ItemTable:
 
     def clear_dirty(self) -> None:
         """Start counting changes afresh: a snapshot has been taken."""
-        self.dirty.numpy()[: self.num_items].fill(False)
+        # Not by numpy, which lets go of the interpreter for so many numbers: this is part of a hot swap's pause.
+        self.dirty.numpy().view(np.uint8).data[: self.num_items] = bytes(self.num_items)
         self._removed_ids.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
