@@ -20,7 +20,8 @@ from feature_store.errors import ConcurrentAppendError, StoreUnavailableError
 from stream.batch import DecodedBatch
 from stream.commit import Committer
 from stream.errors import LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaReader, PositionGuard, RawRecord, batch_of, count_consumed, fetch_fairly
+from stream.fetching import PositionGuard, RawRecord, batch_of, count_consumed, fetch_fairly
+from stream.kafka import KafkaConfig, KafkaReader
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S
 from stream.log_ends import LogEnds
 from stream.messages import Topics

@@ -13,7 +13,8 @@ from typing import Any, Final
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from stream.kafka import KafkaConfig, end_of
+from stream.fetching import end_of
+from stream.kafka import KafkaConfig
 
 ASK_INTERVAL_S: Final = 1.0
 

@@ -13,7 +13,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock, WallClock
 from stream.errors import LogResetError, LogUnavailableError
-from stream.kafka import KafkaConfig, KafkaLog, batch_of, fetch_fairly
+from stream.fetching import batch_of, fetch_fairly
+from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
 from stream.log_bounds import LogBounds
 from stream.memory_log import MemoryLog

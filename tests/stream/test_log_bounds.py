@@ -14,7 +14,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock
 from stream.errors import LogResetError
-from stream.kafka import KafkaConfig, KafkaLog, PositionGuard, fetch_fairly
+from stream.fetching import PositionGuard, fetch_fairly
+from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import acknowledged
 from stream.log_bounds import LogBounds, Standing, Verdict
 from stream.memory_log import MemoryLog
