@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from kernels.jagged import row_index
 from model.action_encoder import ActionEncoder, ActionEncoderConfig
-from model.initial import normal, xavier
+from model.initial import INIT_STD, normal, xavier
 from model.llatte import RMSNorm
 
 AGE_BUCKETS: Final = 64
@@ -58,7 +58,7 @@ class ActionTokens(nn.Module):
     ) -> None:
         super().__init__()
         width = actions.embedding_dim
-        self.item_dim, self.content_dim = item_dim, content_dim
+        self.content_dim = content_dim
         self.actions = ActionEncoder(actions, generator)
         self.item_weight = nn.Parameter(xavier(generator, item_dim, width))
         self.content_weight = nn.Parameter(xavier(generator, content_dim, width)) if content_dim else None
@@ -85,8 +85,9 @@ class ActionTokens(nn.Module):
     def _tokens(
         self, item_LE: Tensor, content_LF: Tensor | None, action: Tensor, times_ms: tuple[Tensor, Tensor]
     ) -> Tensor:
-        # Embeddings start small and content has unit length: both at the scale of one number each.
-        inner_LD = item_LE @ self.item_weight * self.item_dim**0.5 + action
+        # Embeddings and vectors of actions start at INIT_STD and content has unit length: all at the scale of a half or
+        # one. Left small, actions are lost in the mean of a long history; louder than items, they drown these.
+        inner_LD = (item_LE @ self.item_weight + action) / (2 * INIT_STD)
         if self.content_weight is not None:
             if content_LF is None:
                 raise ValueError(f"content_LF is None; these weights read content of {self.content_dim} numbers")
