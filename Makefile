@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | t
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality findings table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-drift bench-backtest bench-freshness bench-recommend bench-long-histories bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
+.PHONY: help setup demo test test-long test-faults test-s3 test-yardsticks check fix gpu bench-gpu quality findings table-ml1m bench-model bench-semi-local bench-recompute bench-dirichlet bench-metrics bench-ingest bench-import bench-items bench-length-balance bench-row-precision bench-content bench-survival bench-store bench-swap bench-publish bench-upstream bench-upstream-serving bench-drift bench-backtest bench-freshness bench-recommend bench-long-histories bench-ranking bench-serving bench-guards study-llatte study-ultra docs clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ bench-publish: $(STAMP) ## bytes of deltas against anchors, and what publishing 
 
 bench-upstream: $(STAMP) ## what vectors of users cost: computing them, training with them, answers; ARGS="--lengths 64 5000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_upstream.py $(ARGS)
+
+bench-upstream-serving: $(STAMP) ## latency of /v1/rank with and without users' vectors in place; ARGS=--quick
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_upstream_serving.py $(ARGS)
 
 bench-drift: $(STAMP) ## drift on simulated streams: delay, false alarms, recovery with and without reaction; ARGS=--quick
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_drift.py $(ARGS)

@@ -113,9 +113,12 @@ class Worker:
 
 
 @contextmanager
-def running_worker(folder: Path, bootstrap_servers: str) -> Iterator[Worker]:
+def running_worker(
+    folder: Path, bootstrap_servers: str, *arguments: str, module: str = "benchmarks.serving_process"
+) -> Iterator[Worker]:
+    """The module's process, once it serves version 1."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.serving_process", str(folder), bootstrap_servers],
+        [sys.executable, "-m", module, str(folder), bootstrap_servers, *arguments],
         stderr=subprocess.PIPE,
         text=True,
     )

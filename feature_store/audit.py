@@ -20,7 +20,8 @@ from feature_store.publications import load_watermark
 from feature_store.records import AuditTotals, Finding, StoreStats
 from feature_store.removing import FORGET_SOURCE, load_removed
 from feature_store.retention import Retention
-from feature_store.tables import history_chunk, log_position
+from feature_store.tables import history_chunk, log_position, user_state
+from feature_store.user_states import count_vectors, is_sound, load_versions, version_in_effect
 
 _CHUNKS_PER_PART: Final = 1_000
 """Chunks looked at together; a part holds whole users, so one with a longer history makes a larger part."""
@@ -36,7 +37,8 @@ def stats(connection: Connection, retention: Retention) -> StoreStats:
     positions: dict[str, dict[str, dict[int, int]]] = {}
     for row in connection.execute(select(log_position).order_by(*log_position.primary_key)):
         positions.setdefault(row.log_id, {}).setdefault(row.topic, {})[row.partition] = row.next_offset
-    watermark_ms = load_watermark(connection)
+    watermark_ms, vectors = load_watermark(connection), count_vectors(connection)
+    in_effect = {model: version_in_effect(load_versions(connection, model)) for model in vectors}
     return StoreStats(
         num_users=count_users(connection),
         num_interactions=int(num_interactions),
@@ -46,6 +48,8 @@ def stats(connection: Connection, retention: Retention) -> StoreStats:
         removed={source: row.num_interactions for source, row in load_removed(connection).items()},
         watermark_ms=watermark_ms,
         horizon_ms=retention.horizon_ms(watermark_ms),
+        vectors=vectors,
+        upstream_versions={model: version for model, version in in_effect.items() if version is not None},
     )
 
 
@@ -60,6 +64,8 @@ def verify(connection: Connection, chunk_len: int, on_finding: Callable[[Finding
     A user's first chunk may have been emptied by retention, and then has any number: as many of its interactions may be
     gone as the chunks up to it held, nothing that is left may be from before its time, and the interactions gone from
     all histories may not be more than retention says it has removed.
+
+    A user's vector must have its checksum, be finite, and know no more arrivals than there are.
     """
     removed = load_removed(connection)
     num_expired = sum(row.num_interactions for source, row in removed.items() if source != FORGET_SOURCE)
@@ -92,7 +98,29 @@ def verify(connection: Connection, chunk_len: int, on_finding: Callable[[Finding
         num_chunks=num_chunks,
         num_interactions=num_interactions,
         num_positions=connection.execute(select(func.count()).select_from(log_position)).scalar_one(),
+        num_vectors=_verify_vectors(connection, on_finding),
     )
+
+
+def _verify_vectors(connection: Connection, on_finding: Callable[[Finding], None]) -> int:
+    """How many were looked at."""
+    chunk, num_vectors = history_chunk.c, 0
+    next_seq = select(chunk.user_id, func.max(chunk.next_seq).label("next_seq")).group_by(chunk.user_id).subquery()
+    query = (
+        select(user_state, next_seq.c.next_seq.label("history_seq"))
+        .join_from(user_state, next_seq, user_state.c.user_id == next_seq.c.user_id, isouter=True)
+        .order_by(*user_state.primary_key)
+        .execution_options(yield_per=_CHUNKS_PER_PART)
+    )
+    with connection.execute(query) as result:
+        for row in result:
+            num_vectors += 1
+            vector = f"the vector of version {row.version} below {row.next_seq} for model {row.model!r}"
+            if not is_sound(row.vector):
+                on_finding(Finding(f"{vector} is damaged", row.user_id))
+            if row.history_seq is not None and row.next_seq > row.history_seq:
+                on_finding(Finding(f"{vector} knows more than the {row.history_seq} arrivals there are", row.user_id))
+    return num_vectors
 
 
 def _whole_users(rows: Iterable[Row[Any]]) -> Iterator[list[Row[Any]]]:

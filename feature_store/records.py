@@ -168,11 +168,15 @@ class StoreStats:
     """The highest event time applied; 0 before the first."""
     horizon_ms: int | None
     """Interactions before this event time are part of no history; None: no age limit is set."""
+    vectors: Mapping[str, Mapping[int, int]]
+    """model → version of its upstream model → vectors of users, those kept for training included."""
+    upstream_versions: Mapping[str, int]
+    """model → version of its upstream model in effect; absent before the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that is wrong in the store, and where; both numbers are None for what is not in a history."""
+    """Something that is wrong in the store, and where: in whose history or vector, and in which chunk of it."""
 
     problem: str
     user_id: int | None = None
@@ -180,7 +184,10 @@ class Finding:
 
     def sentence(self) -> str:
         """For a person."""
-        return self.problem if self.user_id is None else f"user {self.user_id} chunk {self.chunk_no}: {self.problem}"
+        if self.user_id is None:
+            return self.problem
+        chunk = "" if self.chunk_no is None else f" chunk {self.chunk_no}"
+        return f"user {self.user_id}{chunk}: {self.problem}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,3 +198,4 @@ class AuditTotals:
     num_chunks: int
     num_interactions: int
     num_positions: int
+    num_vectors: int

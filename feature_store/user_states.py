@@ -118,7 +118,7 @@ class UpstreamVersion:
     serving_from_ms: int | None
     """Since when readers get its vectors; None: it is still being filled."""
     filled_up_to: int
-    """Users up to this id have been looked at by its back-fill; -1: none."""
+    """Users up to this id have been looked at by its back-fill; -1: none. `ANY` once it has taken effect."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,8 @@ class UserStates:
         newest = select(func.coalesce(func.max(_version.serving_from_ms), -1)).where(_version.model == model)
         at_ms = max(from_ms, int(self._connection.execute(newest).scalar_one()) + 1)
         statement = upstream_version.update().filter_by(model=model, version=version)
-        self._connection.execute(statement.values(serving_from_ms=at_ms))
+        # Everybody has been looked at: the last user's id must not stay behind when that user is forgotten.
+        self._connection.execute(statement.values(serving_from_ms=at_ms, filled_up_to=ANY))
         return at_ms
 
     def drop_version(self, model: str, version: int) -> None:
@@ -196,13 +197,17 @@ class UserStates:
         )
 
     def forget(self, user_ids: Int64s) -> None:
-        """Remove all vectors of users."""
+        """Remove all vectors of users, and their ids."""
         if self._connection.dialect.name == "postgresql":
             # Waits for what is being written and holds off what comes; see `lock`.
             self._connection.execute(text("LOCK TABLE user_state IN SHARE ROW EXCLUSIVE MODE"))
         for part in _parts(user_ids):
             wanted = values_table(self._connection.dialect.name, {"user_id": part})
-            self._connection.execute(delete(user_state).where(_state.user_id.in_(select(wanted.c.user_id))))
+            ids = select(wanted.c.user_id)
+            self._connection.execute(delete(user_state).where(_state.user_id.in_(ids)))
+            # How far a back-fill has come is said by an id; one lower says the same once the user is gone.
+            is_named = upstream_version.update().where(_version.filled_up_to.in_(ids))
+            self._connection.execute(is_named.values(filled_up_to=_version.filled_up_to - 1))
 
 
 def load_versions(connection: Connection, model: str) -> list[UpstreamVersion]:
@@ -406,6 +411,20 @@ class _Found:
             vector=self._vector,
             damaged=np.array(sorted(self._damaged), np.int64),
         )
+
+
+def count_vectors(connection: Connection) -> dict[str, dict[int, int]]:
+    """Model → version → vectors stored."""
+    query = select(_state.model, _state.version, func.count()).group_by(_state.model, _state.version)
+    found: dict[str, dict[int, int]] = {}
+    for model, version, count in connection.execute(query.order_by(_state.model, _state.version)):
+        found.setdefault(model, {})[version] = count
+    return found
+
+
+def is_sound(stored: bytes) -> bool:
+    """Whether a stored vector is what was written, and finite."""
+    return _decoded(stored, max(len(stored) - _CHECKSUM_BYTES, 0) // 4) is not None
 
 
 def _encoded(vector: Float32s) -> bytes:

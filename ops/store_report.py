@@ -8,7 +8,7 @@ from ops.readable import utc_time
 
 
 def stats_text(stats: StoreStats) -> str:
-    """A few lines: counts, how far event time has come, then the next offset to apply per log and topic."""
+    """A few lines: counts, how far event time has come, vectors of users, then the next offset per log and topic."""
     lines = [
         f"users         {stats.num_users:,}",
         f"interactions  {stats.num_interactions:,}",
@@ -22,6 +22,13 @@ def stats_text(stats: StoreStats) -> str:
         lines.append(f"watermark     {utc_time(stats.watermark_ms)}")
     if stats.horizon_ms is not None:
         lines.append(f"horizon       {utc_time(stats.horizon_ms)}")
+    for model, versions in stats.vectors.items():
+        in_effect = stats.upstream_versions.get(model)
+        counts = ", ".join(
+            f"{count:,} of version {version}{' (in effect)' if version == in_effect else ''}"
+            for version, count in versions.items()
+        )
+        lines.append(f"vectors       model {model!r} {counts}")
     for log_id, topics in stats.positions.items():
         for topic, partitions in topics.items():
             places = ", ".join(f"{partition}:{offset}" for partition, offset in partitions.items())
@@ -33,7 +40,7 @@ def verified_sentence(totals: AuditTotals, num_findings: int) -> str:
     """What was looked at, and the verdict."""
     seen = (
         f"{totals.num_users:,} users, {totals.num_chunks:,} chunks, {totals.num_interactions:,} interactions, "
-        f"{totals.num_positions:,} positions"
+        f"{totals.num_positions:,} positions, {totals.num_vectors:,} vectors"
     )
     return f"{seen}: nothing is wrong" if num_findings == 0 else f"{seen}: {num_findings:,} findings"
 

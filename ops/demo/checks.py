@@ -14,6 +14,7 @@ import numpy as np
 from backtest.replay import RecordedStream
 from feature_store.ids import event_keys
 from feature_store.records import StoreTotals
+from feature_store.store import FeatureStore
 from ops.demo.state import Sample
 from ops.demo.watch import BackgroundLoad, recommend
 from ops.supervisor import ChildStatus
@@ -21,6 +22,7 @@ from serving.messages import Recommendation
 
 _MODULUS: Final = 1 << 64
 _COMPARED_USERS: Final = 20
+_USERS_PER_READ: Final = 4_000
 _SCORE_TOLERANCE: Final = 1e-4
 """The workers batch differently, so sums may differ in their last bits."""
 
@@ -88,6 +90,25 @@ def check_served(truth: Truth, sample: Sample) -> Check:
         "the weights in service contain every interaction",
         all(one == truth.num_interactions for one in learned),
         f"{', '.join(f'{one or 0:,}' for one in learned)} of {truth.num_interactions:,}; versions {versions}",
+    )
+
+
+def check_vectors(store: FeatureStore, *, model: str, width: int, max_age_ms: int) -> Check:
+    """Everybody who was there lately has a vector, all of one version, made of the whole history; reads all of them."""
+    states, num_users, num_right = store.user_states, 0, 0
+    versions: set[int] = set()
+    since_ms, after_user = max(states.watermark_ms() - max_age_ms, 0), -1
+    while len(users := states.users_after(after_user, limit=_USERS_PER_READ, active_since_ms=since_ms)):
+        found = states.newest(model, users, width=width)
+        next_seq = store.read_current(users, max_len=1).next_seq
+        num_users, after_user = num_users + len(users), int(users[-1])
+        num_right += int((found.is_there & (found.next_seq == next_seq)).sum())
+        versions |= set(found.version[found.is_there].tolist())
+    return Check(
+        "every user's vector knows the whole history",
+        num_right == num_users > 0 and len(versions) == 1,
+        f"{num_right:,} of {num_users:,} users of the last {max_age_ms / 86_400_000:g} days; "
+        f"version{'s' if len(versions) != 1 else ''} {', '.join(map(str, sorted(versions))) or 'none'}",
     )
 
 

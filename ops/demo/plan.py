@@ -175,9 +175,11 @@ def tables(options: DemoOptions, ports: Ports, log_id: str) -> dict[str, dict[st
     }
 
 
+UPSTREAM_TASK: Final = "value>=8"
+"""A rating of 8 of 10 or more is what is worth predicting here."""
 _UPSTREAM: Final[dict[str, dict[str, Any]]] = {
-    # A rating of 8 of 10 or more is what is worth predicting here; nobody takes what the demo's answers show.
-    "ranking": {"tasks": ["value>=8"], "kind": "llatte", "learn_from": "interactions"},
+    # Nobody takes what the demo's answers show, so there are no labels to learn from.
+    "ranking": {"tasks": [UPSTREAM_TASK], "kind": "llatte", "learn_from": "interactions"},
     # Two cores are shared by all: a small network, and a small share of the time for learning.
     "upstream": {"width": 64, "num_layers": 2, "max_len": 256},
     "upstream_daemon": {

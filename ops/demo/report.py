@@ -81,6 +81,7 @@ def summary(plan: Plan, watcher: Watcher, change: ChangeReport, checks: Sequence
         },
         "freshness_from_append": freshness_dict(sample.freshness, sample.num_learned),
         "snapshots": {"num_published": known.num_published, "num_anchors": known.num_anchors},
+        "vectors": None if sample.vectors is None else asdict(sample.vectors),
         "workers": [asdict(worker) for worker in sample.workers],
         "requests": {
             "answered": load.num_answered,

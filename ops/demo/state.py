@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, HOPS, AgeHistogram
+from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, FV_VECTOR, HOPS, AgeHistogram
 
 RECENT_MS: Final = 15_000
 """`Recent` freshness: snapshots that were first answered with in the newest so many milliseconds."""
@@ -17,6 +17,7 @@ HOP_WORDS: Final = {
     F2_LEARNED: "learned",
     F3_PUBLISHED: "published",
     F4_ANSWERED: "answered with",
+    FV_VECTOR: "in the vector",
 }
 
 
@@ -75,6 +76,35 @@ class WorkerFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VectorFigures:
+    """The upstream daemon at a moment, and what the ranker makes of its vectors."""
+
+    version: int | None = None
+    """In effect; None: nobody has a vector yet."""
+    num_written: int = 0
+    num_waiting: int = 0
+    """Users whose vectors are to be computed."""
+    num_found: int = 0
+    num_missing: int = 0
+    """Interactions that the ranker learned from, whose user had a vector, or had none."""
+    normalised_entropy: float | None = None
+    """Of the ranker's predictions, over its newest ones."""
+
+    @staticmethod
+    def of_status(upstream: Mapping[str, Any], trainer: Mapping[str, Any], task: str) -> VectorFigures:
+        """From the status pages of upstream daemon and trainer, either of which may be empty."""
+        found = (trainer.get("ranking") or {}).get("vectors", {})
+        return VectorFigures(
+            version=upstream.get("version"),
+            num_written=int(upstream.get("vectors", 0)),
+            num_waiting=int(upstream.get("waiting", 0)),
+            num_found=int(found.get("found", 0)),
+            num_missing=int(found.get("missing", 0)),
+            normalised_entropy=trainer.get("metrics", {}).get(f"ranking.{task}.window.ne"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
     """HR@10 of one arm, over the newest evaluated interactions and over all."""
 
@@ -116,6 +146,8 @@ class Sample:
     workers: tuple[WorkerFigures, ...] = ()
     freshness: Mapping[str, Ages] = field(default_factory=lambda: {hop: Ages() for hop in HOPS})
     recent_f4: Ages = field(default_factory=Ages)
+    vectors: VectorFigures | None = None
+    """None: no upstream daemon runs."""
     num_answered: int = 0
     """Background requests answered, as their caller counted them."""
 

@@ -13,6 +13,9 @@ import httpx
 
 from backtest.replay import RecordedStream, ReplayConfig, ReplayProgress, replay
 from feature_store.store import FeatureStore
+from model.upstream_config import UpstreamConfig
+from online_trainer.upstream_settings import UpstreamDaemonConfig
+from ops.config import HeadraceConfig
 from ops.demo import checks
 from ops.demo.change import ChangeParts, ChangeReport, show_change
 from ops.demo.checks import Check, Truth
@@ -29,6 +32,7 @@ _START_TIMEOUT_S: Final = 120.0
 _STALLED_S: Final = 45.0
 """Without a single event stored, learned or served for so long, something hangs."""
 _SETTLE_S: Final = 5.0
+_VECTORS_S: Final = 30.0
 _TICK_MS: Final = 100.0
 """About seventy events a tick. Ingest commits whatever is there: with one event at a time it would commit so often that
 two cores had less time left for learning."""
@@ -58,7 +62,8 @@ class Running:
 
 async def until_ready(running: Running) -> None:
     """Wait until ingest and trainer are ready and the workers listen (they are ready with the first weights)."""
-    running.say("starting ingest, the trainer and two inference workers")
+    upstream = "the upstream daemon " if running.plan.options.has_upstream else ""
+    running.say(f"starting ingest, the trainer, {upstream}and two inference workers")
     ports = running.plan.ports
     waiting = {
         "ingest": f"http://{HOST}:{ports.ingest}/readyz",
@@ -184,7 +189,24 @@ async def compare(running: Running, truth: Truth, num_titles: int) -> list[Check
         checks.check_refusals(watcher.status("ingest")),
         checks.check_titles(len(items), num_titles),
         checks.check_processes(running.supervisor.status()),
+        *([await _check_vectors(running)] if running.plan.options.has_upstream else []),
     ]
+
+
+async def _check_vectors(running: Running) -> Check:
+    """Of the last users to do something, vectors come after the debounce."""
+    settings, deadline_s = running.plan.settings, time.monotonic() + _VECTORS_S
+    while True:
+        check = await asyncio.to_thread(
+            checks.check_vectors,
+            running.store,
+            model=settings.get(HeadraceConfig).model,
+            width=settings.get(UpstreamConfig).width,
+            max_age_ms=round(settings.get(UpstreamDaemonConfig).backfill_max_age_d * 86_400_000),
+        )
+        if check.is_ok or time.monotonic() > deadline_s:
+            return check
+        await asyncio.sleep(0.5)
 
 
 async def _until_figures_arrived(watcher: Watcher, truth: Truth) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.demo.state import HOP_WORDS, Arm, Sample, WorkerFigures
+from stream.freshness import FV_VECTOR
 
 LINE_EVERY_S: Final = 5.0
 _SPARK: Final = "▁▂▃▄▅▆▇█"
@@ -90,6 +91,11 @@ def plain_line(sample: Sample, num_events: int) -> str:
         f"F4 p50 {_age(f4.p50_ms)} p99 {_age(f4.p99_ms)}",
         f"{sample.num_answered:,} answers, {sample.num_failed} errors",
     ]
+    if sample.vectors is not None:
+        parts.append(
+            f"vectors {sample.vectors.num_written:,}, {sample.vectors.num_waiting:,} waiting, "
+            f"FV p50 {_age(sample.freshness[FV_VECTOR].p50_ms)}"
+        )
     return f"{plain_time(sample.at_s)} {' | '.join(parts)}"
 
 

@@ -16,8 +16,8 @@ import httpx
 
 from feature_store.errors import StoreUnavailableError
 from feature_store.store import FeatureStore
-from ops.demo.plan import HOST, DemoError, Plan
-from ops.demo.state import RECENT_MS, Ages, Arm, GrowingCount, Rate, Sample, WorkerFigures
+from ops.demo.plan import HOST, UPSTREAM_TASK, DemoError, Plan
+from ops.demo.state import RECENT_MS, Ages, Arm, GrowingCount, Rate, Sample, VectorFigures, WorkerFigures
 from ops.local_broker import LocalBroker
 from ops.snapshot_freshness import SnapshotFreshness
 from ops.supervisor import ChildStatus, Supervisor
@@ -25,7 +25,7 @@ from serving.calling import ClientConfig
 from serving.client import AsyncClient
 from serving.errors import AnswerRefusedError, ClientError
 from serving.messages import Recommendation, RecommendRequest
-from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED
+from stream.freshness import F1_STORED, F2_LEARNED, F3_PUBLISHED, F4_ANSWERED, FV_VECTOR
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,8 @@ class Watcher:
     async def _look(self, client: httpx.AsyncClient) -> Sample:
         ports = self._plan.ports
         pages = {"ingest": f"http://{HOST}:{ports.ingest}", "trainer": f"http://{HOST}:{ports.trainer}"}
+        if self._plan.options.has_upstream:
+            pages["upstream"] = f"http://{HOST}:{ports.upstream}"
         pages |= {f"serving{index}": url for index, url in enumerate(ports.serving_urls())}
         await asyncio.gather(*(self._read(client, name, url) for name, url in pages.items()))
         await asyncio.to_thread(self._read_store)
@@ -195,11 +197,13 @@ class Watcher:
             snapshot_bytes=snapshot.get("bytes"),
             publish_s=snapshot.get("publish_s"),
             workers=tuple(WorkerFigures.of_status(page) if page else WorkerFigures() for page in workers),
+            vectors=self._vectors(),
             freshness={
                 F1_STORED: _ages(ingest, F1_STORED),
                 F2_LEARNED: _ages(trainer, F2_LEARNED),
                 F3_PUBLISHED: Ages() if known is None else Ages.of(known.published.append),
                 F4_ANSWERED: Ages() if known is None else Ages.of(known.answered.append),
+                **({FV_VECTOR: _ages(self.status("upstream"), FV_VECTOR)} if self._plan.options.has_upstream else {}),
             },
             # As of the newest answer: at the end of a stream, the last seconds of it stay.
             recent_f4=Ages() if known is None else Ages.of(known.recent_answered(known.newest_answered_ms).append),
@@ -207,6 +211,11 @@ class Watcher:
             num_failed=0 if load is None else load.failures.total(),
             cpu_s=cpu_seconds(self._supervisor.status(), self._broker.pid),
         )
+
+    def _vectors(self) -> VectorFigures | None:
+        if not self._plan.options.has_upstream:
+            return None
+        return VectorFigures.of_status(self.status("upstream"), self.status("trainer"), UPSTREAM_TASK)
 
 
 def _ages(page: Mapping[str, Any], hop: str) -> Ages:

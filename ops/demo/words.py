@@ -14,7 +14,7 @@ from ops.demo.change import CLASSIC_BEFORE, NUM_ASKED, ChangeReport, title_of
 from ops.demo.checks import Check
 from ops.demo.plan import DemoOptions, Ports
 from ops.demo.report import verdict
-from ops.demo.state import HOP_WORDS, Sample
+from ops.demo.state import HOP_WORDS, Sample, VectorFigures
 
 _TITLE_WIDTH = 46
 
@@ -72,6 +72,9 @@ def print_results(console: Console, sample: Sample) -> None:
             f"({ages.count:,} events)",
             highlight=False,
         )
+    if sample.vectors is not None:
+        for sentence in vectors_sentences(sample.vectors):
+            console.print(f"  {sentence}", highlight=False, soft_wrap=True)
     pauses = [worker.pause_p99_ms for worker in sample.workers if worker.pause_p99_ms is not None]
     swaps = sum(worker.swaps for worker in sample.workers)
     if pauses:
@@ -80,6 +83,21 @@ def print_results(console: Console, sample: Sample) -> None:
             f"{sample.num_answered:,} answers, {sample.num_failed} errors.",
             highlight=False,
         )
+
+
+def vectors_sentences(vectors: VectorFigures) -> list[str]:
+    """What the upstream daemon has done, and for how much of what the ranker learned there was a vector."""
+    asked = vectors.num_found + vectors.num_missing
+    found = [
+        f"{vectors.num_written:,} vectors of users computed, upstream version {vectors.version or 'none'} in effect."
+    ]
+    if asked:
+        quality = vectors.normalised_entropy
+        ne = "" if quality is None else f" (NE for 8 or more, newest: {quality:.3f})"
+        found.append(
+            f"The ranker learned from {asked:,} ratings{ne}; of {vectors.num_found / asked:.0%} the user had a vector."
+        )
+    return found
 
 
 def print_addresses(console: Console, ports: Ports, options: DemoOptions, user_id: int) -> None:

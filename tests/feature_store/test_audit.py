@@ -76,7 +76,7 @@ def test_an_untouched_store_has_no_findings(filled: FeatureStore) -> None:
     findings: list[Finding] = []
     totals = filled.verify(findings.append)
     assert findings == []
-    assert totals == AuditTotals(num_users=3, num_chunks=5, num_interactions=15, num_positions=1)
+    assert totals == AuditTotals(num_users=3, num_chunks=5, num_interactions=15, num_positions=1, num_vectors=0)
 
 
 def test_an_empty_store_has_no_findings_and_counts_nothing(store: FeatureStore) -> None:

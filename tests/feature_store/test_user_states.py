@@ -175,6 +175,17 @@ def test_forgetting_a_user_takes_the_vectors(filled: FeatureStore) -> None:
     assert filled.user_states.num_forgotten() == before + 1
 
 
+def test_how_far_a_back_fill_has_come_does_not_keep_the_id_of_a_user_who_was_forgotten(filled: FeatureStore) -> None:
+    with filled.transaction() as transaction:
+        transaction.user_states.begin_version("m", 2, created_at_ms=0)
+        transaction.user_states.filled("m", 2, 77)
+    with filled.transaction() as transaction:
+        transaction.forget_users(np.array([1, 77]))
+    assert [one.filled_up_to for one in filled.user_states.versions("m")] == [ANY, 76]
+    serve(filled, 2, from_ms=4_000)
+    assert [one.filled_up_to for one in filled.user_states.versions("m")] == [ANY, ANY]
+
+
 def test_forgetting_waits_for_a_writer_and_takes_what_it_wrote(store: FeatureStore) -> None:
     serve(store, 1, from_ms=0)
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""Ingest and trainer as processes: what they say while something is away, and that they stop when told to."""
+"""Ingest, trainer and upstream daemon as processes: what they say while something is away, and that they stop."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import pytest
 from feature_store.schema import migrate
 from ops.ports import free_port
 
+RANKED = {"HEADRACE_RANKING__TASKS": '["rating"]'}
+"""Nobody starts an upstream daemon without a task."""
+
 
 class Daemon:
     """One daemon process with its own settings."""
@@ -26,6 +29,7 @@ class Daemon:
             "HEADRACE_HEADRACE__DATA_DIR": str(root),
             "HEADRACE_HEADRACE__INGEST_PORT": str(self.port),
             "HEADRACE_HEADRACE__TRAINER_PORT": str(self.port),
+            "HEADRACE_HEADRACE__UPSTREAM_PORT": str(self.port),
             **settings,
         }
         self.log = root / f"{name}.log"
@@ -67,8 +71,8 @@ def daemons() -> Iterator[list[Daemon]]:
 def test_without_a_broker_they_wait_and_say_so(tmp_path: Path, daemons: list[Daemon]) -> None:
     url = f"sqlite:///{tmp_path}/store.db"
     migrate(url)
-    away = {"HEADRACE_LOG__BOOTSTRAP_SERVERS": "127.0.0.1:9", "HEADRACE_STORE__URL": url}
-    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train")]
+    away = {"HEADRACE_LOG__BOOTSTRAP_SERVERS": "127.0.0.1:9", "HEADRACE_STORE__URL": url, **RANKED}
+    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train", "upstream")]
     for daemon in daemons:
         daemon.not_ready_because("the broker at 127.0.0.1:9 does not answer")
         daemon.stops_when_told_to()
@@ -77,8 +81,8 @@ def test_without_a_broker_they_wait_and_say_so(tmp_path: Path, daemons: list[Dae
 
 
 def test_without_a_database_they_wait_and_say_so(tmp_path: Path, daemons: list[Daemon]) -> None:
-    away = {"HEADRACE_STORE__URL": "postgresql://nobody@127.0.0.1:9/nothing"}
-    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train")]
+    away = {"HEADRACE_STORE__URL": "postgresql://nobody@127.0.0.1:9/nothing", **RANKED}
+    daemons += [Daemon(name, tmp_path, **away) for name in ("ingest", "train", "upstream")]
     for daemon in daemons:
         daemon.not_ready_because("127.0.0.1:9", "check store.url")
         daemon.stops_when_told_to()
@@ -98,6 +102,12 @@ def test_without_a_database_they_wait_and_say_so(tmp_path: Path, daemons: list[D
             "serve",
             {"HEADRACE_MODEL__TRANSDUCERS": '[{"name": "deeds", "actions": ["buy"]}]'},
             "model.transducers: deeds reads buy; declared in events.actions are",
+        ),
+        ("upstream", {}, "ranking.tasks is empty: the upstream user model serves the ranker"),
+        (
+            "upstream",
+            {"HEADRACE_UPSTREAM__CONTENT": "true", "HEADRACE_ITEMS__CONTENT_ITEMS": "0"},
+            "upstream.content is on and items.content_items is 0",
         ),
     ],
 )

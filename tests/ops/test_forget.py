@@ -33,6 +33,17 @@ TEXT = "anna.b+forget-me-7f3a@example.org"
 NUM_BEFORE = 6
 """Events of each of the two before they are forgotten."""
 
+UPSTREAM = {
+    "HEADRACE_RANKING__TASKS": '["rating"]',
+    "HEADRACE_UPSTREAM__WIDTH": "8",
+    "HEADRACE_UPSTREAM__NUM_LAYERS": "1",
+    "HEADRACE_UPSTREAM__MAX_LEN": "32",
+    "HEADRACE_UPSTREAM_DAEMON__DEBOUNCE_MS": "50",
+    "HEADRACE_UPSTREAM_DAEMON__FIRST_VERSION_INTERACTIONS": "20",
+    "HEADRACE_UPSTREAM_DAEMON__LEARN_SHARE": "1",
+    "HEADRACE_UPSTREAM_DAEMON__CHECKPOINT_INTERVAL_S": "0.3",
+}
+
 
 def event(name: str, user_id: int | str, at: int, **changes: Any) -> bytes:
     made = {"event_id": name, "user_id": user_id, "item_id": at % 30, "action": "view", "event_time": BASE_MS + at}
@@ -129,6 +140,15 @@ def test_no_byte_of_a_forgotten_user_is_left_and_a_later_history_is_new(
     ingest, trainer, worker = (installation.start(daemon) for daemon in ("ingest", "train", "serve"))
     installation.wait(lambda: trainer.status().get("pending") == 6, "one step", timeout_s=120)
     installation.wait(lambda: worker.status().get("snapshot", {}).get("version") is not None, "serving")
+    installation.environment |= UPSTREAM
+    upstream = installation.start("upstream")
+    users = np.array([NUMBER, stable_id(TEXT)])
+
+    def vectors_below() -> list[int]:
+        found = installation.store.user_states.newest("default", users, width=8)
+        return [seq for seq, is_there in zip(found.next_seq, found.is_there, strict=True) if is_there]
+
+    installation.wait(lambda: vectors_below() == [NUM_BEFORE] * 2, "vectors of both", timeout_s=60)
     assert headrace("dlq", "redrive", **environment).returncode == 0
     installation.wait(lambda: ingest.status()["refused"] == {"unknown_action": 2}, "refusing it again")
     assert not any(recommend(user)["fallback"] for user in old)
@@ -154,6 +174,8 @@ def test_no_byte_of_a_forgotten_user_is_left_and_a_later_history_is_new(
     assert history(TEXT) == [0, 1, 2, 3]
     assert history(NUMBER) == []
     installation.wait(lambda: not recommend(TEXT)["fallback"], "serving the new history")
+    installation.wait(lambda: vectors_below() == [4], "a vector of the new history alone")
+    assert upstream.status()["waiting"] == 0
     assert recommend(TEXT)["history_event_time"] == "2023-11-14T22:13:25.003Z"
     assert recommend(NUMBER)["fallback_reason"] == "no_history"
 

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from feature_store.config import FeatureStoreConfig
 from feature_store.engine import build_engine, writing
 from feature_store.store import FeatureStore
+from feature_store.user_states import NewVectors
 from tests.feature_store.databases import migrated_database
 from tests.feature_store.truth import Row, append
 from tests.ops.command_line import Headrace, assert_refused
@@ -53,7 +54,38 @@ def test_stats_count_and_print_positions(headrace: Headrace, url: str) -> None:
 def test_a_whole_store_is_verified(headrace: Headrace, url: str) -> None:
     ran = headrace("store", "verify", HEADRACE_STORE__URL=url)
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout == "2 users, 4 chunks, 200 interactions, 2 positions: nothing is wrong\n"
+    assert ran.stdout == "2 users, 4 chunks, 200 interactions, 2 positions, 0 vectors: nothing is wrong\n"
+
+
+def test_vectors_of_users_are_counted_by_version_and_verified(headrace: Headrace, url: str) -> None:
+    store = FeatureStore(FeatureStoreConfig(url=url))
+    with store.transaction() as transaction:
+        states = transaction.user_states
+        for version, count in ((1, 2), (2, 1)):
+            states.begin_version("default", version, created_at_ms=0)
+            new = NewVectors(
+                user_id=np.arange(count),
+                next_seq=np.full(count, 100),
+                as_of_ms=np.full(count, 1_000),
+                vector=np.ones((count, 4), np.float32),
+            )
+            states.write("default", version, new, written_at_ms=version)
+        states.serve_version("default", 1, from_ms=1)
+    store.close()
+    lines = headrace("store", "stats", HEADRACE_STORE__URL=url).stdout.splitlines()
+    assert "vectors       model 'default' 2 of version 1 (in effect), 1 of version 2" in lines
+    stats = json.loads(headrace("store", "stats", "--json", HEADRACE_STORE__URL=url).stdout)
+    assert (stats["vectors"], stats["upstream_versions"]) == ({"default": {"1": 2, "2": 1}}, {"default": 1})
+    assert "2 positions, 3 vectors: nothing is wrong" in headrace("store", "verify", HEADRACE_STORE__URL=url).stdout
+    damage(url, "UPDATE user_state SET next_seq = 101 WHERE user_id = 1")
+    binary = "BYTEA" if url.startswith("postgresql") else "BLOB"
+    damage(url, f"UPDATE user_state SET vector = CAST('torn' AS {binary}) WHERE user_id = 0 AND version = 2")
+    ran = headrace("store", "verify", HEADRACE_STORE__URL=url)
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines()[:2] == [
+        "user 0: the vector of version 2 below 100 for model 'default' is damaged",
+        "user 1: the vector of version 1 below 101 for model 'default' knows more than the 100 arrivals there are",
+    ]
 
 
 def test_damage_is_named_with_its_place_and_status_1(headrace: Headrace, url: str) -> None:
@@ -75,7 +107,7 @@ def test_what_has_expired_is_pruned_and_accounted(headrace: Headrace, url: str) 
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "removed 128 interactions in 2 chunks\n", "")
     assert headrace("store", "prune", **limits).stdout == "removed 0 interactions in 0 chunks\n"
     ran = headrace("store", "verify", **limits)
-    assert ran.stdout == "2 users, 4 chunks, 72 interactions, 2 positions: nothing is wrong\n"
+    assert ran.stdout == "2 users, 4 chunks, 72 interactions, 2 positions, 0 vectors: nothing is wrong\n"
     store = FeatureStore(FeatureStoreConfig(url=url))
     with store.transaction() as transaction:
         transaction.set_position("main", "interactions", 1, 200, watermark_ms=1_700_000_000_000)

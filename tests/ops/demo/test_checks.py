@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from backtest.replay import RecordedStream, ReplayConfig
+from feature_store.config import FeatureStoreConfig
 from feature_store.ids import event_key
 from feature_store.records import StoreTotals
+from feature_store.store import FeatureStore
+from feature_store.user_states import NewVectors
 from ops.demo.checks import (
+    Check,
     Truth,
     check_histories,
     check_learned,
@@ -18,13 +22,17 @@ from ops.demo.checks import (
     check_requests,
     check_served,
     check_titles,
+    check_vectors,
     truth_of,
 )
 from ops.demo.plan import DemoOptions, choose_ports, tables
-from ops.demo.state import Sample, WorkerFigures
+from ops.demo.state import Sample, VectorFigures, WorkerFigures
 from ops.demo.watch import BackgroundLoad, log_tail
+from ops.demo.words import vectors_sentences
 from ops.supervisor import ChildStatus
 from serving.messages import Recommendation
+from tests.feature_store.databases import migrated_database
+from tests.feature_store.truth import Row, append
 
 
 def _recorded() -> RecordedStream:
@@ -155,3 +163,48 @@ def test_the_demo_never_reaches_for_a_broker_or_database_of_somebody_else(tmp_pa
     changed = tables(DemoOptions(data_dir=tmp_path), choose_ports(), "demo-1")
     assert changed["log"]["bootstrap_servers"].startswith("127.0.0.1:")
     assert changed["store"]["url"].startswith(f"sqlite:///{tmp_path}")
+
+
+def test_every_user_of_late_must_have_a_vector_of_its_whole_history_and_of_one_version(tmp_path: Path) -> None:
+    day_ms = 86_400_000
+
+    def vectors(store: FeatureStore, users: list[int]) -> None:
+        new = NewVectors(
+            user_id=np.array(users, np.int64),
+            next_seq=np.ones(len(users), np.int64),
+            as_of_ms=np.full(len(users), 5 * day_ms),
+            vector=np.ones((len(users), 4), np.float32),
+        )
+        with store.transaction() as transaction:
+            transaction.user_states.write("default", 1, new, written_at_ms=1)
+
+    with migrated_database("sqlite", tmp_path) as url:
+        store = FeatureStore(FeatureStoreConfig(url=url))
+
+        def check() -> Check:
+            return check_vectors(store, model="default", width=4, max_age_ms=day_ms)
+
+        # User 3 was there long ago.
+        append(store, [Row(1, 5 * day_ms, 1), Row(2, 5 * day_ms, 2), Row(3, day_ms, 3)])
+        with store.transaction() as transaction:
+            transaction.lock_position("main", "interactions", 0)
+            transaction.set_position("main", "interactions", 0, 3, watermark_ms=5 * day_ms)
+        assert not check().is_ok
+        with store.transaction() as transaction:
+            transaction.user_states.begin_version("default", 1, created_at_ms=0)
+            transaction.user_states.serve_version("default", 1, from_ms=0)
+        vectors(store, [1, 2])
+        assert check().is_ok
+        assert check().detail == "2 of 2 users of the last 1 days; version 1"
+        append(store, [Row(2, 5 * day_ms + 1, 4)])
+        assert not check().is_ok
+        assert check().detail == "1 of 2 users of the last 1 days; version 1"
+        store.close()
+
+
+def test_what_is_said_of_vectors_begins_before_there_are_any() -> None:
+    assert vectors_sentences(VectorFigures()) == ["0 vectors of users computed, upstream version none in effect."]
+    pages = {"version": 2, "vectors": 1_234}, {"ranking": {"vectors": {"found": 30, "missing": 10}}}
+    computed, learned = vectors_sentences(VectorFigures.of_status(*pages, "value>=8"))
+    assert computed == "1,234 vectors of users computed, upstream version 2 in effect."
+    assert learned == "The ranker learned from 40 ratings; of 75% the user had a vector."
