@@ -1,8 +1,8 @@
 """A canary for leaks: a planted signal that only the future holds scores at chance, until a leak is opened on purpose.
 
 Items are drawn at random, so nothing predicts them. What would: a *hint*, an event that happened just before its target
-and names it, but arrives after it; and the interaction that is to be predicted itself. The stream goes the real way,
-from the store through hot histories and examples into prequential metrics.
+and names it, but arrives after it; the interaction that is to be predicted itself; and where that happened, which names
+it. The stream goes the real way, from the store through hot histories and examples into prequential metrics.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from feature_store.hot import HotHistories
-from feature_store.interactions import Interactions, JaggedHistories
+from feature_store.interactions import Interactions, JaggedHistories, acts_of
 from feature_store.store import FeatureStore
+from model.config import ModelConfig
 from online_trainer import examples, learner
 from online_trainer.learner import OnlineLearner
 from tests.online_trainer.conftest import HOT, MODEL, RecordedStream, record_stream
@@ -50,6 +51,24 @@ def hinted(*, delay: int, num_users: int = 20, num_targets: int = NUM_TARGETS) -
     )
 
 
+def placed(*, num_users: int = 20, num_events: int = NUM_TARGETS) -> Interactions:
+    """Each happens on a surface that names its item."""
+    rng = np.random.default_rng(5)
+    items = rng.integers(0, NUM_ITEMS, num_events)
+    time_ms = 1_700_000_000_000 + 1_000 * np.arange(num_events)
+    return Interactions(
+        user_id=rng.integers(0, num_users, num_events),
+        item_id=items,
+        event_time_ms=time_ms,
+        action=np.ones(num_events, np.uint32),
+        value=np.full(num_events, np.nan, np.float32),
+        event_key=rng.integers(0, 2**63, num_events).astype(np.uint64),
+        seq=np.zeros(num_events, np.uint32),
+        arrival_ms=time_ms,
+        surface=(1 + rng.permutation(NUM_ITEMS)[items]).astype(np.uint8),
+    )
+
+
 class ArrivalBlindHistories(HotHistories):
     """The leak: reads all that the store holds up to an event time, whether it had arrived by then or not."""
 
@@ -68,10 +87,10 @@ class ArrivalBlindHistories(HotHistories):
 
 
 def hit_rates(
-    stream: RecordedStream, histories: type[HotHistories] = HotHistories, **settings: Any
+    stream: RecordedStream, histories: type[HotHistories] = HotHistories, *, model: ModelConfig = MODEL, **settings: Any
 ) -> dict[str, float]:
     """HR@10 of both arms over the newer half of the stream, tested before each step."""
-    config = stream.config(**settings)
+    config = replace(stream.config(**settings), model=replace(model, max_items=1000))
     config = replace(config, trainer=replace(config.trainer, metrics_window=NUM_TARGETS))
     trained = OnlineLearner(config, histories(stream.store, HOT), log_id="main")
     batcher = stream.batcher(trained)
@@ -116,3 +135,23 @@ def test_the_outcome_scores_far_above_chance_once_an_input_is_made_from_it(
     monkeypatch.setattr(learner, "build_examples", one_too_far)
     stream = record_stream(store, hinted(delay=40))
     assert hit_rates(stream)["model"] > FAR_ABOVE_CHANCE
+
+
+SURFACES = replace(MODEL, kind="ultra_hstu", surfaces=True)
+
+
+def test_where_the_next_interaction_happens_is_not_seen_where_it_is_predicted(store: FeatureStore) -> None:
+    assert hit_rates(record_stream(store, placed()), model=SURFACES)["model"] < AT_CHANCE
+
+
+def test_the_same_scores_far_above_chance_once_it_is(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = examples.build_examples
+
+    def one_too_far(histories: JaggedHistories, new: Interactions, *, max_len: int) -> examples.Examples:
+        built = honest(histories, new, max_len=max_len)
+        of_next = acts_of(new.action, new.surface)[built.target_rows]
+        built.acts[built.positions] = of_next
+        return built
+
+    monkeypatch.setattr(learner, "build_examples", one_too_far)
+    assert hit_rates(record_stream(store, placed()), model=SURFACES)["model"] > FAR_ABOVE_CHANCE
