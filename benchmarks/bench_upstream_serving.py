@@ -46,6 +46,9 @@ from stream.kafka import KafkaConfig, KafkaLog
 NUM_ITEMS: Final = 20_000
 CANDIDATES: Final = 50
 ARMS: Final = ("with", "without")
+WARM_UP_RATE: Final = 80.0
+_WARM_UP_REQUESTS: Final = 4
+"""Of each user, in the mean: one in fifty is left out."""
 _MODULE: Final = "benchmarks.ranking_process"
 
 
@@ -114,9 +117,9 @@ class Vectors:
             self._store.close()
 
 
-def ask(worker: Worker, args: argparse.Namespace, seed: int, seconds: float) -> dict[str, Any]:
+def ask(worker: Worker, args: argparse.Namespace, seed: int, *, seconds: float, rate: float) -> dict[str, Any]:
     """Load on one worker for so long; what came of it, and the CPU a request took."""
-    command = [sys.executable, "benchmarks/serving_load.py", "--port", str(worker.port), "--rate", str(args.rate)]
+    command = [sys.executable, "benchmarks/serving_load.py", "--port", str(worker.port), "--rate", str(rate)]
     command += ["--seconds", str(seconds), "--users", str(args.users), "--seed", str(seed)]
     command += ["--candidates", str(CANDIDATES), "--items", str(NUM_ITEMS)]
     before_s = cpu_s(worker.process.pid)
@@ -138,11 +141,11 @@ def measure(args: argparse.Namespace, folder: Path, bootstrap_servers: str) -> d
         vectors.written(args.vectors_per_s),
     ):
         workers = dict(zip(ARMS, (reads, reads_none), strict=True))
-        for name in ARMS:  # histories and vectors come from the store the first time
-            ask(workers[name], args, 0, args.warm_up)
+        for name in ARMS:  # of every user: histories and vectors come from the store the first time
+            ask(workers[name], args, 0, seconds=_WARM_UP_REQUESTS * args.users / WARM_UP_RATE, rate=WARM_UP_RATE)
         for number in range(args.rounds):
             for name in ARMS if number % 2 else ARMS[::-1]:
-                turns[name].append(ask(workers[name], args, 1 + number, args.seconds))
+                turns[name].append(ask(workers[name], args, 1 + number, seconds=args.seconds, rate=args.rate))
     return report(turns) | {"vectors_written": vectors.num_written}
 
 
@@ -179,14 +182,13 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of turns")
-    parser.add_argument("--users", type=int, default=500)
+    parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--vectors-per-s", type=int, default=20, help="new vectors written meanwhile")
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
     parser.add_argument("--results", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    args.warm_up = 8.0
     if args.quick:
-        args.rate, args.seconds, args.rounds, args.users, args.warm_up = 20.0, 1.0, 2, 20, 1.0
+        args.rate, args.seconds, args.rounds, args.users = 20.0, 1.0, 2, 20
     with tempfile.TemporaryDirectory() as folder, LocalBroker(LocalBrokerConfig(port=0)) as broker:
         found = measure(args, Path(folder), broker.bootstrap_servers)
     settings = {name: getattr(args, name) for name in ("rate", "seconds", "rounds", "users", "vectors_per_s")}

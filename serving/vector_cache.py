@@ -60,6 +60,8 @@ class UserVectorCache:
         self._away_until_s = -1.0
         self._looked_up_to_ms: int | None = None
         """Stamp of the newest vector seen."""
+        self._read_already: set[tuple[int, int]] = set()
+        """(stamp, user) of vectors within the overlap that are in memory: looked for again, and not read again."""
         self.version: int | None = None
         """Of the upstream model, whose vectors are held."""
         self.num_hits = self.num_misses = self.num_damaged = 0
@@ -115,7 +117,8 @@ class UserVectorCache:
         try:
             version = await asyncio.to_thread(self._version_now)
             is_next = version != self.version
-            changed = held if is_next else await asyncio.to_thread(self._changed, version, held)
+            written = set() if is_next else await asyncio.to_thread(self._written, version, held)
+            changed = held if is_next else np.array(sorted({user_id for _, user_id in written}), np.int64)
             parts = [
                 await asyncio.to_thread(self._newest, self._store, changed[start : start + _USERS_PER_READ])
                 for start in range(0, len(changed), _USERS_PER_READ)
@@ -128,30 +131,35 @@ class UserVectorCache:
         self.problem = None
         if is_next or parts:
             await self._model_thread.run(lambda: self._exchange(version, is_next, parts, moment))
+        # Only now: what could not be read is read with the next look.
+        since_ms = (self._looked_up_to_ms or 0) - _OVERLAP_MS
+        known = set() if is_next else self._read_already | written
+        self._read_already = {one for one in known if one[0] >= since_ms}
 
     def _version_now(self) -> int | None:
         return version_in_effect(self._store.user_states.versions(self._model))
 
-    def _changed(self, version: int | None, held: Int64s) -> Int64s:
-        """Users held whose vectors were written since the last look."""
+    def _written(self, version: int | None, held: Int64s) -> set[tuple[int, int]]:
+        """(stamp, user) of vectors written since the last look, of users held."""
         if version is None:
-            return held[:0]
+            return set()
         if self._looked_up_to_ms is None:
             self._looked_up_to_ms = self._store.user_states.newest_written_ms()
         since_ms = self._looked_up_to_ms - _OVERLAP_MS
-        users: set[int] = set()
+        # Of users who are not held yet nothing is remembered: a request may read one just before it is written.
+        found, wanted = set[tuple[int, int]](), set(held.tolist())
         after, limit = (-1, -1), 10_000
         while True:
             written = self._store.user_states.written_since(
                 self._model, version, since_ms=since_ms, after=after, limit=limit
             )
-            users.update(user_id for _, user_id in written)
+            found.update(one for one in written if one[1] in wanted)
             if written:
                 after = written[-1]
                 self._looked_up_to_ms = max(self._looked_up_to_ms, after[0])
             if len(written) < limit:
                 break
-        return held[np.isin(held, np.array(sorted(users), np.int64))]
+        return found - self._read_already
 
     def _exchange(self, version: int | None, is_next: bool, parts: list[UserVectors], moment: int) -> None:
         """Put what was read in place, but for users forgotten since `moment`; in the model thread."""

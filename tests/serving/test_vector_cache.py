@@ -104,6 +104,44 @@ async def test_a_vector_that_was_committed_after_a_later_stamp_is_found_as_well(
     assert cache.num_misses == 2
 
 
+async def test_what_was_read_is_looked_for_again_and_not_read_again(
+    town: Town, cache_of: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(town.store, 1, 10)
+    write(town.store, 1, (7, 1, 100), (8, 1, 100), (9, 1, 100))
+    cache = cache_of()
+    assert values(cache, 7, 8) == {7: 10.1, 8: 10.1}
+    await cache.look()
+    read: list[list[int]] = []
+    true_newest = UserStateStore.newest
+
+    def noted(self: UserStateStore, model: str, user_ids: Any, **options: Any) -> Any:
+        read.append(user_ids.tolist())
+        if len(read) == 2:
+            raise StoreUnavailableError("cannot use the feature store")
+        found = true_newest(self, model, user_ids, **options)
+        if len(read) == 4:  # a request reads a user; its next vector is written while a look is under way
+            values(cache, 9)
+            write(town.store, 1, (9, 2, 5_002), (8, 3, 5_002))
+        return found
+
+    monkeypatch.setattr(UserStateStore, "newest", noted)
+    write(town.store, 1, (7, 2, 5_000))
+    await cache.look()
+    await cache.look()
+    assert read == [[7]], "not again, though its stamp is within the overlap"
+    write(town.store, 1, (7, 3, 5_001), (8, 2, 5_001))
+    await cache.look()
+    assert cache.status()["problem"] is not None
+    await cache.look()
+    assert read[1:] == [[7, 8], [7, 8]], "what could not be read is read with the next look"
+    write(town.store, 1, (7, 4, 5_002))
+    await cache.look()
+    await cache.look()
+    assert read[3:] == [[7], [9], [8, 9]]
+    assert values(cache, 7, 8, 9) == {7: 10.4, 8: 10.3, 9: 10.2}
+
+
 async def test_all_change_to_the_next_version_at_once(town: Town, cache_of: MakeCache) -> None:
     serve(town.store, 1, 10)
     write(town.store, 1, (7, 1, 100), (8, 1, 100))
