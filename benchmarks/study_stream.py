@@ -6,28 +6,32 @@ Shapes: N events, P tested interactions of a step.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from backtest.datasets import movietweetings
 from backtest.long_range import LongRangeConfig, long_range_stream
 from benchmarks.in_process import batches, learner_with_store
 from feature_store.interactions import Interactions
 from model.config import LossConfig, ModelConfig, OptimizerConfig
-from model.flops import TRAINING_FACTOR, forward_flops, segments_of
+from model.flops import TRAINING_FACTOR, forward_flops, mixture_forward_flops, segments_of, shortened_mean
+from model.transducers import Transducer, hop_of, part_config, with_action_bits
 from online_trainer.config import TrainerConfig
 from online_trainer.learner import LearnerConfig, MeasuredStep
+from stream.events import EventRules
 
 Int64s = NDArray[np.int64]
 START_MS = 1_700_000_000_000
 EVENTS_PER_DAY = 5_000.0
 DISCOUNT = 20
 """Ranks that count in NDCG."""
+LIKED_FROM = 8.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,8 @@ class Stream:
 
     interactions: Interactions
     batch_interactions: int
+    actions: tuple[str, ...] = EventRules().actions
+    """Names of the actions' bits."""
     is_far: NDArray[np.bool_] | None = None
     ideal: dict[str, float] = field(default_factory=dict)
 
@@ -50,6 +56,7 @@ class Arm:
     family: str
     name: str
     model: dict[str, Any]
+    loss: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -80,6 +87,14 @@ def ratings(num_events: int) -> Stream:
     return Stream(interactions=stream, batch_interactions=128)
 
 
+def liked(num_events: int) -> Stream:
+    """The same, each rating as one of two actions: 8 of 10 and more is `liked`, all else `rated`."""
+    stream = ratings(num_events).interactions
+    is_liked = stream.value >= LIKED_FROM
+    marked = replace(stream, action=np.where(is_liked, 2, 1).astype(np.uint32))
+    return Stream(interactions=marked, batch_interactions=128, actions=("rated", "liked"))
+
+
 def _interactions(user_id: Int64s, item_id: Int64s, time_ms: Int64s, value: NDArray[np.float32] | None) -> Interactions:
     N = len(user_id)
     return Interactions(
@@ -99,6 +114,8 @@ class Account:
     """Sums over tested interactions and over what was read, since a point of the stream."""
 
     config: ModelConfig
+    alpha: float = 0.0
+    """Of stochastic length."""
     num: int = 0
     hits: float = 0.0
     gain: float = 0.0
@@ -119,12 +136,27 @@ class Account:
         if is_far_P is not None:
             self.num_far += int(is_far_P.sum())
             self.far_hits += float(is_hit_P[is_far_P].sum())
-        segments, offsets = segments_of(self.config), torch.from_numpy(step.examples.offsets)
-        self.training_flops += TRAINING_FACTOR * float(forward_flops(segments, offsets.diff()).sum())
+        offsets, positions = torch.from_numpy(step.examples.offsets), torch.from_numpy(step.examples.positions)
+        self.training_flops += TRAINING_FACTOR * float(self._forward_flops(step, offsets[:-1], offsets[1:], self.alpha))
         # A request reads the history that it comes after.
-        positions = torch.from_numpy(step.examples.positions)
         starts = offsets[torch.searchsorted(offsets, positions, right=True) - 1]
-        self.inference_flops += float(forward_flops(segments, positions - starts + 1).sum())
+        self.inference_flops += float(self._forward_flops(step, starts, positions + 1, 0.0))
+
+    def _forward_flops(self, step: MeasuredStep, starts_B: Tensor, ends_B: Tensor, alpha: float) -> float:
+        """Of reading the interactions from each start to each end of a step's histories; expected, where shortened."""
+        lengths_B = ends_B - starts_B
+        if self.config.transducers:
+            actions_L = torch.from_numpy(step.examples.acts)
+            own_TB = [_own(one, self.config, actions_L, starts_B, ends_B) for one in self.config.transducers]
+            return float(mixture_forward_flops(self.config, own_TB, lengths_B).sum())
+        segments = segments_of(self.config)
+        if not alpha:
+            return float(forward_flops(segments, lengths_B).sum())
+
+        def cost(n_B: Tensor) -> Tensor:
+            return forward_flops(segments, n_B)
+
+        return float(shortened_mean(cost, lengths_B, alpha=alpha, max_len=self.config.max_len).sum())
 
     def means(self) -> dict[str, float]:
         """Of one tested interaction."""
@@ -139,18 +171,28 @@ class Account:
         return found | ({"far_hr_at_10": self.far_hits / self.num_far} if self.num_far else {})
 
 
+def _own(transducer: Transducer, config: ModelConfig, actions_L: Tensor, starts_B: Tensor, ends_B: Tensor) -> Tensor:
+    """int64[B]: how many interactions of each part of a history a transducer reads."""
+    limit = part_config(config, transducer).max_len
+    counts_L1 = torch.cat([torch.zeros(1, dtype=torch.int64), ((actions_L & transducer.mask) != 0).cumsum(0)])
+    own_B = counts_L1[ends_B] - counts_L1[starts_B]
+    hop = hop_of(limit)
+    return own_B - ((own_B - limit).clamp(min=0) + hop - 1) // hop * hop
+
+
 def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
     """Learn the stream once; means over what came after its middle."""
-    model = ModelConfig(**arm.model)
+    model = with_action_bits(ModelConfig(**arm.model), stream.actions)
     config = LearnerConfig(
         trainer=TrainerConfig(
             num_threads=1, batch_interactions=stream.batch_interactions, batch_tokens=1 << 20, replay_share=0.0
         ),
         model=model,
-        loss=LossConfig(),
+        loss=LossConfig(**arm.loss),
         optimizer=OptimizerConfig(),
+        actions=stream.actions,
     )
-    account, taken = Account(config=model), 0
+    account, taken = Account(config=model, alpha=config.loss.stochastic_length_alpha), 0
     middle = len(stream.interactions) // 2
     began_cpu, began = time.process_time(), time.perf_counter()
     with learner_with_store(config) as (learner, store):
@@ -173,6 +215,7 @@ def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
         "family": arm.family,
         "name": arm.name,
         "model": arm.model,
+        "loss": arm.loss,
         **account.means(),
         "set_aside": num_set_aside,
         "cpu_s": round(time.process_time() - began_cpu, 1),

@@ -1,12 +1,13 @@
 """ULTRA-HSTU against HSTU: quality against operations over depth and length, and each part alone.
 
-    python benchmarks/study_ultra.py [--streams long_range movietweetings] [--quick] [--results FOLDER]
+    python benchmarks/study_ultra.py [--streams long_range movietweetings liked] [--quick] [--results FOLDER]
 
-Two streams: `long_range` (backtest.long_range), simulated, where a seventh of what comes next depends on what lies 120
-interactions back and more, and the ideal is known (*far HR*: of those alone); and the first ratings of movietweetings,
-where few histories are long. *grid*: HSTU with interleaved tokens and full attention, and ULTRA-HSTU (merged tokens,
-semi-local attention, the last half of the layers truncated), by layers and length. *ablation*: ULTRA-HSTU with one part
-changed.
+Three streams: `long_range` (backtest.long_range), simulated, where a seventh of what comes next depends on what lies
+120 interactions back and more, and the ideal is known (*far HR*: of those alone); the first ratings of movietweetings,
+where few histories are long; and the same with ratings of 8 and more as an action of their own (*liked*), for a mixture
+of transducers. *grid*: HSTU with interleaved tokens and full attention, and ULTRA-HSTU (merged tokens, semi-local
+attention, the last half of the layers truncated), by layers and length. *ablation*: ULTRA-HSTU with one part changed,
+and both with stochastic length.
 
 Every arm learns its stream once, with the trainer's defaults but without replay, each event predicted before it is
 learned from; quality is over the second half. Operations are those of the encoder in closed form (model.flops), with
@@ -29,15 +30,16 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.environment import environment
-from benchmarks.study_stream import Arm, Stream, long_range, ratings, run_arm
+from benchmarks.study_stream import Arm, Stream, liked, long_range, ratings, run_arm
 from kernels.host_memory import keep_freed_memory
 
 BASE: Final[dict[str, Any]] = {"embedding_dim": 32, "num_heads": 1, "attention_dim": 32, "hidden_dim": 32}
-NUM_EVENTS: Final = {"long_range": 40_000, "movietweetings": 40_000}
+NUM_EVENTS: Final = {"long_range": 40_000, "movietweetings": 40_000, "liked": 40_000}
 QUICK_EVENTS: Final = 1_500
-LAYERS: Final = {"long_range": (1, 2), "movietweetings": (1, 2, 4)}
-LENGTHS: Final = {"long_range": (32, 256), "movietweetings": (16, 48, 128)}
+LAYERS: Final = {"long_range": (1, 2), "movietweetings": (1, 2, 4), "liked": (2,)}
+LENGTHS: Final = {"long_range": (32, 256), "movietweetings": (16, 48, 128), "liked": (128,)}
 LONGEST: Final = {stream: max(lengths) for stream, lengths in LENGTHS.items()}
+MADE: Final = {"long_range": long_range, "movietweetings": ratings, "liked": liked}
 DEPTH: Final = 2
 """Layers of the ablation's arms."""
 QUALITY: Final = "ndcg_at_20"
@@ -63,36 +65,67 @@ def ultra(num_layers: int, max_len: int, **changed: Any) -> dict[str, Any]:
     }
 
 
+TRANSDUCERS: Final = (
+    {"name": "rated", "actions": ["rated"], "max_len": 96},
+    {"name": "liked", "actions": ["liked"], "max_len": 96},
+)
+SHORTENED: Final = {"stochastic_length_alpha": 1.6}
+
+
 def arms_of(stream: str) -> list[Arm]:
     """Every arm of a stream: the cheap ones of the grid first."""
     found = []
     for max_len in LENGTHS[stream]:
         for num_layers in LAYERS[stream]:
-            for family, model in (("hstu", hstu(num_layers, max_len)), ("ultra", ultra(num_layers, max_len))):
+            both = (("hstu", hstu(num_layers, max_len)), ("ultra", ultra(num_layers, max_len)))
+            for family, model in both:
                 name = f"{family}-{num_layers}x{max_len}"
                 found.append(Arm(stream=stream, group="grid", family=family, name=name, model=model))
-    length = LONGEST[stream]
-    ablations: dict[str, dict[str, Any]] = {
-        "ultra": ultra(DEPTH, length),
-        "interleaved tokens": ultra(DEPTH, length, tokens="interleaved"),
-        "items alone": ultra(DEPTH, length, tokens="items"),
-        "full attention": ultra(DEPTH, length, attention="full"),
-        "K2 = 0": ultra(DEPTH, length, global_attn_len=0),
-        "K1 = 0": ultra(DEPTH, length, local_attn_len=0),
-        "K1 = 1": ultra(DEPTH, length, local_attn_len=1),
-        "oldest keys": ultra(DEPTH, length, global_attn="oldest_keys"),
-        "no truncation": ultra(DEPTH, length, truncated_layers=0),
-        "relative bias": ultra(DEPTH, length, relative_bias=True),
-        "3 full": ultra(3, length, attention="full", truncated_layers=0),
-        "6 full": ultra(6, length, attention="full", truncated_layers=0),
-        "3 + 6 truncated": ultra(9, length, attention="full", truncated_layers=6),
-    }
-    if stream == "movietweetings":
-        ablations["values told apart"] = ultra(DEPTH, length, value_thresholds=(5.0, 7.0, 8.0, 9.0))
-    else:
-        ablations = {name: ablations[name] for name in ("ultra", "full attention", "K2 = 0", "relative bias")}
-    found += [Arm(stream=stream, group="ablation", family="ultra", name=n, model=m) for n, m in ablations.items()]
+    alone = {"ultra": ultra(DEPTH, LONGEST[stream]), **_alone(stream)}
+    found += [
+        Arm(stream=stream, group="ablation", family="ultra", name=name, model=model) for name, model in alone.items()
+    ]
+    if stream != "liked":
+        found += [
+            Arm(
+                stream=stream, group="ablation", family=family, name=f"{family}, shortened", model=model, loss=SHORTENED
+            )
+            for family, model in (
+                ("hstu", hstu(DEPTH, LONGEST[stream])),
+                ("ultra", ultra(DEPTH, LONGEST[stream])),
+            )
+        ]
     return found
+
+
+def _alone(stream: str) -> dict[str, dict[str, Any]]:
+    """ULTRA-HSTU with one part changed."""
+    length = LONGEST[stream]
+
+    def changed(num_layers: int = DEPTH, **settings: Any) -> dict[str, Any]:
+        return ultra(num_layers, length, **settings)
+
+    if stream == "liked":
+        return {"mixture of transducers": changed(transducers=TRANSDUCERS), "items alone": changed(tokens="items")}
+    found = {
+        "full attention": changed(attention="full"),
+        "K2 = 0": changed(global_attn_len=0),
+        "relative bias": changed(relative_bias=True),
+    }
+    if stream == "long_range":
+        return found
+    return found | {
+        "K1 = 0": changed(local_attn_len=0),
+        "K1 = 1": changed(local_attn_len=1),
+        "oldest keys": changed(global_attn="oldest_keys"),
+        "no truncation": changed(truncated_layers=0),
+        "interleaved tokens": changed(tokens="interleaved"),
+        "items alone": changed(tokens="items"),
+        "3 full": changed(3, attention="full", truncated_layers=0),
+        "6 full": changed(6, attention="full", truncated_layers=0),
+        "3 + 6 truncated": changed(9, attention="full", truncated_layers=6),
+        "values told apart": changed(value_thresholds=(5.0, 7.0, 8.0, 9.0)),
+    }
 
 
 def quick_arms(stream: str) -> list[Arm]:
@@ -104,7 +137,7 @@ def quick_arms(stream: str) -> list[Arm]:
 
 def made_stream(name: str, num_events: int) -> Stream:
     """A stream by its name."""
-    return long_range(num_events) if name == "long_range" else ratings(num_events)
+    return MADE[name](num_events)
 
 
 def fitted(rows: list[dict[str, Any]], operations: str) -> dict[str, float]:
@@ -151,13 +184,13 @@ def _ablation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def draw(rows: list[dict[str, Any]], ideals: dict[str, dict[str, float]], path: Path) -> None:
-    """Quality against operations of training and of inference, a row of pictures for each stream."""
+    """Quality against operations of training and of inference, a row of pictures for each stream of several lengths."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    streams = list(dict.fromkeys(row["stream"] for row in rows))
+    streams = [stream for stream in dict.fromkeys(row["stream"] for row in rows) if len(LENGTHS[stream]) > 1]
     figure, all_axes = pyplot.subplots(
         len(streams), 2, figsize=(11, 4.2 * len(streams)), layout="constrained", squeeze=False
     )
@@ -217,7 +250,7 @@ def main() -> None:
                 _write(path, rows, ideals)
             show(rows[identity])
     kept = [rows[one] for one in wanted]
-    if options.group != "ablation":
+    if options.group != "ablation" and any(len(LENGTHS[name]) > 1 for name in options.streams):
         draw(kept, ideals, path.with_suffix(".png"))
     result = {"benchmark": "study-ultra", **environment(), "paper": PAPER, "ideal": ideals, "summary": summary(kept)}
     _write(path, rows, ideals, **result)
@@ -225,7 +258,8 @@ def main() -> None:
 
 
 def _identity(row: dict[str, Any], num_events: int) -> str:
-    return json.dumps([row["stream"], row["group"], row["name"], row["model"], num_events], sort_keys=True)
+    settings = [row["stream"], row["group"], row["name"], row["model"], num_events]
+    return json.dumps([*settings, row["loss"]] if row.get("loss") else settings, sort_keys=True)
 
 
 def _write(path: Path, rows: dict[str, dict[str, Any]], ideals: dict[str, dict[str, float]], **result: Any) -> None:

@@ -90,7 +90,7 @@ class HSTULayer(nn.Module):
         if config.recompute and torch.is_grad_enabled() and kept is None:
             # The fused output half recomputes by itself.
             is_fused = self.product == "plain" and choose(kernel, x_LD.device, has_cpu_path=False) != "reference"
-            if mask.max_attn_len and not is_fused:
+            if mask.max_attn_len is not None and not is_fused:
                 return recomputed_under_window(config, attend, leave, x_LD, weights, product=self.product)
             return recomputed(partial(enter, recompute=False), attend, leave, x_LD, weights, is_fused=is_fused)
         entered = enter(x_LD)

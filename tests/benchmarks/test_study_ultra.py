@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from benchmarks import study_ultra
-from benchmarks.study_stream import Account, long_range
-from model.config import ModelConfig
+from benchmarks.study_stream import Account, Arm, liked, long_range, run_arm
+from model.config import LossConfig, ModelConfig
 from model.flops import forward_flops, segments_of
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    words = ["study_ultra", "--quick", "--streams", "long_range", "--events", "500", "--results", str(folder)]
+    words = ["study_ultra", "--quick", "--streams", "long_range", "--events", "400", "--results", str(folder)]
     monkeypatch.setattr(sys, "argv", words)
     study_ultra.main()
     told: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -65,6 +65,7 @@ def test_every_arm_is_a_model_and_ultra_takes_less_than_hstu_of_its_size(stream:
             assert own[0] < own[1] / 2
     for arm in arms:
         ModelConfig(**arm.model)
+        LossConfig(**arm.loss)
 
 
 def test_far_events_are_those_of_the_stream() -> None:
@@ -72,4 +73,37 @@ def test_far_events_are_those_of_the_stream() -> None:
     assert stream.is_far is not None
     assert 0.1 < stream.is_far[1_500:].mean() < 0.35
     assert np.isclose(stream.ideal["far_hr_at_10"], 1, atol=0.1)
+
+
+def test_ratings_of_8_and_more_are_liked_and_operations_of_a_mixture_are_counted() -> None:
+    """By two transducers that read all of a history: as many as of two encoders and the product that fuses them."""
+    stream = liked(3_000)
+    assert stream.actions == ("rated", "liked")
+    actions = stream.interactions.action
+    assert set(actions) == {1, 2}
+    assert (stream.interactions.value[actions == 2] >= 8).all()
+    both = {"name": "all", "actions": ["rated", "liked"], "max_len": 16}
+    base = study_ultra.ultra(1, 16)
+    arms = [
+        Arm(stream="liked", group="ablation", family="ultra", name=name, model={**base, **changed})
+        for name, changed in (("one", {}), ("two", {"transducers": [both, {**both, "name": "again"}]}))
+    ]
+    one, two = (run_arm(arm, stream) for arm in arms)
+    assert one["count"] == two["count"]
+    fused = 2 * 2 * 32**2
+    positions = two["inference_flops"] - 2 * one["inference_flops"]
+    assert 0 < positions / fused <= 16
+    # Transducers read in hops, an encoder exactly the newest.
+    assert two["training_flops"] < 2.1 * one["training_flops"] + 3 * fused * 16
+
+
+def test_shortened_histories_take_fewer_operations_in_training_and_as_many_in_inference() -> None:
+    stream = long_range(1_200)
+    arms = [
+        Arm(stream="x", group="ablation", family="ultra", name=name, model=study_ultra.ultra(1, 48), loss=loss)
+        for name, loss in (("whole", {}), ("shortened", study_ultra.SHORTENED))
+    ]
+    whole, short = (run_arm(arm, stream) for arm in arms)
+    assert short["inference_flops"] == whole["inference_flops"]
+    assert short["training_flops"] < 0.95 * whole["training_flops"]
     assert Account(config=ModelConfig()).num == 0
