@@ -28,10 +28,9 @@ RANKING = RankingConfig(tasks=TASKS, num_actions=3, value_thresholds=(0.5,), tas
 MODEL = ModelConfig(embedding_dim=WIDTH, num_layers=3, num_heads=2, attention_dim=8, hidden_dim=8, max_len=20)
 
 
-def network_of(tokens: Any, model: ModelConfig = MODEL) -> RankingNetwork:
-    return far_from_start(
-        RankingNetwork(model, replace(RANKING, tokens=tokens), torch.Generator().manual_seed(0))
-    ).float()
+def network_of(tokens: Any, model: ModelConfig = MODEL, *, surfaces: bool = False) -> RankingNetwork:
+    config = replace(RANKING, tokens=tokens, surfaces=surfaces)
+    return far_from_start(RankingNetwork(model, config, torch.Generator().manual_seed(0))).float()
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
@@ -152,6 +151,19 @@ def test_scores_depend_on_the_history_and_on_when_it_is_asked() -> None:
     assert not torch.allclose(scores, score_candidates(network, engagements_of([8]), candidates), atol=1e-3)
     later = replace(candidates, request_times_ms_B=candidates.request_times_ms_B + 10**10)
     assert not torch.allclose(scores, score_candidates(network, engagements_of([9]), later), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["interleaved", "merged"])
+@torch.no_grad()
+def test_scores_depend_on_where_the_history_happened_with_surfaces_alone(tokens: str) -> None:
+    history, candidates = engagements_of([3, 0, 9]), candidates_of([4, 2, 5])
+    elsewhere = replace(history, actions_L=history.actions_L | 3 << 32)
+    for surfaces in (False, True):
+        network = network_of(tokens, surfaces=surfaces)
+        scores, moved = (score_candidates(network, one, candidates) for one in (history, elsewhere))
+        torch.testing.assert_close(scores, one_at_a_time(network, history, candidates), atol=1e-5, rtol=1e-5)
+        differs = ((moved - scores).abs().amax(1) > 1e-5).tolist()
+        assert differs == [surfaces] * 4 + [False] * 2 + [surfaces] * 5
 
 
 def test_a_history_longer_than_max_len_is_refused() -> None:
