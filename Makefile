@@ -81,8 +81,8 @@ bench-items: $(STAMP) ## growth of the item table: pauses, and bytes an item; AR
 bench-content: $(STAMP) ## what content of items buys, on films with genres; ARGS="--data folder --limit 20000"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_content.py $(ARGS)
 
-study-llatte: $(STAMP) ## what LLaTTE's two stages bring: transfer, stale vectors, content, scaling; ten minutes on a core, resumable; ARGS="--limit 100000 --plots folder"
-	@PYTHONPATH=. $(BIN)/python benchmarks/study_llatte.py --results benchmarks/results/llatte.json $(ARGS)
+study-llatte: $(STAMP) ## what LLaTTE's two stages bring: transfer, stale vectors, FLOPs, content, scaling; some 25 minutes on a core, resumable; ARGS="--limit 300000 --seeds 1"
+	@PYTHONPATH=. $(BIN)/python benchmarks/study_llatte.py --results benchmarks/results/llatte.json --plots benchmarks/results $(ARGS)
 
 bench-survival: $(STAMP) ## poisoned batches against a clean stream, and a checkpoint against a step; ARGS="--only checkpoint"
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_survival.py $(ARGS)

@@ -1,388 +1,381 @@
-"""What the two stages of LLaTTE bring on a stream: how much of the upstream's gain reaches the ranker, and how stale
-its vectors may be.
+"""What the two stages of LLaTTE bring on a stream: how much of the upstream's gain reaches the ranker, how stale its
+vectors may be, what a model of one stage takes for the same.
 
-    python benchmarks/study_llatte.py [--quick] [--limit 40000] [--parts transfer content scaling] [--work folder]
-                                      [--results file.json] [--plots folder]
+    python benchmarks/study_llatte.py [--quick] [--streams moods ml-1m movietweetings] [--parts transfer flops ...]
+                                      [--seeds 3] [--limit N] [--work folder] [--results file.json] [--plots folder]
 
-movietweetings in order, one pass. The task is whether a rating is 8 or more; every rating is predicted before it is
-learned from, and NE (log loss over that of the base rate) is over the second half. *Upstream*: `UpstreamModel` of some
-depth, width and length. *Ranker*: LLaTTE's, with the 4 newest ratings of a user and a vector of an upstream worked out
-from what had happened some time before. Gains are differences of NE in percent, with standard errors of paired
-differences. The transfer ratio is the ranker's gain from a larger upstream over that upstream's own, where that is
-above two standard errors. Arms are kept in --work as they end, so a run that is interrupted goes on. The last line is
-one JSON object.
+Streams: `moods` (simulated, ``backtest.moods``: the best that anybody can do is known), `ml-1m` (MovieLens-1M, where
+--data has it: long histories) and `movietweetings` (ships with headrace, short ones). One pass; every rating is
+predicted before it is learned from, and NE (log loss over that of the base rate) is over the second half. *Upstream*:
+`UpstreamModel` of some depth, width and length. *Ranker*: LLaTTE's, with the 8 newest ratings of a user and a vector of
+an upstream worked out from what had happened some time before.
+
+Gains are differences of NE in percent. Standard errors are of paired differences: over seeds where there are several
+(of weights, and of the simulated stream), else over ratings, which leaves out what another seed would change. The
+transfer ratio is the ranker's gain from a larger upstream over that upstream's own, where that is above two standard
+errors. Arms are kept in --work as they end, so a run that is interrupted goes on. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import polars as pl
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from backtest.datasets import movietweetings
 from benchmarks.environment import environment
+from benchmarks.llatte_arms import Plan, Vectors, run_ranker, run_upstream
+from benchmarks.llatte_ideal import ideal
+from benchmarks.llatte_streams import Histories, Stream, films, ml1m, moods
 from benchmarks.study_llatte_plots import draw
-from model.config import ModelConfig, OptimizerConfig
-from model.llatte_config import LlatteConfig, LlatteSettings
-from model.optimizer import RecommenderOptimizer
-from model.ranking_learning import ShownBatch, ranking_pass
+from model.config import ModelConfig
+from model.llatte_config import LlatteSettings
+from model.llatte_flops import ranking_flops, upstream_flops
+from model.llatte_ranking_config import LlatteRankingConfig
 from model.ranking_model import upstream_model_config, with_ranking_head
-from model.ranking_settings import RankingSettings
-from model.recommender import Recommender
+from model.ranking_network import RankingModelConfig
 from model.upstream_config import UpstreamConfig
-from model.upstream_input import UpstreamVectors
-from model.upstream_model import UpstreamExamples, UpstreamModel, UserBatch
-from online_trainer.item_content import content_vector
-from online_trainer.text_content import hashed_ngrams
 
-Int64s = NDArray[np.int64]
-TASK: Final = "value>=8"
-RANKING: Final = RankingSettings(kind="llatte", tasks=(TASK,), learn_from="interactions", value_thresholds=(5, 7, 8, 9))
-STALE_S: Final = {"0": 0, "1 h": 3_600, "6 h": 21_600, "1 d": 86_400, "7 d": 604_800}
+STALE_S: Final = {"0": 0, "1 h": 3_600, "6 h": 21_600, "1 d": 86_400}
+SHORT: Final = 8
+"""Ratings that the ranker reads itself."""
+WIDTH: Final = 32
 BASE: Final = UpstreamConfig(
-    width=32, embedding_dim=32, num_layers=1, max_len=4, num_heads=2, latent_dim=16, head_dim=16, ffn_dim=64
+    width=32,
+    embedding_dim=WIDTH,
+    num_layers=1,
+    max_len=SHORT,
+    num_heads=2,
+    latent_dim=16,
+    head_dim=16,
+    ffn_dim=64,
+    num_queries=4,
+    readout_rank=32,
+    next_item_weight=0.0,
 )
-LARGE: Final = replace(BASE, num_layers=4, max_len=128)
+LARGE: Final = replace(BASE, num_layers=2, max_len=128)
+RANKER: Final = LlatteSettings(num_heads=2, latent_dim=16, head_dim=16, ffn_dim=64)
 GRID: Final = {
     **{f"depth {n}": replace(BASE, num_layers=n, max_len=64) for n in (1, 2, 4)},
-    **{f"length {n}": replace(BASE, num_layers=2, max_len=n) for n in (4, 16, 64, 256)},
+    **{f"length {n}": replace(BASE, num_layers=2, max_len=n) for n in (8, 32, 64, 128)},
     **{f"width {n}": replace(BASE, num_layers=2, max_len=64, embedding_dim=n, ffn_dim=2 * n) for n in (16, 32, 64)},
 }
-SHORT: Final = 4
-"""Ratings that the ranker reads itself."""
+ONE_STAGE: Final = ((1, 8), (2, 8), (2, 32), (2, 64), (2, 128))
+"""Layers and ratings read of rankers without vectors; the second is the ranker that reads vectors."""
+CANDIDATES: Final = (8, 100)
+"""Of a request, over which what they share is spread."""
 
 
-@dataclass(frozen=True)
-class Stream:
-    """N ratings in order of time. before: of each rating, its user's earlier ones as places in the stream."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Sizes and learning rates of a stream, from a small grid over its beginning."""
 
-    user: Int64s
-    item: Int64s
-    time_ms: Int64s
-    value: NDArray[np.float32]
-    before: list[Int64s]
-
-    def histories(self, rows: Int64s, *, max_len: int, stale_ms: int = 0) -> tuple[Int64s, Int64s]:
-        """Places of what each row's user had rated strictly before it, and before stale_ms earlier; and offsets."""
-        parts = []
-        for row in rows.tolist():
-            places = self.before[row]
-            end = int(np.searchsorted(self.time_ms[places], self.time_ms[row] - stale_ms, side="left"))
-            parts.append(places[max(end - max_len, 0) : end])
-        return np.concatenate([np.zeros(0, np.int64), *parts]), np.cumsum([0, *(len(part) for part in parts)])
+    limit: int
+    upstream: Plan
+    ranker: Plan
+    stale: tuple[str, ...]
 
 
-def read_stream(limit: int) -> Stream:
-    rows = pl.read_parquet(movietweetings().interactions).sort("timestamp", maintain_order=True).head(limit)
-    user, item, time_s = (rows[name].cast(pl.Int64).to_numpy() for name in ("user_id", "item_id", "timestamp"))
-    value = rows["rating"].cast(pl.Float32).to_numpy()
-    return Stream(user, item, time_s * 1000, value, _before(user))
-
-
-def _before(user: Int64s) -> list[Int64s]:
-    seen: dict[int, list[int]] = {}
-    before = []
-    for place, one in enumerate(user.tolist()):
-        earlier = seen.setdefault(one, [])
-        before.append(np.array(earlier, np.int64))
-        earlier.append(place)
-    return before
-
-
-def read_content(path: Path, items: Int64s) -> NDArray[np.float32] | None:
-    """float32[V, C] of these items: genres, decade and title; None where the file is not there."""
-    if not path.is_file():
-        return None
-    found = {}
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            item_id, title, genres = line.rstrip("\n").split("::")
-            kinds = [*(genre for genre in genres.split("|") if genre), f"decade {title.rstrip()[-5:-2]}"]
-            found[int(item_id)] = content_vector(None, kinds, hashed_ngrams(title))
-    nothing = np.zeros(64, np.float32)
-    return np.stack([nothing if (one := found.get(item)) is None else one for item in items.tolist()])
-
-
-def steps_of(stream: Stream, size: int) -> list[Int64s]:
-    return [np.arange(first, min(first + size, len(stream.user))) for first in range(0, len(stream.user), size)]
-
-
-def losses_of(logits: Tensor, stream: Stream, rows: Int64s) -> NDArray[np.float64]:
-    likes = torch.from_numpy((stream.value[rows] >= 8).astype(np.float64))
-    found = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0].double(), likes, reduction="none")
-    return found.numpy()
-
-
-def inputs_of(stream: Stream, places: Int64s, offsets: Int64s, table: Any) -> dict[str, Any]:
-    return {
-        "rows_L": torch.from_numpy(table.lookup(stream.item[places])),
-        "actions_L": torch.ones(len(places), dtype=torch.int64),
-        "values_L": torch.from_numpy(stream.value[places]),
-        "timestamps_ms_L": torch.from_numpy(stream.time_ms[places]),
-        "offsets": torch.from_numpy(offsets),
-    }
-
-
-def run_upstream(stream: Stream, config: UpstreamConfig, size: int, stale: dict[str, int]) -> dict[str, Any]:
-    """Losses of every rating, and each user's vector as it was then, made of what had happened some time before."""
-    model = UpstreamModel(upstream_model_config(config, RANKING, ("rate",)))
-    optimizer = RecommenderOptimizer(model, OptimizerConfig())
-    generator, losses, started_s = torch.Generator().manual_seed(0), [], time.process_time()
-    vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stale}
-    ages: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stale}
-    learning_s = 0.0
-    for rows in steps_of(stream, size):
-        for name, stale_s in stale.items():
-            places, offsets = stream.histories(rows, max_len=config.max_len, stale_ms=1000 * stale_s)
-            has_any = np.diff(offsets) > 0
-            as_of_ms = stream.time_ms[rows]
-            as_of_ms[has_any] = stream.time_ms[places[offsets[1:][has_any] - 1]]
-            users = UserBatch(**inputs_of(stream, places, offsets, model.items), as_of_ms_B=torch.from_numpy(as_of_ms))
-            vectors[name].append(model.user_vectors(users).numpy())
-            age_s = np.where(has_any, (stream.time_ms[rows] - as_of_ms) / 1000, np.nan)
-            ages[name].append(age_s.astype(np.float32))
-        began_s = time.process_time()
-        model.items.admit(stream.item[rows])
-        places, offsets = stream.histories(rows, max_len=config.max_len)
-        labels = model.heads.labels(torch.ones(len(rows), dtype=torch.int64), torch.from_numpy(stream.value[rows]))
-        shown = ShownBatch(
-            **inputs_of(stream, places, offsets, model.items),
-            shown_rows_C=torch.from_numpy(model.items.lookup(stream.item[rows])),
-            shown_at_ms_R=torch.from_numpy(stream.time_ms[rows]),
-            shown_offsets=torch.arange(len(rows) + 1),
-        )
-        examples = UpstreamExamples.of_shown(shown, labels, torch.ones(len(rows), dtype=torch.bool))
-        step = model.learning_pass(examples, generator=generator)
-        losses.append(losses_of(step.predictions_CK, stream, rows))
-        step.loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(step.active)
-        known = model.items.lookup(stream.item[rows])
-        model.items.observe(known, stream.time_ms[rows])
-        learning_s += time.process_time() - began_s
-    return {
-        "losses": np.concatenate(losses),
-        "cpu_s": np.array(time.process_time() - started_s),
-        "learning_cpu_s": np.array(learning_s),
-        **{f"vector {name}": np.concatenate(parts) for name, parts in vectors.items()},
-        **{f"age {name}": np.concatenate(parts) for name, parts in ages.items()},
-    }
-
-
-def run_ranker(
-    stream: Stream,
-    size: int,
-    settings: LlatteSettings,
-    vectors: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
-    *,
-    content: tuple[Int64s, NDArray[np.float32]] | None = None,
-    max_len: int = SHORT,
-) -> dict[str, Any]:
-    """Losses of every rating by a ranker with vectors and ages of each, or without any."""
-    width = 32 if vectors is None else vectors[0].shape[1]
-    base = ModelConfig(embedding_dim=32, max_len=max_len)
-    model = Recommender(with_ranking_head(base, RANKING, ("rate",), settings, upstream_width=width))
-    assert model.ranking is not None
-    rates = OptimizerConfig(dense_learning_rate=1e-3, row_learning_rate=1e-2)
-    optimizer = RecommenderOptimizer(model, rates, parameters=model.ranking_parameters())
-    generator, losses, started_s = torch.Generator().manual_seed(0), [], time.process_time()
-    for rows in steps_of(stream, size):
-        admitted = model.items.admit(stream.item[rows])
-        if content is not None:
-            model.items.describe(admitted, content[1][np.searchsorted(content[0], stream.item[rows])])
-        places, offsets = stream.histories(rows, max_len=max_len)
-        upstream = None
-        if vectors is not None:
-            upstream = UpstreamVectors(
-                vector_BW=torch.from_numpy(vectors[0][rows]), age_s_B=torch.from_numpy(vectors[1][rows])
-            )
-        shown = ShownBatch(
-            **inputs_of(stream, places, offsets, model.items),
-            shown_rows_C=torch.from_numpy(admitted),
-            shown_at_ms_R=torch.from_numpy(stream.time_ms[rows]),
-            shown_offsets=torch.arange(len(rows) + 1),
-            upstream=upstream,
-        )
-        labels = model.ranking.heads.labels(
-            torch.ones(len(rows), dtype=torch.int64), torch.from_numpy(stream.value[rows])
-        )
-        step = ranking_pass(model, shown, labels, generator=generator)
-        losses.append(losses_of(step.predictions_CK, stream, rows))
-        step.loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(step.active)
-    return {"losses": np.concatenate(losses), "cpu_s": np.array(time.process_time() - started_s)}
-
-
-def flops_of(network: LlatteConfig, length: float) -> float:
-    """Multiply-adds times two of the layers, forward, for one user with so many interactions to read.
-
-    Per layer: latents of all tokens it reads; of the tokens it computes, queries, attention over half of what is read
-    (causal), the output map and the feed-forward part.
-    """
-    total, tokens = 0.0, min(length, network.max_len) + network.num_queries
-    latent, wide = network.latent_dim, network.num_heads * network.latent_dim
-    for kept in network.kept_lens():
-        computed = min(tokens, kept + network.num_queries)
-        total += 2 * tokens * network.width * latent
-        total += 2 * computed * (network.width * latent + latent * wide + wide * network.width)
-        total += 2 * 2 * computed * tokens * wide * (0.5 if computed == tokens else 1.0)
-        total += 2 * computed * 2 * network.width * network.ffn_dim
-        tokens = computed
-    return total
+SETTINGS: Final = {
+    "moods": Setting(
+        limit=80_000,
+        upstream=Plan(batch=16, dense_rate=1e-3, row_rate=1e-3),
+        ranker=Plan(batch=16, dense_rate=3e-4, row_rate=3e-3),
+        stale=tuple(STALE_S),
+    ),
+    "ml-1m": Setting(
+        limit=120_000,
+        upstream=Plan(batch=32, dense_rate=5e-4, row_rate=1e-3),
+        ranker=Plan(batch=32, dense_rate=3e-4, row_rate=3e-3),
+        stale=("0",),
+    ),
+    "movietweetings": Setting(
+        limit=40_000,
+        upstream=Plan(batch=64, dense_rate=5e-4, row_rate=1e-3),
+        ranker=Plan(batch=64, dense_rate=3e-4, row_rate=3e-3),
+        stale=tuple(STALE_S),
+    ),
+}
 
 
 class Study:
-    """Arms by name, each run once and kept."""
+    """One stream, and its arms by name: each run once and kept."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.stream = options, read_stream(options.limit)
-        self.folder = options.work / f"{options.limit}-{options.batch}"
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.setting, self.num_seeds = name, SETTINGS[name], options.seeds
+        self.limit, self.data = options.limit or self.setting.limit, options.data
+        self.folder = options.work / f"{name}-{self.limit}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        half = len(self.stream.user) // 2
-        likes = (self.stream.value[half:] >= 8).mean()
-        self.entropy = float(-likes * math.log(likes) - (1 - likes) * math.log(1 - likes))
-        self.half = half
+        self._streams: dict[int, Stream] = {}
 
-    def arm(self, name: str, run: Any) -> dict[str, Any]:
-        path = self.folder / f"{name.replace(' ', '-').replace('/', '-')}.npz"
+    def stream(self, seed: int) -> Stream:
+        """Of the simulator another one for each seed."""
+        key = seed if self.name == "moods" else 0
+        if key not in self._streams:
+            made: dict[str, Callable[[], Stream]] = {
+                "moods": lambda: moods(self.limit, seed=key),
+                "ml-1m": lambda: ml1m(self.data / "ml-1m", self.limit),
+                "movietweetings": lambda: films(self.limit),
+            }
+            self._streams[key] = made[self.name]()
+        return self._streams[key]
+
+    def arm(self, name: str, seed: int, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``run`` found, now or in an earlier run."""
+        path = self.folder / f"{name.replace(' ', '-').replace('/', '-')}.{seed}.npz"
         if not path.is_file():
             found = run()
             unfinished = path.with_suffix(".part.npz")
             np.savez(unfinished, **found)
             unfinished.rename(path)
-            print(f"{name:34s} NE {self.ne(found):.4f}  {float(found['cpu_s']):6.0f} CPU s", flush=True)
+            said = f"{self.name} {name} ({seed})"
+            print(f"{said:44s} NE {self.ne(found, seed):.4f}  {float(found['cpu_s']):6.0f} CPU s", flush=True)
         with np.load(path) as kept:
             return dict(kept)
 
-    def ne(self, arm: dict[str, Any]) -> float:
-        return float(arm["losses"][self.half :].mean() / self.entropy)
+    def upstream(self, name: str, config: UpstreamConfig, seed: int, stale: tuple[str, ...] = ()) -> dict[str, Any]:
+        """An upstream model by its own heads, and its vectors."""
+        plan = replace(self.setting.upstream, seed=seed)
+        ages = {one: STALE_S[one] for one in stale}
+        return self.arm(f"upstream {name}", seed, lambda: run_upstream(self.stream(seed), config, plan, ages))
 
-    def gain(self, better: dict[str, Any], than: dict[str, Any]) -> dict[str, float]:
+    def ranker(
+        self,
+        name: str,
+        seed: int,
+        vectors: Vectors | None = None,
+        *,
+        settings: LlatteSettings = RANKER,
+        max_len: int = SHORT,
+    ) -> dict[str, Any]:
+        """A ranker with vectors or without."""
+        plan = replace(self.setting.ranker, seed=seed)
+        return self.arm(
+            f"ranker {name}",
+            seed,
+            lambda: run_ranker(self.stream(seed), settings, plan, vectors, max_len=max_len, width=WIDTH),
+        )
+
+    def late(self, arm: dict[str, Any], seed: int) -> Any:
+        """Losses over the second half, in units of the base rate's entropy."""
+        likes = self.stream(seed).likes
+        half = len(likes) // 2
+        share = likes[half:].mean()
+        return arm["losses"][half:] / float(-share * math.log(share) - (1 - share) * math.log(1 - share))
+
+    def ne(self, arm: dict[str, Any], seed: int) -> float:
+        """Normalised entropy."""
+        return float(self.late(arm, seed).mean())
+
+    def mean_ne(self, arms: list[dict[str, Any]]) -> float:
+        """Over seeds."""
+        return float(np.mean([self.ne(arm, seed) for seed, arm in enumerate(arms)]))
+
+    def gain(self, better: list[dict[str, Any]], than: list[dict[str, Any]]) -> dict[str, Any]:
         """How much lower NE is, in percent of the base rate's entropy, and the standard error of that."""
-        paired = (than["losses"] - better["losses"])[self.half :] / self.entropy * 100
-        return {"gain_percent": float(paired.mean()), "standard_error": float(paired.std() / math.sqrt(len(paired)))}
+        pairs = [
+            100 * (self.late(worse, seed) - self.late(one, seed))
+            for seed, (one, worse) in enumerate(zip(better, than, strict=True))
+        ]
+        means = [float(one.mean()) for one in pairs]
+        if len(means) > 1:
+            error = float(np.std(means, ddof=1)) / math.sqrt(len(means))
+        else:
+            error = float(pairs[0].std()) / math.sqrt(len(pairs[0]))
+        return {"gain_percent": float(np.mean(means)), "standard_error": error, "of_seeds": means}
+
+
+def vectors_of(arm: dict[str, Any], stale: str) -> Vectors:
+    """What an upstream arm kept."""
+    return Vectors(vector_RW=arm[f"vector {stale}"], age_s_R=arm[f"age {stale}"])
 
 
 def transfer(study: Study) -> dict[str, Any]:
     """Gains of a larger upstream, its own and the ranker's, and what is left of them as vectors grow old."""
-    stream, size, short = study.stream, study.options.batch, LlatteSettings(num_heads=2, latent_dim=16, ffn_dim=64)
-
-    def upstream(name: str, config: UpstreamConfig) -> dict[str, Any]:
-        return study.arm(f"upstream {name}", lambda: run_upstream(stream, config, size, STALE_S))
-
-    def ranker(vectors: dict[str, Any] | None, name: str, stale: str) -> dict[str, Any]:
-        held = None if vectors is None else (vectors[f"vector {stale}"], vectors[f"age {stale}"])
-        return study.arm(f"ranker {name}", lambda: run_ranker(stream, size, short, held))
-
-    base, large = upstream("small", BASE), upstream("large", LARGE)
-    alone, with_base = ranker(None, "alone", "0"), ranker(base, "small 0", "0")
+    seeds, stale = range(study.num_seeds), study.setting.stale
+    base = [study.upstream("small", BASE, seed, ("0",)) for seed in seeds]
+    large = [study.upstream("large", LARGE, seed, stale) for seed in seeds]
+    alone = [study.ranker("alone", seed) for seed in seeds]
+    with_base = [study.ranker("small 0", seed, vectors_of(base[seed], "0")) for seed in seeds]
+    own = study.gain(large, base)
     found: dict[str, Any] = {
-        "ne": {"upstream small": study.ne(base), "upstream large": study.ne(large), "ranker alone": study.ne(alone)},
-        "upstream_large_over_small": study.gain(large, base),
+        "ne": {
+            "upstream small": study.mean_ne(base),
+            "upstream large": study.mean_ne(large),
+            "ranker alone": study.mean_ne(alone),
+            "ranker with small": study.mean_ne(with_base),
+        },
+        "upstream_large_over_small": own,
+        "small_over_alone": study.gain(with_base, alone),
         "stale": {},
     }
-    for stale, seconds in STALE_S.items():
-        with_large = ranker(large, f"large {stale}", stale)
-        over_base = study.gain(with_large, with_base)
-        found["stale"][stale] = {
-            "seconds": seconds,
-            "ne": study.ne(with_large),
+    for one in stale:
+        with_large = [study.ranker(f"large {one}", seed, vectors_of(large[seed], one)) for seed in seeds]
+        over_small = study.gain(with_large, with_base)
+        found["stale"][one] = {
+            "seconds": STALE_S[one],
+            "ne": study.mean_ne(with_large),
             "over_alone": study.gain(with_large, alone),
-            "over_small": over_base,
-            "transfer_ratio": ratio_of(over_base, found["upstream_large_over_small"]),
+            "over_small": over_small,
+            "transfer_ratio": ratio_of(over_small, own),
         }
     return found
 
 
-def ratio_of(gain: dict[str, float], of: dict[str, float]) -> float | None:
-    """None where the denominator cannot be told from nothing, or is a loss."""
-    if of["gain_percent"] <= 2 * of["standard_error"]:
+def ratio_of(gain: dict[str, Any], of: dict[str, Any]) -> dict[str, float] | None:
+    """And its standard error; None where the denominator cannot be told from nothing, or is a loss."""
+    over = of["gain_percent"]
+    if over <= 2 * of["standard_error"]:
         return None
-    return gain["gain_percent"] / of["gain_percent"]
+    ratio = gain["gain_percent"] / over
+    if len(gain["of_seeds"]) > 1:
+        # Errors of both, seed by seed, since they go together.
+        left = [one - ratio * other for one, other in zip(gain["of_seeds"], of["of_seeds"], strict=True)]
+        error = float(np.std(left, ddof=1)) / math.sqrt(len(left)) / over
+    else:
+        error = math.hypot(gain["standard_error"], ratio * of["standard_error"]) / over
+    return {"ratio": ratio, "standard_error": error}
 
 
 def scaling(study: Study) -> dict[str, Any]:
     """NE of upstreams over depth, width and length, with a straight line over the logarithm of their FLOPs."""
-    stream, size = study.stream, study.options.batch
-    lengths = np.array([len(places) for places in stream.before[study.half :]])
+    lengths = _late_lengths(study)
+    first = {config: name for name, config in reversed(GRID.items())} | {LARGE: "large"}  # some stand on several axes
     arms: dict[str, Any] = {}
-    first = {config: name for name, config in reversed(GRID.items())}  # some stand on several axes
     for name, config in GRID.items():
-        arm = study.arm(f"upstream {first[config]}", lambda config=config: run_upstream(stream, config, size, {}))
-        mean_len = float(np.minimum(lengths, config.max_len).mean())
-        arms[name] = {"ne": study.ne(arm), "flops": flops_of(config.network(), mean_len), "mean_len": mean_len}
-    fits = {}
-    for axis in ("depth", "length", "width"):
-        points = [(one["flops"], one["ne"]) for name, one in arms.items() if name.startswith(axis)]
-        slope, _ = np.polyfit(np.log10([flops for flops, _ in points]), [100 * ne for _, ne in points], 1)
-        fits[axis] = {"ne_percent_per_decade": float(slope)}
-    return {"arms": arms, "fits": fits}
+        arm = study.upstream(first[config], config, 0, study.setting.stale if config == LARGE else ())
+        model = upstream_model_config(config, study.stream(0).ranking(), ("rate",))
+        flops = float(upstream_flops(model, lengths.clamp(max=config.max_len)).mean())
+        arms[name] = {"ne": study.ne(arm, 0), "flops": flops}
+    axes = {axis: [one for name, one in arms.items() if name.startswith(axis)] for axis in ("depth", "length", "width")}
+    return {"arms": arms, "fits": {axis: fitted(points) for axis, points in axes.items()}}
+
+
+def fitted(points: list[dict[str, Any]]) -> dict[str, float]:
+    """``NE in percent = intercept - alpha * log10 FLOPs`` (LLaTTE, section 5), and how much of it the line explains."""
+    x, y = np.log10([one["flops"] for one in points]), np.array([100 * one["ne"] for one in points])
+    slope, intercept = np.polyfit(x, y, 1)
+    spread = float(((y - y.mean()) ** 2).sum())
+    left = float(((y - slope * x - intercept) ** 2).sum())
+    return {"alpha": -float(slope), "r2": 1 - left / spread if spread else math.nan, "points": len(points)}
 
 
 def depth_with_content(study: Study) -> dict[str, Any] | None:
-    """Rankers without vectors, over ids alone and with content, of one layer and four."""
-    items = np.unique(study.stream.item)
-    vectors = read_content(study.options.data / "movietweetings" / "movies.dat.gz", items)
-    if vectors is None:
+    """Rankers without vectors, over ids alone and with content, of one layer and four; None without content."""
+    if study.stream(0).content is None:
         return None
     arms = {}
     for layers in (1, 4):
         for kind in ("ids", "content"):
-            settings = LlatteSettings(
-                num_layers=layers, num_heads=2, latent_dim=16, ffn_dim=64, content=kind == "content"
-            )
-            content = (items, vectors) if kind == "content" else None
-            arms[kind, layers] = study.arm(
-                f"content {kind} {layers}",
-                lambda settings=settings, content=content: run_ranker(
-                    study.stream, study.options.batch, settings, None, content=content, max_len=64
-                ),
-            )
+            settings = replace(RANKER, num_layers=layers, content=kind == "content")
+            arms[kind, layers] = study.ranker(f"{kind} {layers}", 0, settings=settings, max_len=64)
     first = arms["ids", 1]
     return {
-        f"{kind} {layers}": {"ne": study.ne(arm), "over_ids_1": study.gain(arm, first)}
+        f"{kind} {layers}": {"ne": study.ne(arm, 0), "over_ids_1": study.gain([arm], [first])}
         for (kind, layers), arm in arms.items()
     }
 
 
-PARTS: Final = {"transfer": transfer, "content": depth_with_content, "scaling": scaling}
+def one_stage(study: Study) -> dict[str, Any]:
+    """FLOPs for one candidate of a ranker with vectors, and of rankers that read more themselves, with their NE."""
+    lengths = _late_lengths(study)
+    arms = {}
+    for layers, length in ONE_STAGE:
+        settings = replace(RANKER, num_layers=layers)
+        name = "alone" if (layers, length) == (RANKER.num_layers, SHORT) else f"one stage {layers}x{length}"
+        arm = study.ranker(name, 0, settings=settings, max_len=length)
+        arms[f"{layers}x{length}"] = {"ne": study.ne(arm, 0), **_ranking_flops(study, settings, length, lengths)}
+    large = study.upstream("large", LARGE, 0, study.setting.stale)
+    with_large = study.ranker("large 0", 0, vectors_of(large, "0"))
+    both = {"ne": study.ne(with_large, 0), **_ranking_flops(study, RANKER, SHORT, lengths)}
+    model = upstream_model_config(LARGE, study.stream(0).ranking(), ("rate",))
+    both["upstream_flops_per_vector"] = float(upstream_flops(model, lengths.clamp(max=LARGE.max_len)).mean())
+    equal = [name for name, one in arms.items() if one["ne"] <= both["ne"]]
+    return {"one_stage": arms, "two_stages": both, "as_good": equal}
+
+
+def _late_lengths(study: Study) -> torch.Tensor:
+    """int64[R'] of the requests in the second half: ratings before each."""
+    stream = study.stream(0)
+    lengths = Histories(stream).lengths(1 << 30)[stream.offsets[:-1] >= len(stream.user) // 2]
+    return torch.from_numpy(lengths)
+
+
+def _ranking_flops(study: Study, settings: LlatteSettings, max_len: int, lengths: torch.Tensor) -> dict[str, float]:
+    base = ModelConfig(embedding_dim=WIDTH, max_len=max_len)
+    model = with_ranking_head(base, study.stream(0).ranking(), ("rate",), settings, upstream_width=BASE.width)
+    assert isinstance(model, RankingModelConfig)
+    assert isinstance(model.ranking, LlatteRankingConfig)
+    flops = ranking_flops(model, model.ranking, lengths.clamp(max=max_len))
+    return {f"flops_of_{n}": float(flops.each(n).mean()) for n in CANDIDATES}
+
+
+def best_possible(study: Study) -> dict[str, Any] | None:
+    """NE of the exact forecast from so many ratings, and from the newest 8 with older ones; None for real streams."""
+    stream = study.stream(0)
+    return None if stream.simulated is None else ideal(stream, short=SHORT, long=LARGE.max_len, stale_s=STALE_S)
+
+
+PARTS: Final[dict[str, Callable[[Study], Any]]] = {
+    "ideal": best_possible,
+    "transfer": transfer,
+    "flops": one_stage,
+    "scaling": scaling,
+    "content": depth_with_content,
+}
+
+
+def report(name: str, found: dict[str, Any]) -> None:
+    """A few lines for people."""
+    for stale, one in found.get("transfer", {}).get("stale", {}).items():
+        ratio = "none"
+        if one["transfer_ratio"] is not None:
+            ratio = f"{one['transfer_ratio']['ratio']:.2f} ± {one['transfer_ratio']['standard_error']:.2f}"
+        print(f"{name}: vectors {stale:>3s} old: NE {one['ne']:.4f}  transfer ratio {ratio}")
+    for axis, fit in found.get("scaling", {}).get("fits", {}).items():
+        print(f"{name}: {axis}: {fit['alpha']:+.3f} % of NE less a decade of FLOPs, R2 {fit['r2']:.2f}")
+
+
+def kept_streams(path: Path | None) -> dict[str, Any]:
+    """Of the results that are written anew: parts and streams that this run leaves out stay as they are."""
+    if path is None or not path.is_file():
+        return {}
+    kept = json.loads(path.read_text(encoding="utf-8")).get("streams", {})
+    return {name: found for name, found in kept.items() if name in SETTINGS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="LLaTTE's two stages on movietweetings")
-    parser.add_argument("--quick", action="store_true", help="400 ratings: whether it runs, not what it says")
-    parser.add_argument("--limit", type=int, default=40_000)
+    parser = argparse.ArgumentParser(description="LLaTTE's two stages on a stream")
+    parser.add_argument("--quick", action="store_true", help="640 ratings: whether it runs, not what it says")
+    parser.add_argument("--streams", nargs="+", choices=SETTINGS)
+    parser.add_argument("--limit", type=int, help="ratings; by default those of each stream's setting")
+    parser.add_argument("--seeds", type=int, default=3, help="of the arms of `transfer`")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1].parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path("var/study-llatte"))
     parser.add_argument("--results", type=Path)
     parser.add_argument("--plots", type=Path)
     options = parser.parse_args()
     if options.quick:
-        options.limit, options.batch = 400, 100
+        options.limit, options.seeds = 640, 2
+    if options.streams is None:
+        options.streams = ["moods", *(["ml-1m"] if (options.data / "ml-1m").is_dir() else [])]
     torch.set_num_threads(1)
-    study = Study(options)
-    result: dict[str, Any] = {
-        "benchmark": "study-llatte",
-        "stream": "movietweetings",
-        "limit": options.limit,
-        "batch": options.batch,
-    }
-    result |= environment() | {part: PARTS[part](study) for part in options.parts}
-    for stale, one in result.get("transfer", {}).get("stale", {}).items():
-        ratio = "none" if one["transfer_ratio"] is None else f"{one['transfer_ratio']:.2f}"
-        print(f"vector {stale:>5s} old: NE {one['ne']:.4f}  transfer ratio {ratio}")
+    result: dict[str, Any] = {"benchmark": "study-llatte", **environment(), "streams": kept_streams(options.results)}
+    for name in options.streams:
+        study = Study(name, options)
+        found = {part: PARTS[part](study) for part in options.parts}
+        before = result["streams"].get(name, {})
+        if before.get("ratings") != study.limit:
+            before = {}
+        result["streams"][name] = {**before, "ratings": study.limit, "seeds": options.seeds, **found}
+        report(name, found)
     if options.plots:
         draw(result, options.plots)
     if options.results:
