@@ -68,8 +68,8 @@ class TrainerConfig:
     cooccurrence_followers: int = 32
     """Followers counted of each item; the lightest makes room for a new one. 128 instead of 32: HR@10 +0.1 to 0.3 %."""
     spike_deviations: float = 8.0
-    """A batch whose loss is so many standard deviations above what is typical is set aside, not learned from: see
-    `headrace trainer inspect`. 0: only losses and gradients that are no finite numbers are."""
+    """A batch whose loss is so many standard deviations above what is typical of batches of its size is set aside, not
+    learned from: see `headrace trainer inspect`. 0: only losses and gradients that are no finite numbers are."""
     max_spikes_in_a_row: int = 2
     """After so many such batches one after the other the stream has changed, and is learned from."""
     keep_set_aside: int = 100

@@ -300,7 +300,7 @@ class OnlineLearner:
         if not is_listed.any():
             return
         typical_loss = self._guard.typical_loss
-        reason = self._guard.objection(float(learned.loss.detach()))
+        reason = self._guard.objection(float(learned.loss.detach()), supervised.rows_P.shape[0])
         decisions = self._watch_drift(learned, num_tested, examples) if reason is None else []
         if reason is None and not self._train(learned):
             reason = "gradient"

@@ -65,13 +65,16 @@ class LossGuard:
     """Tells a batch that would do harm from a stream that has changed.
 
     A spike is a loss further above the median of the last TYPICAL_STEPS steps than `spike_deviations` standard
-    deviations, estimated from the median absolute deviation. After `max_in_a_row` spikes the stream itself must have
-    changed: the guard forgets what was typical, and the batch is learned from.
+    deviations, estimated from the median absolute deviation: of the steps' losses, or where that is more, of what the
+    mean of so few interactions may be. On a quiet stream a step has one or two, whose loss says little, beside the
+    hundreds of a busy hour. After `max_in_a_row` spikes the stream itself must have changed: the guard forgets what was
+    typical, and the batch is learned from.
     """
 
     def __init__(self, *, spike_deviations: float, max_in_a_row: int) -> None:
         self._spike_deviations, self._max_in_a_row = spike_deviations, max_in_a_row
         self._losses: deque[float] = deque(maxlen=TYPICAL_STEPS)
+        self._sizes: deque[int] = deque(maxlen=TYPICAL_STEPS)
         self._num_in_a_row = 0
 
     @property
@@ -79,30 +82,44 @@ class LossGuard:
         """Median loss of the steps before; None of too few."""
         return float(np.median(self._losses)) if len(self._losses) >= TYPICAL_STEPS_MIN else None
 
-    def objection(self, loss: float) -> str | None:
-        """Why not to learn from a batch of this loss (`loss`, `spike`); None: learn."""
+    def objection(self, loss: float, num_targets: int) -> str | None:
+        """Why not to learn from a batch with this mean loss of so many targets (`loss`, `spike`); None: learn."""
         if not math.isfinite(loss):
             return "loss"
         typical = self.typical_loss
-        if self._spike_deviations and typical is not None:
-            deviation = _DEVIATIONS_PER_MAD * float(np.median(np.abs(np.array(self._losses) - typical)))
-            if loss > typical + self._spike_deviations * max(deviation, 1e-6):
-                self._num_in_a_row += 1
-                if self._num_in_a_row <= self._max_in_a_row:
-                    return "spike"
-                logger.warning("%d losses in a row far above %.3f: the stream has changed", self._num_in_a_row, typical)
-                self._losses.clear()
+        if typical is not None and self._is_spike(loss, typical, num_targets):
+            self._num_in_a_row += 1
+            if self._num_in_a_row <= self._max_in_a_row:
+                return "spike"
+            logger.warning("%d losses in a row far above %.3f: the stream has changed", self._num_in_a_row, typical)
+            self._losses.clear()
+            self._sizes.clear()
         self._num_in_a_row = 0
         self._losses.append(loss)
+        self._sizes.append(num_targets)
         return None
+
+    def _is_spike(self, loss: float, typical: float, num_targets: int) -> bool:
+        if not self._spike_deviations:
+            return False
+        distances = np.abs(np.array(self._losses) - typical)
+        of_one = np.median(distances * np.sqrt(np.array(self._sizes)))
+        deviation = _DEVIATIONS_PER_MAD * max(float(np.median(distances)), float(of_one) / math.sqrt(num_targets), 1e-6)
+        return loss > typical + self._spike_deviations * deviation
 
     def state(self) -> dict[str, Any]:
         """JSON-ready; `load_state` reads it back exactly."""
-        return {"losses": [loss.hex() for loss in self._losses], "num_in_a_row": self._num_in_a_row}
+        return {
+            "losses": [loss.hex() for loss in self._losses],
+            "sizes": list(self._sizes),
+            "num_in_a_row": self._num_in_a_row,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state()`."""
         self._losses = deque((float.fromhex(loss) for loss in state["losses"]), maxlen=TYPICAL_STEPS)
+        # Checkpoints of earlier versions do not know them.
+        self._sizes = deque(state.get("sizes", [1] * len(self._losses)), maxlen=TYPICAL_STEPS)
         self._num_in_a_row = state["num_in_a_row"]
 
 

@@ -159,7 +159,7 @@ class RankingLearner:
         if served_CK is not None:
             self._measure_served(served_CK, labels, items)
         loss, typical_loss = float(found.loss.detach()), self._guard.typical_loss
-        reason = self._guard.objection(loss)
+        reason = self._guard.objection(loss, len(items))
         if reason is None and not self._train(found):
             reason = "gradient"
         if reason is not None:

@@ -220,7 +220,7 @@ class UpstreamLearner:
         answers_CK = self.model.heads.answers(found.predictions_CK)
         self._meters.add(answers_CK.numpy(), values_CK, labels.labelled_PK.numpy() & items.is_measured[:, None])
         loss = float(found.loss.detach())
-        reason = guard.objection(loss)
+        reason = guard.objection(loss, len(items))
         if reason is None and not self._train(found):
             reason = "gradient"
         if reason is not None:

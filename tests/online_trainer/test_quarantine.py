@@ -24,46 +24,68 @@ from online_trainer.quarantine import (
 )
 from tests.online_trainer.conftest import RecordedStream, record_stream, walks
 
+BATCH = 50
+
 
 def guard(**settings: float) -> LossGuard:
     found = LossGuard(**({"spike_deviations": 8.0, "max_in_a_row": 3} | settings))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     for loss in rng.normal(5.0, 0.1, 100):
-        assert found.objection(float(loss)) is None
+        assert found.objection(float(loss), BATCH) is None
     return found
 
 
 def test_a_spike_is_objected_to_and_does_not_change_what_is_typical() -> None:
     one = guard()
     before = one.typical_loss
-    assert one.objection(6.5) == "spike"
-    assert one.objection(float("nan")) == one.objection(float("inf")) == "loss"
+    assert one.objection(6.5, BATCH) == "spike"
+    assert one.objection(float("nan"), BATCH) == one.objection(float("inf"), BATCH) == "loss"
     assert one.typical_loss == before
-    assert one.objection(5.3) is None
+    assert one.objection(5.3, BATCH) is None
+
+
+def test_one_interaction_may_have_a_loss_that_would_be_a_spike_of_a_whole_batch() -> None:
+    # The mean of 50 deviates by .1, so one of them by .7.
+    assert guard().objection(8.0, BATCH) == "spike"
+    assert guard().objection(8.0, 1) is None
+    assert guard().objection(20.0, 1) == "spike"
+
+
+def test_batches_larger_than_ever_are_not_held_to_less_than_steps_differ() -> None:
+    one = LossGuard(spike_deviations=8.0, max_in_a_row=3)
+    for loss in np.random.default_rng(0).normal(5.0, 0.1, 100):
+        one.objection(float(loss), 1)
+    assert one.objection(5.5, 10_000) is None
+
+
+def test_a_state_of_earlier_versions_is_read() -> None:
+    one, again = guard(), LossGuard(spike_deviations=8.0, max_in_a_row=3)
+    state = one.state()
+    del state["sizes"]
+    again.load_state(state)
+    assert again.typical_loss == one.typical_loss
+    assert again.objection(5.3, BATCH) is None
 
 
 def test_so_many_spikes_in_a_row_are_a_change_of_the_stream() -> None:
     one = guard()
-    assert [one.objection(7.0) for _ in range(4)] == ["spike", "spike", "spike", None]
+    assert [one.objection(7.0, BATCH) for _ in range(4)] == ["spike", "spike", "spike", None]
     assert one.typical_loss is None, "what was typical is no longer"
-    assert one.objection(9.0) is None
+    assert one.objection(9.0, BATCH) is None
 
 
 def test_nothing_is_a_spike_before_enough_is_known_or_where_it_is_turned_off() -> None:
     fresh = LossGuard(spike_deviations=8.0, max_in_a_row=3)
-    assert [fresh.objection(loss) for loss in (5.0, 50.0, 5.0)] == [None, None, None]
-    assert guard(spike_deviations=0).objection(1000.0) is None
+    assert [fresh.objection(loss, BATCH) for loss in (5.0, 50.0, 5.0)] == [None, None, None]
+    assert guard(spike_deviations=0).objection(1000.0, BATCH) is None
 
 
 def test_a_guard_continues_from_its_state_exactly() -> None:
     one, again = guard(), LossGuard(spike_deviations=8.0, max_in_a_row=3)
-    one.objection(7.0)
+    one.objection(7.0, BATCH)
     again.load_state(json.loads(json.dumps(one.state())))
     losses = np.random.default_rng(1).normal(5.5, 0.5, 300).tolist()
-    assert [one.objection(loss) for loss in losses] == [again.objection(loss) for loss in losses]
-
-
-BATCH = 50
+    assert [one.objection(loss, BATCH) for loss in losses] == [again.objection(loss, BATCH) for loss in losses]
 
 
 def poisoned(events: Interactions, *, every: int, first: int) -> tuple[Interactions, np.ndarray[tuple[int], Any]]:
