@@ -243,7 +243,12 @@ class HotSwapper:
         want = await loop.run_in_executor(self._aside, lambda: self._wanted(have))
         if want is None or want == have or self._is_backing_off(want):
             return False
+        was_waiting = self._choice.waits_s > 0
         prepared = await loop.run_in_executor(self._aside, lambda: self._reader.prepare(have=held, want=want))
+        if have is not None and want > have and self._choice.waits_s > 0 and not was_waiting:
+            # The guards have turned away what is held while this was read: newer versions wait now.
+            self._announced.set()
+            return False
         swapped = prepared is not None and await self._swap(prepared, have)
         self._note_outcome(want, reached=self.held is not None and self.held.version == want)
         return swapped

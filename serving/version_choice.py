@@ -61,15 +61,16 @@ class VersionChoice:
 
     def turn_away(self, rejections: Iterable[Rejection]) -> None:
         """Never take these again, tell the other workers, and wait with newer ones."""
+        # Newer versions wait from now on, not only once the storage has answered.
+        wait_ms = self._config.cooldown_ms * 2 ** min(self._num_trips, _DOUBLINGS_MAX)
+        self._num_trips += 1
+        self._wait_until_s = self._clock.monotonic_s() + wait_ms / 1000
         for rejection in rejections:
             self._remember(rejection)
             try:
                 write_rejection(self._storage, self._model, rejection)
             except (ModelError, OSError) as error:
                 logger.warning("version %d is turned away here, others are not told: %s", rejection.version, error)
-        wait_ms = self._config.cooldown_ms * 2 ** min(self._num_trips, _DOUBLINGS_MAX)
-        self._num_trips += 1
-        self._wait_until_s = self._clock.monotonic_s() + wait_ms / 1000
 
     def passed(self) -> None:
         """A version passed the guards: trips are not in a row any more."""

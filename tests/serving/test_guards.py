@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.rejection import read_rejections
+from model.rejection import Rejection, read_rejections
 from model.retention import read_leases
 from serving.guard_config import GuardConfig
 from serving.guards import FAILURES, LATENCY, SCORES, Judgement, SwapGuards, judge, ks_distance
@@ -306,16 +306,27 @@ async def test_a_bad_version_is_left_for_the_one_before_and_never_taken_again(
         assert [one["version"] for one in guards_of(restarted)["rejected"]] == [6]
 
 
-async def test_versions_after_a_bad_one_are_taken_once_the_pause_is_over(town: Town) -> None:
+async def test_versions_after_a_bad_one_are_taken_once_the_pause_is_over(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with town.worker(version=1, guards=replace(QUICK, cooldown_ms=1_500)) as served:
         await grow_up(town, served)
         spoil(town.publisher)
         town.publisher.publish()
         await served.until_version(6)
-        await ask(served, 24)
-        # The next version is out before the worker has gone back.
+        # The next version is out before the worker has gone back, and seen as soon as it is to.
+        reader, choice = served.worker._swapper._reader, served.worker._choice
+        seen, pointer, turn_away = reader.pointer(), reader.pointer, choice.turn_away
+        monkeypatch.setattr(reader, "pointer", lambda: seen)
+
+        def turn_away_and_look(rejections: Iterable[Rejection]) -> None:
+            turn_away(rejections)
+            monkeypatch.setattr(reader, "pointer", pointer)
+
+        monkeypatch.setattr(choice, "turn_away", turn_away_and_look)
         mend(town.publisher)
         town.publisher.publish()
+        await ask(served, 24)
         await served.until_version(5)
         tripped_s = time.monotonic()
         await until_passed(served, 7)
