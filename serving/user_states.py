@@ -109,14 +109,14 @@ class UserEncoder:
 
     def encode(self, readings: Sequence[Reading], now_ms: int) -> Tensor:
         """u_UD: the state of each when its user asks at `now_ms`. Weights must be loaded."""
+        config = self._weights.config
+        inputs = [user_inputs(config, one.rows, one.times_ms, now_ms, one.acts, one.values) for one in readings]
         if not self._is_keeping:
-            batch = _history_batch(readings, now_ms)
+            batch = _history_batch(inputs)
             return self._weights.recommender.encode(batch)[batch.last_positions()]
         info, cache = self._weights.info, self.cache
         assert info is not None, "no weights are loaded"
         known = [None if one.user_id is None else cache.get(one.user_id, info) for one in readings]
-        config = self._weights.config
-        inputs = [user_inputs(config, one.rows, one.times_ms, now_ms, one.acts, one.values) for one in readings]
         found = encode_users(self._weights.recommender, inputs, known)
         cache.num_positions_reused += sum(found.num_reused_B)
         cache.num_positions_computed += sum(found.num_computed_B)
@@ -128,19 +128,15 @@ class UserEncoder:
         return found.u_BD
 
 
-def _history_batch(readings: Sequence[Reading], now_ms: int) -> HistoryBatch:
-    """What the model reads: at each position the time of the next interaction, at the newest that of the request."""
-    offsets = np.concatenate([[0], np.cumsum([len(reading.rows) for reading in readings])])
-    times_L = np.concatenate([reading.times_ms for reading in readings])
-    next_L = np.empty_like(times_L)
-    next_L[:-1] = times_L[1:]
-    # A producer's clock may run ahead of ours: the request still comes after everything it knows of.
-    next_L[offsets[1:] - 1] = np.maximum(times_L[offsets[1:] - 1], now_ms)
+def _history_batch(inputs: Sequence[Int64s]) -> HistoryBatch:
+    """`user_inputs` of several users as encoders without kept states read them."""
+    joined_IL = torch.from_numpy(np.concatenate(inputs, axis=1))
+    rows_L, times_ms_L, asked_ms_L, *acts = joined_IL
     return HistoryBatch(
-        rows_L=torch.from_numpy(np.concatenate([reading.rows for reading in readings])),
-        timestamps_ms_L=torch.from_numpy(times_L),
-        query_times_ms_L=torch.from_numpy(next_L),
-        offsets=torch.from_numpy(offsets),
-        actions_L=torch.from_numpy(np.concatenate([reading.acts for reading in readings])),
-        values_L=torch.from_numpy(np.concatenate([reading.values for reading in readings])),
+        rows_L=rows_L,
+        timestamps_ms_L=times_ms_L,
+        query_times_ms_L=asked_ms_L,
+        offsets=torch.from_numpy(np.cumsum([0, *(own.shape[1] for own in inputs)])),
+        actions_L=acts[0] if acts else None,
+        values_L=acts[1].int().view(torch.float32) if acts else None,
     )

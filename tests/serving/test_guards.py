@@ -20,7 +20,7 @@ from model.retention import read_leases
 from serving.guard_config import GuardConfig
 from serving.guards import FAILURES, LATENCY, SCORES, Judgement, SwapGuards, judge, ks_distance
 from serving.queries import Query, Ranking, RankQuery, RecommendQuery
-from serving.weights import WeightsInfo
+from serving.weights import PreparedSwap, WeightsInfo
 from tests.serving.building import NAME, SERVING, Publisher, Served, Town, eventually, scores_of
 
 CONFIG = GuardConfig(answers_min=50, latency_ms_min=10)
@@ -332,6 +332,27 @@ async def test_versions_after_a_bad_one_are_taken_once_the_pause_is_over(
         await until_passed(served, 7)
         assert time.monotonic() - tripped_s > 0.5
         assert guards_of(served)["trips"] == 1
+
+
+async def test_a_version_that_is_being_read_when_the_guards_trip_waits(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with town.worker(version=1, guards=replace(QUICK, cooldown_ms=60_000)) as served:
+        await grow_up(town, served)
+        reader, choice = served.worker._swapper._reader, served.worker._choice
+        prepare = reader.prepare
+
+        def trip_while_preparing(**asked: Any) -> PreparedSwap | None:
+            prepared = prepare(**asked)
+            choice.turn_away([])
+            return prepared
+
+        monkeypatch.setattr(reader, "prepare", trip_while_preparing)
+        town.publisher.publish()
+        await eventually(lambda: choice.waits_s > 0)
+        for _ in range(20):  # each waits for what the reading thread was given before, so a swap would be done by then
+            await served.worker._swapper.follow()
+        assert served.worker.snapshot_version == 5
 
 
 async def test_what_one_worker_turned_away_others_do_not_take(town: Town) -> None:
