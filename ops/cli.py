@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 refused (an option, a setting, a port, a file: 
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -396,6 +397,9 @@ def _run_workers(settings: Settings, num_workers: int, first_port: int | None, c
 def _run_daemon(settings: Settings, run: Callable[[Settings], int]) -> None:
     from ops.supervisor import stop_when_orphaned
 
+    # Until the daemon listens itself there is nothing to finish: it unwinds from wherever its start has come to.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     _log_to_stderr(settings)
     stop_when_orphaned(os.environ)
     raise typer.Exit(run(settings))

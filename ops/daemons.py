@@ -7,7 +7,7 @@ import gc
 import logging
 import signal
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,8 +48,6 @@ def ingest(settings: Settings) -> int:
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="ingest", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.ingest_port, signals), _open_store(settings, report) as store:
-        if store is None:
-            return 0
         parts = StreamParts(
             kafka=_current_log(settings, store),
             rules=settings.get(EventRules),
@@ -96,8 +94,6 @@ def train(settings: Settings) -> int:
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.trainer_port, signals), _open_store(settings, report) as store:
-        if store is None:
-            return 0
         daemon = TrainerDaemon(
             TrainerParts(
                 config=settings.get(TrainerConfig),
@@ -144,8 +140,6 @@ def upstream(settings: Settings) -> int:
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="upstream", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.upstream_port, signals), _open_store(settings, report) as store:
-        if store is None:
-            return 0
         daemon = UpstreamDaemon(
             UpstreamParts(
                 config=settings.get(UpstreamDaemonConfig),
@@ -316,24 +310,19 @@ class _Report:
 
 
 @contextmanager
-def _open_store(settings: Settings, report: _Report) -> Iterator[FeatureStore | None]:
-    """The feature store, once it answers; None if told to stop while waiting. Raises SchemaRevisionError."""
-    stopping = threading.Event()
-    before = {n: signal.signal(n, lambda *_: stopping.set()) for n in (signal.SIGTERM, signal.SIGINT)}
+def _open_store(settings: Settings, report: _Report) -> Iterator[FeatureStore]:
+    """The feature store, once it answers. Raises SchemaRevisionError."""
     store, delay_s = FeatureStore(settings.get(FeatureStoreConfig)), _STORE_RETRY_FIRST_S
     try:
-        while not stopping.is_set():
+        while True:
             try:
                 store.require_current_schema()
+                break
             except StoreUnavailableError as error:
                 report.waiting_for = str(error)
                 logger.warning("%s; trying again in %.1f s", error, delay_s)
-                stopping.wait(delay_s)
+                time.sleep(delay_s)
                 delay_s = min(2 * delay_s, _STORE_RETRY_MAX_S)
-            else:
-                break
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        yield None if stopping.is_set() else store
+        yield store
     finally:
         store.close()

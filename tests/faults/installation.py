@@ -97,8 +97,18 @@ class Daemon:
             raise AssertionError(f"{self.name} never came to {fail_point}: {self.said()[-3_000:]}") from None
         assert status == KILLED, f"{self.name} at {fail_point}: status {status}: {self.said()[-3_000:]}"
 
+    def catches_sigterm(self) -> bool:
+        """Whether the process has come so far that SIGTERM ends it by its own code and not by the kernel."""
+        found = re.search(r"^SigCgt:\s+(\w+)", Path(f"/proc/{self.process.pid}/status").read_text(), re.MULTILINE)
+        return found is not None and bool(int(found[1], 16) >> (signal.SIGTERM - 1) & 1)
+
     def stop(self) -> None:
         """SIGTERM, and it has to end cleanly."""
+        deadline = time.monotonic() + START_S_MAX
+        while self.is_running and not self.catches_sigterm():
+            # An interpreter that is still importing has no handlers yet.
+            assert time.monotonic() < deadline, f"{self.name} never listened: {self.said()[-3_000:]}"
+            time.sleep(0.01)
         self.process.send_signal(signal.SIGTERM)
         try:
             status = self.process.wait(60)

@@ -15,6 +15,7 @@ import pytest
 
 from feature_store.schema import migrate
 from ops.ports import free_port
+from tests.faults.installation import Installation
 
 RANKED = {"HEADRACE_RANKING__TASKS": '["rating"]'}
 """Nobody starts an upstream daemon without a task."""
@@ -88,6 +89,16 @@ def test_without_a_database_they_wait_and_say_so(tmp_path: Path, daemons: list[D
         daemon.stops_when_told_to()
         assert "trying again in" in daemon.log.read_text()
         assert "Traceback" not in daemon.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["ingest", "train", "upstream", "serve"])
+def test_told_to_stop_while_it_starts_it_ends_cleanly(tmp_path: Path, name: str) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    migrate(url)
+    with Installation(tmp_path, "127.0.0.1:9", url, settings=RANKED) as installation:
+        daemon = installation.start(name)
+        daemon.stop()  # as soon as it listens
+        assert "Traceback" not in daemon.said()
 
 
 @pytest.mark.parametrize(
