@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from benchmarks import study_llatte
+from benchmarks.llatte_kept import STALE_S, Study, ratio_of
 from benchmarks.llatte_streams import Histories, Stream, film_content, films, moods, pages
-from benchmarks.study_llatte import fitted, ratio_of
+from benchmarks.study_llatte import fitted
 
 
 def made(name: str) -> Stream:
@@ -57,6 +59,16 @@ def test_films_of_the_same_kind_and_title_are_alike() -> None:
     content = film_content(lines, np.array([1, 2, 3, 4]))
     assert content[0] @ content[1] > content[0] @ content[2]
     assert not content[3].any()
+
+
+def test_an_item_is_new_until_it_has_ten_ratings(tmp_path: Path) -> None:
+    study = Study("moods", argparse.Namespace(seeds=1, limit=2_000, data=tmp_path, work=tmp_path))
+    items, is_new = study.stream(0).item, study.is_new(0)
+    half = len(items) // 2
+    assert 0 < is_new.sum() < len(is_new) == len(items) - half
+    for place in range(0, len(is_new), 7):
+        row = half + place
+        assert is_new[place] == ((items[:row] == items[row]).sum() < 10)
 
 
 def gain(*seeds: float, error: float = 0.1) -> dict[str, Any]:
@@ -104,7 +116,13 @@ def test_it_runs_to_its_end_and_goes_on_where_it_was(
     for name, found in first["streams"].items():
         assert found["content"] is None
         assert (found["ideal"] is None) == (name != "moods")
-        assert found["transfer"]["stale"].keys() == study_llatte.STALE_S.keys()
+        assert found["transfer"]["stale"].keys() == STALE_S.keys()
         assert len(found["transfer"]["upstream_large_over_small"]["of_seeds"]) == 2
         assert found["scaling"]["fits"].keys() == {"depth", "length", "width"}
+        for fit in found["scaling"]["fits"].values():
+            assert fit["alpha"] == pytest.approx(
+                np.mean(fit["alpha_of_seeds"])
+            )  # a line's slope is linear in its points
+        assert len(found["scaling"]["arms"]["depth 4"]["over_smallest"]["of_seeds"]) == 2
+        assert len(found["flops"]["one_stage"]["2x128"]["over_two_stages"]["of_seeds"]) == 2
         assert found["flops"]["two_stages"]["flops_of_100"] < found["flops"]["one_stage"]["2x128"]["flops_of_100"]
