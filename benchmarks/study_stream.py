@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from backtest.datasets import movietweetings
 from backtest.long_range import LongRangeConfig, long_range_stream
 from benchmarks.in_process import batches, learner_with_store
+from benchmarks.whole_filter import WholeFilterEvaluation
 from feature_store.interactions import Interactions
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.flops import TRAINING_FACTOR, forward_flops, mixture_forward_flops, segments_of, shortened_mean
@@ -44,6 +46,8 @@ class Stream:
     """Names of the actions' bits."""
     is_far: NDArray[np.bool_] | None = None
     ideal: dict[str, float] = field(default_factory=dict)
+    filters_all: bool = False
+    """Rank among what a user has not had at all, instead of what the model has not read: lengths can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +97,19 @@ def liked(num_events: int) -> Stream:
     is_liked = stream.value >= LIKED_FROM
     marked = replace(stream, action=np.where(is_liked, 2, 1).astype(np.uint32))
     return Stream(interactions=marked, batch_interactions=128, actions=("rated", "liked"))
+
+
+def ml_1m(num_events: int, folder: Path) -> Stream:
+    """The first ratings of MovieLens-1M by time. The order of a user's ratings is exact, that between users nearly so:
+    nine in ten of their times are interpolated. Nobody rates a film twice.
+    """
+    rows = pl.read_parquet(folder / "interactions.parquet").filter(pl.col("seq_pos") >= 0).sort("user_id", "seq_pos")
+    rows = rows.sort("timestamp", maintain_order=True).head(num_events)
+    user, item, seconds = (rows[name].cast(pl.Int64).to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    stream = _interactions(user, item, 1_000 * seconds, rows["rating"].cast(pl.Float32).to_numpy())
+    # Histories break ties of time by the key: in the file's order.
+    stream = replace(stream, event_key=np.arange(1, len(stream) + 1, dtype=np.uint64))
+    return Stream(interactions=stream, batch_interactions=64, filters_all=True)
 
 
 def _interactions(user_id: Int64s, item_id: Int64s, time_ms: Int64s, value: NDArray[np.float32] | None) -> Interactions:
@@ -205,6 +222,13 @@ def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
                 )
 
         learner.on_tested = on_tested
+        if stream.filters_all:
+            learner.evaluation = WholeFilterEvaluation(
+                config.trainer,
+                stream.interactions,
+                rows_of=learner.model.items.lookup,
+                num_taken=lambda: learner.ledger.num_interactions,
+            )
         for batch in batches(learner, store, config, stream.interactions):
             learner.step(batch)
             taken = learner.ledger.num_interactions

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from benchmarks import study_ultra
-from benchmarks.study_stream import Account, Arm, liked, long_range, run_arm
+from benchmarks.study_stream import Account, Arm, Stream, liked, long_range, ml_1m, run_arm
+from benchmarks.whole_filter import SeenInStream
 from model.config import LossConfig, ModelConfig
 from model.flops import forward_flops, segments_of
 
@@ -48,7 +51,35 @@ def test_a_line_through_points_on_it_has_its_slope_and_exponent() -> None:
     rows = [{"training_flops": x * 1e6, "ndcg_at_20": 0.1 * x**0.5} for x in (1.0, 4.0, 16.0)]
     assert study_ultra.fitted(rows, "training_flops")["exponent"] == pytest.approx(0.5)
     rows = [{"training_flops": x * 1e6, "ndcg_at_20": 0.1 + 0.02 * x} for x in (1.0, 4.0, 16.0)]
-    assert study_ultra.fitted(rows, "training_flops")["slope_per_mflop"] == pytest.approx(0.02)
+    found = study_ultra.fitted(rows, "training_flops")
+    assert found["slope_per_mflop"] == pytest.approx(0.02)
+    assert found["r2"] == pytest.approx(1)
+    assert found["slope_error"] == pytest.approx(0, abs=1e-9)
+
+
+def grid_row(family: str, size: str, quality: float, million: float, **model: int) -> dict[str, Any]:
+    name = f"{family}-{size}" + (f" seed {model['seed']}" if model else "")
+    flops = {"training_flops": 1e6 * million, "inference_flops": 2e6 * million}
+    return {
+        "stream": "x",
+        "group": "grid",
+        "family": family,
+        "name": name,
+        "model": model,
+        "ndcg_at_20": quality,
+        **flops,
+    }
+
+
+def test_slopes_are_told_by_seed_with_the_points_that_a_seed_has() -> None:
+    rows = [grid_row("hstu", size, 0.1 * n, n) for n, size in enumerate(("1x1", "2x1", "3x1"), 1)]
+    rows += [grid_row("ultra", size, 0.2 * n, n) for n, size in enumerate(("1x1", "2x1", "3x1"), 1)]
+    rows += [grid_row("ultra", "3x1", 1.0, 3, seed=1)]
+    found = study_ultra.summary(rows)["x"]
+    assert found["seeds"] == {"ultra-3x1": [pytest.approx(0.6), 1.0]}
+    assert found["fits"]["training"]["slope_per_mflop_ratio"] == pytest.approx(2)
+    assert [one["slope_per_mflop_ratio"] for one in found["fits"]["training"]["of_seeds"]] == pytest.approx([2, 4])
+    assert found["fits"]["inference"]["of_seeds"][1]["ultra"]["slope_per_mflop"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("stream", study_ultra.LENGTHS)
@@ -107,3 +138,96 @@ def test_shortened_histories_take_fewer_operations_in_training_and_as_many_in_in
     assert short["inference_flops"] == whole["inference_flops"]
     assert short["training_flops"] < 0.95 * whole["training_flops"]
     assert Account(config=ModelConfig()).num == 0
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    """A folder as that of MovieLens-1M: three users who rate other films each time, some in one second."""
+    made = np.random.default_rng(0)
+    user = np.repeat([7, 8, 9], 90)
+    frame = {
+        "user_id": user,
+        "item_id": np.concatenate([made.permutation(120)[:90] for _ in range(3)]),
+        "rating": made.integers(1, 6, 270),
+        "timestamp": 1_000 + np.tile(np.arange(90) // 2, 3),
+        "seq_pos": np.tile(np.arange(90), 3),
+    }
+    frame["seq_pos"][5] = -1
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    pl.DataFrame(frame).write_parquet(folder / "interactions.parquet")
+    return folder
+
+
+def test_ratings_of_movielens_come_by_time_and_in_the_order_of_the_file_within_a_second(films: Path) -> None:
+    stream = ml_1m(200, films).interactions
+    assert len(stream) == 200
+    written = pl.read_parquet(films / "interactions.parquet").filter(pl.col("seq_pos") >= 0)
+    assert (np.diff(stream.event_time_ms) >= 0).all()
+    for user in (7, 8, 9):
+        own = stream.item_id[stream.user_id == user]
+        assert own.tolist() == written.filter(pl.col("user_id") == user)["item_id"].to_list()[: len(own)]
+    assert (np.diff(stream.event_key.astype(np.int64)) > 0).all()
+
+
+def test_what_a_user_has_had_is_left_out_however_little_is_read(films: Path) -> None:
+    """Popularity, which reads no history, then ranks alike for every length, and as where all is read."""
+    stream = replace(ml_1m(240, films), batch_interactions=8)  # or a step brings more of a user than is read
+    own: Stream = replace(stream, filters_all=False)
+    arms = [
+        Arm(stream="ml_1m", group="grid", family="ultra", name="a", model=study_ultra.ultra(1, max_len))
+        for max_len in (8, 128)
+    ]
+    short, long = (run_arm(arm, stream)["popularity_hr_at_10"] for arm in arms)
+    own_short, own_long = (run_arm(arm, own)["popularity_hr_at_10"] for arm in arms)
+    assert own_short < short == long == own_long
+
+
+def test_items_before_an_event_are_those_of_its_user() -> None:
+    stream = long_range(50).interactions
+    items, offsets = SeenInStream(stream).before(np.array([49, 0, 30]))
+    for place, event in enumerate((49, 0, 30)):
+        is_before = (stream.user_id == stream.user_id[event]) & (np.arange(50) < event)
+        assert items[offsets[place] : offsets[place + 1]].tolist() == stream.item_id[is_before].tolist()
+
+
+def test_a_stream_without_its_data_is_refused_in_a_sentence_and_left_out_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["study_ultra", "--quick", "--streams", "ml_1m", "--data", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        study_ultra.main()
+    assert "has no interactions.parquet, which the stream ml_1m reads: see --data" in capsys.readouterr().err
+
+
+def test_a_model_that_ran_under_another_name_is_not_run_again_and_uncommitted_ones_are_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def quickly(arm: Arm, _stream: Stream) -> dict[str, Any]:
+        ran.append(arm.name)
+        named = {"stream": arm.stream, "group": arm.group, "family": arm.family, "name": arm.name}
+        means = {
+            "ndcg_at_20": 0.1,
+            "hr_at_10": 0.1,
+            "training_flops": 1e6 * len(ran),
+            "inference_flops": 1e6 * len(ran),
+        }
+        return {**named, "model": arm.model, "loss": arm.loss, **means, "cpu_s": 0.0}
+
+    monkeypatch.setattr(study_ultra, "run_arm", quickly)
+    words = ["study_ultra", "--streams", "long_range", "--events", "400", "--results", str(tmp_path)]
+    for commit, more in (("a-dirty", []), ("b", []), ("b", ["--again-dirty"])):
+        monkeypatch.setattr(study_ultra, "environment", lambda commit=commit: {"commit": commit})
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        study_ultra.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(ran) == 2 * len(set(ran))
+    assert "ultra" not in ran  # of the ablation: the grid's ultra-2x256
+    assert told["arms_by_commit"] == {"b": len(set(ran)) + 1}
+    del ran[:]
+    monkeypatch.setattr(sys, "argv", [*words, "--events", "500", "--arms", "ultra-1x32", "K2 = 0"])
+    study_ultra.main()
+    assert ran == ["ultra-1x32", "K2 = 0"]
