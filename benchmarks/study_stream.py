@@ -109,7 +109,9 @@ def ml_1m(num_events: int, folder: Path) -> Stream:
     stream = _interactions(user, item, 1_000 * seconds, rows["rating"].cast(pl.Float32).to_numpy())
     # Histories break ties of time by the key: in the file's order.
     stream = replace(stream, event_key=np.arange(1, len(stream) + 1, dtype=np.uint64))
-    return Stream(interactions=stream, batch_interactions=64, filters_all=True)
+    # No more than the shortest length of the study: a step ends where a user brings more than is read, and lengths
+    # would then also differ in steps.
+    return Stream(interactions=stream, batch_interactions=32, filters_all=True)
 
 
 def _interactions(user_id: Int64s, item_id: Int64s, time_ms: Int64s, value: NDArray[np.float32] | None) -> Interactions:
@@ -232,7 +234,7 @@ def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
         for batch in batches(learner, store, config, stream.interactions):
             learner.step(batch)
             taken = learner.ledger.num_interactions
-        num_set_aside = learner.ledger.num_quarantined
+        num_set_aside, num_steps = learner.ledger.num_quarantined, learner.ledger.num_steps
     return {
         "stream": arm.stream,
         "group": arm.group,
@@ -242,6 +244,7 @@ def run_arm(arm: Arm, stream: Stream) -> dict[str, Any]:
         "loss": arm.loss,
         **account.means(),
         "set_aside": num_set_aside,
+        "steps": num_steps,
         "cpu_s": round(time.process_time() - began_cpu, 1),
         "wall_s": round(time.perf_counter() - began, 1),
     }
