@@ -31,7 +31,7 @@ from model.batch import HistoryBatch, Targets
 from model.learning import supervised_pass
 from model.optimizer import RecommenderOptimizer
 from model.recommender import Catalogue, Recommender
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 
 Int64s = NDArray[np.int64]
 

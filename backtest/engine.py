@@ -48,7 +48,8 @@ from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from online_trainer.batching import LagRule, MicroBatcher
 from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
-from online_trainer.learner import LearnerConfig, MeasuredStep
+from online_trainer.learner import MeasuredStep
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.prequential import USER_KINDS
 from stream.events import EventRules
 

@@ -25,7 +25,7 @@ from backtest.run_setup import with_seed, with_settings
 from backtest.run_state import Progress
 from backtest.upstream_replay import UpstreamConfigs
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.prequential import RankMetrics
 from stream.clock import WallClock
 from stream.events import EventRules

@@ -16,7 +16,8 @@ from backtest.upstream_replay import UpstreamReplay
 from feature_store.hot import HotHistories
 from feature_store.store import FeatureStore
 from model.transducers import with_action_bits
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 
 
 def build_trainings(

@@ -28,7 +28,7 @@ from feature_store.user_states import NewVectors
 from model.upstream_config import UpstreamModelConfig
 from model.upstream_model import UpstreamModel
 from online_trainer.checkpoint import Checkpoint
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.upstream_learner import UpstreamLearner
 from online_trainer.upstream_settings import UpstreamDaemonConfig
 from online_trainer.vector_batches import compute

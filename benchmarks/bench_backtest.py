@@ -33,7 +33,7 @@ from feature_store.store import FeatureStore
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from stream.events import EventRules
 
 EIGHT = ("batch", "1s", "10s", "1m", "10m", "1h", "1d", "never")

@@ -29,7 +29,7 @@ from feature_store.interactions import Interactions
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.item_content import ItemNews, content_vector
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 
 ARMS = {"none": None, "content": ItemsConfig(cold_items=0), "cold": ItemsConfig()}
 _DAY_MS = 86_400_000

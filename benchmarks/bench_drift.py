@@ -39,7 +39,8 @@ from online_trainer.batching import MicroBatcher
 from online_trainer.config import TrainerConfig
 from online_trainer.drift import DriftDecision
 from online_trainer.drift_config import DriftConfig, detector_keys
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from stream.messages import HistoryUpdate
 
 Float64s = NDArray[np.float64]

@@ -31,7 +31,7 @@ from model.batch import HistoryBatch
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.recommender import Recommender
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from serving.guard_config import GuardConfig
 from serving.guards import SCORES, Case, SwapGuards, judge
 from serving.queries import Ranking, RecommendQuery

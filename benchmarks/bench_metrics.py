@@ -42,7 +42,8 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.config import TrainerConfig
 from online_trainer.evaluation import Evaluation
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from stream.messages import HistoryUpdate
 
 TARGET = 0.25

@@ -43,7 +43,8 @@ from model.snapshot import snapshot_folder, write_snapshot
 from model.swap import take_rows
 from online_trainer.batching import MicroBatch, MicroBatcher
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.publisher import Published, Publisher
 from online_trainer.steps import LearnedSteps
 from stream.clock import WallClock

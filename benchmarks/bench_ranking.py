@@ -40,7 +40,8 @@ from online_trainer.action_metrics import ActionMeter
 from online_trainer.config import TrainerConfig
 from online_trainer.label_queue import LabelBatch, LabelPosition, label_keys
 from online_trainer.labelled_items import LabelledItems
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from stream.events import EventRules
 
 ACTIONS = EventRules().actions

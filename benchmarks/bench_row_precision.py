@@ -47,7 +47,8 @@ from model.row_precision import ROW_PRECISIONS, RowPrecision, bytes_of_row
 from model.snapshot import load_snapshot, write_snapshot
 from model.swap import apply_snapshot, carry_out, plan_snapshot, take_rows
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig, MeasuredStep
+from online_trainer.learner import MeasuredStep
+from online_trainer.learner_config import LearnerConfig
 
 TOUCHED = 0.01
 SWAPPED_ROWS = 1_400

@@ -29,7 +29,7 @@ from benchmarks.in_process import batches, learner_with_store
 from feature_store.interactions import Interactions
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 
 BATCH = TrainerConfig().batch_interactions
 POISONED_EVERY = 100

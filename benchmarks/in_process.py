@@ -14,7 +14,8 @@ from feature_store.interactions import Interactions
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from online_trainer.batching import MicroBatch, MicroBatcher
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from stream.messages import HistoryUpdate
 
 _LOG_ID = "benchmark"

@@ -30,7 +30,7 @@ from feature_store.interactions import Interactions
 from kernels.host_memory import keep_freed_memory
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 
 ARMS = ("model", "popularity", "cooccurrence")
 METRICS = ("hr_at_10", "ndcg_at_20", "mrr")

@@ -25,7 +25,8 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.flops import TRAINING_FACTOR, forward_flops, mixture_forward_flops, segments_of, shortened_mean
 from model.transducers import Transducer, hop_of, part_config, with_action_bits
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig, MeasuredStep
+from online_trainer.learner import MeasuredStep
+from online_trainer.learner_config import LearnerConfig
 from stream.events import EventRules
 
 Int64s = NDArray[np.int64]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,35 +16,30 @@ from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.compute import Compute
-from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.item_table import RowMoves
 from model.learning import SupervisedPass, supervised_pass
 from model.load_balance import LengthBalancer
 from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
-from model.ranker import content_dim_of
-from model.ranking_settings import RankingSettings
 from model.recommender import Recommender
 from model.row_precision import RowPrecision
 from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch
+from online_trainer.catalogue import Catalogue
 from online_trainer.checkpoint import Checkpoint
-from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift import DriftDecision, DriftMonitor, signals_of
-from online_trainer.drift_config import DriftConfig
 from online_trainer.evaluation import Evaluation
 from online_trainer.examples import Examples, build_examples
 from online_trainer.item_content import ItemNews
-from online_trainer.item_lifetimes import Admission, least_popular, too_old
 from online_trainer.label_queue import LabelBatch
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.ledger import Ledger
 from online_trainer.quarantine import RANKING, LossGuard, SetAside
 from online_trainer.ranking_learner import RankingLearner, RefusedLabels
 from online_trainer.rehearsal import rehearsal_targets
 from online_trainer.rollback import LastGoodWeights
 from online_trainer.stale_replay import StaleReplay
-from online_trainer.told_items import ToldItems
 from online_trainer.vectors_as_of import VectorsAsOf
-from stream.events import EventRules
 
 logger = logging.getLogger(__name__)
 
@@ -61,35 +56,6 @@ class MeasuredStep:
     """Kinds of item and user, as ``online_trainer.prequential.cells``."""
     num_known: int
     """Items in the catalogue before this step."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearnerConfig:
-    """Everything that decides what a step computes."""
-
-    trainer: TrainerConfig
-    items: ItemsConfig = field(default_factory=ItemsConfig)
-    model: ModelConfig
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    drift: DriftConfig = field(default_factory=DriftConfig)
-    ranking: RankingSettings = field(default_factory=RankingSettings)
-    """How the ranking head is trained; `model` is `with_ranking_head`."""
-    actions: tuple[str, ...] = EventRules().actions
-    """Names of the actions in order of their bits, as declared in events.actions."""
-
-    def __post_init__(self) -> None:
-        if content_dim_of(self.model) and not self.items.content_items:
-            raise ValueError(
-                "llatte.content is on and items.content_items is 0, so that nothing would be known about any item:"
-                " raise items.content_items, or set llatte.content to false"
-            )
-        if self.model.max_items < 2 * self.trainer.batch_interactions_max:
-            raise ValueError(
-                f"model.max_items is {self.model.max_items}; the items of a step and as many new ones must find room:"
-                f" at least twice trainer.batch_interactions or, under trainer.lag_policy larger_batches,"
-                f" trainer.lag_batch_interactions ({self.trainer.batch_interactions_max})"
-            )
 
 
 class OnlineLearner:
@@ -116,8 +82,7 @@ class OnlineLearner:
         self._generator = torch.Generator().manual_seed(config.trainer.seed)
         self._replay = StaleReplay()
         self._lengths = LengthBalancer.of(config.model, config.loss)
-        self._told = ToldItems(self.model.items, config.items)
-        self._admission = Admission(config.items)
+        self._catalogue = Catalogue(self.model.items, config.items, on_moved=self._follow)
         self._action_weights = ActionWeights(config.loss.action_weights, config.actions)
         self._guard = LossGuard(
             spike_deviations=config.trainer.spike_deviations, max_in_a_row=config.trainer.max_spikes_in_a_row
@@ -150,7 +115,7 @@ class OnlineLearner:
     @property
     def items_read(self) -> dict[int, int]:
         """Partition of `items` → next offset to be told of."""
-        return self._told.positions
+        return self._catalogue.items_read
 
     @property
     def row_precision(self) -> RowPrecision:
@@ -180,21 +145,7 @@ class OnlineLearner:
 
     def tell(self, news: Sequence[ItemNews]) -> None:
         """What has been said about items since the last step; those with content and no interaction may get a row."""
-        self._told.hear(news)
-        self._admit_cold([one.item_id for one in news if one.content is not None and one.is_available])
-        self._told.describe(one.item_id for one in news if one.content is not None)
-
-    def _admit_cold(self, ids: Sequence[int]) -> None:
-        items = self.model.items
-        cold = np.unique(np.array(ids, np.int64))
-        cold = cold[items.lookup(cold) < 0]
-        if len(cold) == 0:
-            return
-        num_cold = int((items.trend[: items.num_items] == -torch.inf).sum())
-        # Half of the table at most, so that nobody who is interacted with has to make room for them.
-        room = min(self._config.items.cold_items - num_cold, self._config.model.max_items // 2 - items.num_items)
-        items.admit(cold[: max(room, 0)], centre_of=self._told.centre_of, as_of_ms=self.ledger.watermark_ms)
-        self.ledger.num_cold += min(max(room, 0), len(cold))
+        self.ledger.num_cold += self._catalogue.tell(news, watermark_ms=self.ledger.watermark_ms)
 
     def _learn(self, new: Interactions) -> None:
         examples = build_examples(self._histories(new), new, max_len=self._config.model.max_len)
@@ -204,41 +155,22 @@ class OnlineLearner:
         weight_L = None if self._action_weights.is_uniform else self._action_weights.of(examples.next_action)
         if weight_L is not None:
             examples = self._without_weightless(examples, weight_L)
-        self._retire_items(new)
+        self.ledger.num_items_retired += self._catalogue.retire(new, before_ms=self.ledger.watermark_ms)
         # Items of this batch get their rows now, but are no candidates in its test: they were not known before it.
         num_known = self.num_items
-        self._admit_items(new)
+        self._catalogue.admit(new)
         if len(examples.positions):
             self._test_and_train(examples, weight_L, new, num_known)
         self.ledger.num_first += examples.num_first
         self.ledger.num_out_of_reach += examples.num_out_of_reach
 
-    def _retire_items(self, new: Interactions) -> None:
-        """Take their rows from items that are too old, or stand in the way of new ones."""
-        items, config = self.model.items, self._config.items
-        before_ms = self.ledger.watermark_ms
-        watermark_ms = max(before_ms, int(new.event_time_ms.max()))
-        self._remove_items(too_old(items, config, watermark_ms=watermark_ms, before_ms=before_ms))
-        num_new = len(np.unique(new.item_id[items.lookup(new.item_id) < 0]))
-        self._remove_items(least_popular(items, config, num_new=num_new, kept_ids=new.item_id))
-
-    def _remove_items(self, ids: NDArray[np.int64]) -> None:
-        if len(ids) == 0:
-            return
-        moves = self.model.items.remove(ids)
+    def _follow(self, moves: RowMoves) -> None:
+        """Whatever is kept by row goes where the rows went."""
         self._optimizer.follow(moves)
         self.evaluation.follow(moves)
         self._replay.follow(moves)
         if self.ranking is not None:
             self.ranking.follow(moves)
-        self.ledger.num_items_retired += len(ids)
-
-    def _admit_items(self, new: Interactions) -> None:
-        unknown = self.model.items.lookup(new.item_id) < 0
-        ids = new.item_id[unknown]
-        admitted = ids[self._admission.admitted(ids, new.event_key[unknown])]
-        self.model.items.admit(admitted, centre_of=self._told.centre_of)
-        self._told.describe(admitted.tolist())
 
     def _histories(self, new: Interactions) -> JaggedHistories:
         """Histories of the users touched up to this batch, whatever more SQL knows by now."""
@@ -452,9 +384,8 @@ class OnlineLearner:
         tensors |= {f"items.{name}": tensor for name, tensor in self.model.items.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self._optimizer.state_dict().items()}
         tensors |= {f"metrics.{name}": tensor for name, tensor in self.evaluation.state().items()}
-        tensors |= {f"admission.{name}": torch.from_numpy(a) for name, a in self._admission.state().items()}
         tensors |= {f"replay.{name}": tensor for name, tensor in self._replay.state().items()}
-        tensors |= {f"content.{name}": tensor for name, tensor in self._told.tensors().items()}
+        tensors |= self._catalogue.tensors()
         if self._lengths is not None:
             tensors |= {f"lengths.{name}": tensor for name, tensor in self._lengths.state().items()}
         tensors["generator"] = self._generator.get_state()
@@ -465,7 +396,7 @@ class OnlineLearner:
             "ledger": self.ledger.to_dict(),
             "guard": self._guard.state(),
             "drift": self.drift.state(),
-            **self._told.state(),
+            **self._catalogue.state(),
         }
         if self.ranking is not None:
             tensors |= {f"ranking.{name}": tensor for name, tensor in self.ranking.tensors().items()}
@@ -488,9 +419,8 @@ class OnlineLearner:
         self.model.items.load_state_dict(part("items."))
         self._optimizer.load_state_dict(part("optimizer."))
         self.evaluation.load_state(part("metrics."))
-        self._admission.load_state({name: tensor.numpy() for name, tensor in part("admission.").items()})
         self._replay.load_state(part("replay."))
-        self._told.load(part("content."), checkpoint.state, is_same_log=is_same_log)
+        self._catalogue.load(checkpoint.tensors, checkpoint.state, is_same_log=is_same_log)
         if self._lengths is not None:
             self._lengths.load_state(part("lengths."))
         self._guard.load_state(checkpoint.state["guard"])

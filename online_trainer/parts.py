@@ -13,7 +13,7 @@ from model.ranking_settings import RankingSettings
 from model.storage import SnapshotRoot
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.vectors_as_of import VectorsAsOf
 from stream.clock import Clock
 from stream.events import EventRules

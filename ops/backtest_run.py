@@ -45,7 +45,7 @@ from model.ranking_settings import RankingSettings
 from model.upstream_config import UpstreamConfig
 from online_trainer.config import ItemsConfig, TrainerConfig
 from online_trainer.drift_config import DriftConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.upstream_settings import UpstreamDaemonConfig
 from ops.config import HeadraceConfig
 from ops.errors import OpsError

@@ -20,7 +20,7 @@ from backtest.run_state import RunOutcome
 from feature_store.config import FeatureStoreConfig, HotHistoriesConfig
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.config import TrainerConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from stream.events import EventRules
 
 START_MS = 1_700_000_000_000

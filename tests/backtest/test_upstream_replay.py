@@ -20,7 +20,7 @@ from model.llatte_config import LlatteSettings
 from model.ranking_model import upstream_model_config, with_ranking_head
 from model.ranking_settings import RankingSettings
 from model.upstream_config import UpstreamConfig
-from online_trainer.learner import LearnerConfig
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.upstream_settings import UpstreamDaemonConfig
 from ops.backtest_run import vector_lines
 from stream.events import EventRules

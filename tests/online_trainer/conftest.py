@@ -19,7 +19,8 @@ from feature_store.store import FeatureStore
 from model.config import LossConfig, ModelConfig, OptimizerConfig
 from online_trainer.batching import LagRule, MicroBatcher
 from online_trainer.config import ItemsConfig, TrainerConfig
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from stream.messages import HistoryUpdate
 
 MODEL = ModelConfig(embedding_dim=16, num_layers=2, num_heads=1, attention_dim=8, hidden_dim=8, max_len=8)

@@ -18,7 +18,8 @@ from model.ranking_model import with_ranking_head
 from model.ranking_settings import RankingSettings
 from online_trainer.config import TrainerConfig
 from online_trainer.labelled_items import LabelledItems
-from online_trainer.learner import LearnerConfig, OnlineLearner
+from online_trainer.learner import OnlineLearner
+from online_trainer.learner_config import LearnerConfig
 from online_trainer.vectors_as_of import VectorsAsOf
 from tests.online_trainer.conftest import HOT, MODEL, record_stream, walks
 
