@@ -6,11 +6,8 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from opentelemetry import metrics, trace
 
@@ -19,8 +16,8 @@ from feature_store.hot import HotHistories
 from model.errors import SnapshotError
 from model.manifest import Manifest
 from online_trainer.batching import LagRule, MicroBatcher
-from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint, write_checkpoint
-from online_trainer.errors import CheckpointError
+from online_trainer.checkpoint import Checkpoint, read_newest_checkpoint
+from online_trainer.checkpointing import Checkpointing
 from online_trainer.instruments import observe_actions, observe_ranks
 from online_trainer.item_feed import ItemFeed
 from online_trainer.label_feed import LabelFeed
@@ -33,6 +30,8 @@ from online_trainer.publisher import Publisher
 from online_trainer.quarantine import forget_users, write_set_aside
 from online_trainer.steps import LearnedSteps
 from online_trainer.text_content import text_encoder
+from online_trainer.trainer_status import trainer_status
+from online_trainer.worker_thread import WorkerThread
 from stream.errors import LogResetError, LogUnavailableError
 from stream.failpoints import fail_point
 from stream.freshness import F2_LEARNED, FreshnessRecorder
@@ -51,7 +50,6 @@ from stream.tracing import MAX_LINKS, current_headers, current_traceparent, link
 
 logger = logging.getLogger(__name__)
 _tracer = trace.get_tracer("headrace.online_trainer")
-_Result = TypeVar("_Result")
 _IDLE_POLL_MS = 50
 
 
@@ -88,16 +86,11 @@ class TrainerDaemon:
         self.freshness = FreshnessRecorder(F2_LEARNED, mode=parts.mode)
         self._blocked_by: str | None = "starting"
         self._waiting_since_s: float | None = None
-        self._last_checkpoint_s = parts.clock.monotonic_s()
-        self._checkpointed_step = self._learner.ledger.num_steps
         self._unpublished_steps: deque[trace.Link] = deque(maxlen=MAX_LINKS)
         self._background: set[asyncio.Task[None]] = set()
         self._writing_snapshot = False
-        self._writing_checkpoint = False
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="trainer")
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="trainer-files")
-        # A thread of their own: a snapshot does not wait while a checkpoint, many times its size, is synced to disk.
-        self._checkpoints = ThreadPoolExecutor(1, thread_name_prefix="trainer-checkpoints")
+        self._compute, self._files = WorkerThread("trainer"), WorkerThread("trainer-files")
+        self._checkpoints = Checkpointing(parts, self._metrics_file, step=self._learner.ledger.num_steps)
         meter = metrics.get_meter("headrace.online_trainer")
         self._step_durations = meter.create_histogram("headrace.trainer.step.duration", unit="s")
         self._set_aside = meter.create_counter("headrace.trainer.set_aside", unit="{batch}")
@@ -169,9 +162,8 @@ class TrainerDaemon:
                 await self._labels.stop()
             if self._feed is not None:
                 await self._feed.stop()
-            self._compute.shutdown(wait=True)
-            self._files.shutdown(wait=True)
-            self._checkpoints.shutdown(wait=True)
+            for thread in (self._compute, self._files, self._checkpoints):
+                thread.end()
 
     def _note_problem(self, problem: str) -> None:
         self._blocked_by = problem
@@ -190,7 +182,7 @@ class TrainerDaemon:
     async def _skip_given_up(self, reader: LogReader) -> None:
         """Go on behind updates that an operator has given up; raise the LogResetError in hand if that is not new."""
         topics, log_id = self._parts.log.topics, self._parts.log.log_id
-        given_up = await self._in_compute_thread(lambda: self._parts.store.positions(log_id, topics.history_updates))
+        given_up = await self._compute.run(lambda: self._parts.store.positions(log_id, topics.history_updates))
         if given_up == self._given_up:
             raise  # noqa: PLE0704 - called where the error is handled
         self._given_up = given_up
@@ -217,7 +209,7 @@ class TrainerDaemon:
             # The publisher's gate holds back as well; not asking it keeps the traces' links for the next snapshot.
             if self._publisher.is_due() and not self._writing_snapshot and not self._learner.drift.holds_publishing:
                 await self._publish(writer)
-            if self._checkpoint_is_due():
+            if self._checkpoints.is_due(self._learner.ledger.num_steps):
                 await self._checkpoint()
 
     async def _read(self, reader: LogReader) -> None:
@@ -236,8 +228,8 @@ class TrainerDaemon:
                 self._batcher.forget(record.partition, update.forgotten, record.offset)
                 if self._labels is not None:
                     self._labels.forget(update.forgotten, record.timestamp_ms)
-                await self._in_compute_thread(partial(self._learner.forget, update.forgotten))
-                await self._in_compute_thread(partial(forget_users, self._parts.quarantine_root, update.forgotten))
+                await self._compute.run(partial(self._learner.forget, update.forgotten))
+                await self._compute.run(partial(forget_users, self._parts.quarantine_root, update.forgotten))
             self._batcher.read_up_to(record.partition, record.offset)
             self._batcher.add(update, record.offset, record.headers)
         if self._feed is not None:
@@ -270,7 +262,7 @@ class TrainerDaemon:
         if batch is None:
             return
         if self._feed is not None and (news := self._feed.due(batch.log_time_ms())):
-            await self._in_compute_thread(lambda: self._learner.tell(news))
+            await self._compute.run(lambda: self._learner.tell(news))
         with _tracer.start_as_current_span(
             "headrace.trainer.step",
             kind=trace.SpanKind.CONSUMER,
@@ -293,7 +285,7 @@ class TrainerDaemon:
         event_time_ms, done_ms = batch.interactions.event_time_ms, self._parts.clock.now_ms()
         self.freshness.record(event_time_ms, batch.append_ms, done_ms, span)
         if self._learner.ledger.num_steps % self._config.metrics_every_steps == 0:
-            await self._in_compute_thread(self._note_metrics)
+            await self._compute.run(self._note_metrics)
         ledger, num_dropped = self._learner.ledger, len(batch.dropped) + len(batch.thinned)
         step = LearnedSteps.of_batch(batch, ledger, at_ms=done_ms, is_set_aside=is_set_aside)
         self._publisher.learned(event_time_ms, batch.append_ms, ledger.num_interactions, num_dropped, step)
@@ -318,7 +310,7 @@ class TrainerDaemon:
             why, interactions = self._learner.set_aside.pop(0)
             self._set_aside.add(1, {"headrace.reason": why.reason})
             try:
-                await self._in_compute_thread(
+                await self._compute.run(
                     partial(
                         write_set_aside,
                         self._parts.quarantine_root,
@@ -347,7 +339,7 @@ class TrainerDaemon:
         delay_s = RETRY_FIRST_S
         while True:
             try:
-                await self._in_compute_thread(step)
+                await self._compute.run(step)
             except StoreUnavailableError as error:
                 self._blocked_by = str(error)
                 if stopping.is_set():
@@ -373,9 +365,9 @@ class TrainerDaemon:
         async def write() -> None:
             try:
                 if captured is None:
-                    await self._in_files_thread(self._publisher.record_held)
+                    await self._files.run(self._publisher.record_held)
                     return
-                published = await self._in_files_thread(partial(self._publisher.write, captured))
+                published = await self._files.run(partial(self._publisher.write, captured))
                 await self._announce(published.manifest, writer)
             except (SnapshotError, OSError, StoreUnavailableError, LogUnavailableError) as error:
                 # Workers also poll the pointer; what was not announced is found there.
@@ -386,11 +378,9 @@ class TrainerDaemon:
 
         with trace.use_span(span):
             traceparent = current_traceparent()  # here: the active span does not follow into another thread
-            captured = await self._in_compute_thread(
-                lambda: self._publisher.capture(self._learner, traceparent=traceparent)
-            )
+            captured = await self._compute.run(lambda: self._publisher.capture(self._learner, traceparent=traceparent))
             self._writing_snapshot = True
-            self._in_background(write)
+            self._in_background(write())
 
     async def _announce(self, manifest: Manifest, writer: LogWriter) -> None:
         pointer = SnapshotPointer(
@@ -405,50 +395,22 @@ class TrainerDaemon:
         await acknowledged([sent])
         fail_point("trainer.snapshot_announced")
 
-    def _checkpoint_is_due(self) -> bool:
-        waited_s = self._parts.clock.monotonic_s() - self._last_checkpoint_s
-        return (
-            not self._writing_checkpoint
-            and waited_s >= self._config.checkpoint_interval_s
-            and self._learner.ledger.num_steps > self._checkpointed_step
-        )
-
     async def _checkpoint(self) -> None:
-        checkpoint = await self._in_compute_thread(self._learner.capture_checkpoint)
+        checkpoint = await self._compute.run(self._learner.capture_checkpoint)
         # It depends on when snapshots were published, and no later step depends on it.
         checkpoint.state["unpublished"] = self._publisher.unpublished()
-        self._writing_checkpoint = True
-        self._last_checkpoint_s = self._parts.clock.monotonic_s()
-
-        async def write() -> None:
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._checkpoints, self._save, checkpoint)
-                self._checkpointed_step = checkpoint.step
-            except CheckpointError as error:
-                logger.error("%s; the checkpoint before it stays", error)  # noqa: TRY400 - the sentence says it all
-            finally:
-                self._writing_checkpoint = False
-
-        self._in_background(write)
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        try:
-            # First: what a checkpoint holds does not come again, so its metrics must be there already.
-            self._metrics_file.flush()
-        except OSError as error:
-            logger.error("metrics could not be written: %s; trying again", error)  # noqa: TRY400 - says it all
-        write_checkpoint(self._parts.checkpoint_root, checkpoint, keep=self._config.keep_checkpoints)
+        self._in_background(self._checkpoints.begin(checkpoint))
 
     async def _finish(self, writer: LogWriter) -> None:
         await self._background_done()
         if self._publisher.has_unpublished():
             await self._publish(writer)
-        if self._learner.ledger.num_steps > self._checkpointed_step:
+        if self._checkpoints.is_behind(self._learner.ledger.num_steps):
             await self._checkpoint()
         await self._background_done()
 
-    def _in_background(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        task = asyncio.create_task(work())
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -456,58 +418,18 @@ class TrainerDaemon:
         if self._background:
             await asyncio.gather(*self._background)
 
-    async def _in_files_thread(self, call: Callable[[], _Result]) -> _Result:
-        """In the context of the caller, so that what is measured there belongs to its span."""
-        return await asyncio.get_running_loop().run_in_executor(self._files, copy_context().run, call)
-
-    async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, copy_context().run, call)
-
-    def _ranking_status(self) -> dict[str, object] | None:
-        ranking = self._learner.ranking
-        if ranking is None:
-            return None
-        return ranking.status() | {"labels": None if self._labels is None else self._labels.status()}
-
     def ready(self) -> tuple[bool, str]:
         """Whether the trainer is learning (or waiting for events), and if not, why."""
         return self._blocked_by is None, self._blocked_by or "learning"
 
     def status(self) -> dict[str, object]:
         """Counts, metrics, snapshot and freshness, JSON-ready."""
-        ledger, newest, now_ms = self._learner.ledger, self._publisher.newest, self._parts.clock.now_ms()
-        return {
-            "interactions": ledger.num_interactions,
-            "supervised": ledger.num_supervised,
-            "first": ledger.num_first,
-            "out_of_reach": ledger.num_out_of_reach,
-            "unlisted": ledger.num_unlisted,
-            "weightless": ledger.num_weightless,
-            "quarantined": ledger.num_quarantined,
-            "forgotten": ledger.num_forgotten,
-            "replayed": ledger.num_replayed,
-            "items_retired": ledger.num_items_retired,
-            "steps": ledger.num_steps,
-            "pending": self._batcher.num_pending,
-            "lag": self._lag.status(ledger),
-            "repeated": self._batcher.num_repeated,
-            "fingerprint": str(ledger.fingerprint),
-            "watermark_ms": ledger.watermark_ms,
-            "positions": ledger.lineage().positions,
-            "metrics": self._learner.metrics_summary(),
-            "items": self._learner.num_items,
-            "cold_items": ledger.num_cold,
-            "drift": self._learner.drift.summary(),
-            "ranking": self._ranking_status(),
-            "snapshot": None
-            if newest is None
-            else {
-                "version": newest.manifest.version,
-                "kind": newest.manifest.kind,
-                "bytes": newest.num_bytes,
-                "publish_s": newest.seconds,
-                "interactions": newest.manifest.lineage.num_interactions,
-            },
-            "held": None if self._publisher.held is None else asdict(self._publisher.held),
-            "freshness": {hop.hop: hop.summary(now_ms) for hop in (self.freshness, self._publisher.freshness)},
-        }
+        return trainer_status(
+            self._learner,
+            self._publisher,
+            self._batcher,
+            self._lag,
+            self._labels,
+            (self.freshness, self._publisher.freshness),
+            now_ms=self._parts.clock.now_ms(),
+        )

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from opentelemetry import metrics
 
@@ -33,13 +31,13 @@ from online_trainer.text_content import text_encoder
 from online_trainer.upstream_learner import UpstreamLearner
 from online_trainer.upstream_parts import UpstreamParts
 from online_trainer.vector_keeper import VectorKeeper
+from online_trainer.worker_thread import WorkerThread
 from stream.errors import LogUnavailableError
 from stream.failpoints import fail_point
 from stream.log import RETRY_FIRST_S, RETRY_MAX_S, LogReader, PartitionId, Start, start_when_available
 from stream.messages import HistoryUpdate
 
 logger = logging.getLogger(__name__)
-_Result = TypeVar("_Result")
 
 _AWAY: Final = (StoreUnavailableError, HistoryBehindError, ConcurrentAppendError)
 _IDLE_POLL_MS: Final = 50
@@ -89,7 +87,7 @@ class UpstreamDaemon:
         self._prune_s = now_s
         self._waiting_batch: MicroBatch | None = None
         self._waiting_labels: LabelBatch | None = None
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="upstream")
+        self._compute = WorkerThread("upstream")
         meter = metrics.get_meter("headrace.upstream")
         self._learned = meter.create_counter("headrace.upstream.interactions", unit="{interaction}")
         self._labels_learned = meter.create_counter("headrace.upstream.labels", unit="{label}")
@@ -127,13 +125,13 @@ class UpstreamDaemon:
             if not await self._take_over(reader, stopping):
                 return
             await self._work(reader, stopping)
-            await self._in_compute_thread(self._checkpoint)
+            await self._compute.run(self._checkpoint)
         finally:
             self._blocked_by = "stopped"
             for one in (reader, self._labels, self._feed):
                 if one is not None:
                     await one.stop()
-            self._compute.shutdown(wait=True)
+            self._compute.end()
 
     def _starting(self, reader: LogReader) -> list[Callable[[], Awaitable[None]]]:
         starts: list[Callable[[], Awaitable[None]]] = [self._parts.log.create_topics, reader.start]
@@ -317,7 +315,7 @@ class UpstreamDaemon:
             self._prune_s = now_s + (self._config.prune_interval_s if self._keeper.is_pruned else 0)
         is_new = self._learner.ledger.num_steps > self._checkpointed_step
         if is_new and now_s - self._checkpoint_s >= self._config.checkpoint_interval_s:
-            await self._in_compute_thread(self._checkpoint)
+            await self._compute.run(self._checkpoint)
 
     def _checkpoint(self) -> None:
         self._checkpoint_s = self._parts.clock.monotonic_s()
@@ -333,7 +331,7 @@ class UpstreamDaemon:
     async def _attempt(self, work: Callable[[], None], stopping: asyncio.Event) -> bool:
         """Do it, or say what is away and wait a little; False: it is to be done again."""
         try:
-            await self._in_compute_thread(work)
+            await self._compute.run(work)
         except _AWAY as error:
             await self._wait_for(error, stopping)
             return False
@@ -347,9 +345,6 @@ class UpstreamDaemon:
             await asyncio.wait_for(stopping.wait(), self._retry_s)
         except TimeoutError:
             self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
-
-    async def _in_compute_thread(self, call: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, copy_context().run, call)
 
     def ready(self) -> tuple[bool, str]:
         """Whether vectors are kept up, and if not, why."""
