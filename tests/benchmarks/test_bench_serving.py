@@ -16,7 +16,7 @@ from benchmarks.serving_load import Seen, same
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_whole_benchmark_runs_and_swaps_harm_nobody(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "benchmarks/bench_serving.py", "--quick", "--results", str(tmp_path / "found.json")],

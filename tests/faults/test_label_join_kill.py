@@ -21,7 +21,7 @@ from tests.faults.installation import Installation
 from tests.faults.observing import read_topic
 from tests.feature_store.databases import migrated_database
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 NUM_USERS = 8
 

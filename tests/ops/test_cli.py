@@ -90,7 +90,7 @@ def test_a_daemon_on_a_database_without_schema_says_how_to_build_it(tmp_path: Pa
         [sys.executable, "-m", "ops", "ingest"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         env=_environment(**settings),
         cwd=tmp_path,
     )
@@ -118,7 +118,7 @@ def test_the_broker_runs_until_sigterm_and_ends_with_zero() -> None:
     assert process.stdout is not None
     assert any("ready" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from feature_store.schema import migrate
 from ops.ports import free_port
-from tests.faults.installation import Installation
+from tests.faults.installation import START_S_MAX, Installation
 
 RANKED = {"HEADRACE_RANKING__TASKS": '["rating"]'}
 """Nobody starts an upstream daemon without a task."""
@@ -41,7 +41,7 @@ class Daemon:
 
     def not_ready_because(self, *words: str) -> None:
         """Wait until /readyz is 503 with these words."""
-        deadline, text = time.monotonic() + 30, ""
+        deadline, text = time.monotonic() + START_S_MAX, ""
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
             try:
@@ -56,7 +56,7 @@ class Daemon:
 
     def stops_when_told_to(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(10) == 0, self.log.read_text()
+        assert self.process.wait(60) == 0, self.log.read_text()
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_model_that_could_never_learn_is_refused_at_start(
         env=os.environ | {"HEADRACE_HEADRACE__DATA_DIR": str(tmp_path), **settings},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=START_S_MAX,
         check=False,
     )
     assert run.returncode == 2, run.stderr
@@ -139,6 +139,6 @@ def test_a_model_that_could_never_learn_is_refused_at_start(
 
 def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path, daemons: list[Daemon]) -> None:
     daemons.append(Daemon("train", tmp_path, HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/new.db"))
-    assert daemons[0].process.wait(30) == 2
+    assert daemons[0].process.wait(START_S_MAX) == 2
     assert "run `headrace migrate`" in daemons[0].log.read_text()
     assert "Traceback" not in daemons[0].log.read_text()

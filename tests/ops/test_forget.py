@@ -115,7 +115,7 @@ def installation(
         yield made
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_no_byte_of_a_forgotten_user_is_left_and_a_later_history_is_new(
     installation: LearningInstallation, headrace: Headrace
 ) -> None:

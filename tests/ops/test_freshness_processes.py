@@ -21,7 +21,7 @@ from tests.feature_store.databases import migrated_database
 from tests.ops.command_line import Headrace
 from tests.ops.otlp_receiver import OtlpReceiver, ReceivedSpan
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 PRODUCER = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7")
 """Trace id and span id that the traced event's producer has put into its header."""

@@ -37,7 +37,7 @@ from stream.log import acknowledged
 from tests.faults.installation import Daemon, Installation
 from tests.feature_store.databases import migrated_database
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 BASE_MS = 1_700_000_000_000
 MODEL = {"EMBEDDING_DIM": "16", "NUM_HEADS": "1", "ATTENTION_DIM": "8", "HIDDEN_DIM": "8", "MAX_LEN": "16"}

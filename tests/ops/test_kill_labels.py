@@ -16,7 +16,7 @@ from stream.messages import Labels, encode_message
 from tests.feature_store.databases import migrated_database
 from tests.ops.test_kill import BASE_MS, LearningInstallation, ingest_everything
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 NUM_LABELS = 60
 ITEMS = 4

@@ -27,7 +27,7 @@ from tests.feature_store.databases import migrated_database
 from tests.ops.test_kill import LearningInstallation, ingest_everything
 from tests.ops.test_kill_labels import ITEMS, NUM_LABELS, write_labels
 
-pytestmark = [pytest.mark.kill, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kill, pytest.mark.timeout(600)]
 
 UPSTREAM = {
     "WIDTH": 8,

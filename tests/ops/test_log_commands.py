@@ -132,7 +132,7 @@ def learned_by(worker: Daemon) -> int | None:
     return learned
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_after_the_broker_lost_its_log_the_loop_goes_on_with_the_weights_it_has(
     installation: LearningInstallation, fresh_broker: LocalBroker, headrace: Headrace
 ) -> None:

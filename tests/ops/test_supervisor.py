@@ -200,7 +200,7 @@ def _supervised(script: str, stop_timeout_s: float = 5.0) -> tuple[subprocess.Po
 def test_a_signal_to_the_supervisor_stops_the_children_and_ends_it_with_zero(number: signal.Signals) -> None:
     process, pid = _supervised(SLEEPS)
     process.send_signal(number)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert process.returncode == 0
     assert not _is_running(pid)
 
@@ -213,13 +213,13 @@ def test_a_second_signal_does_not_wait_for_the_deadline() -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     assert not _is_running(pid)
 
 
 def test_the_supervisor_ends_when_a_child_refuses_to_start() -> None:
     process, _ = _supervised("sleep 0.2; echo no such table: interaction; exit 2")
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "child cannot start: no such table: interaction" in output
 
@@ -235,7 +235,7 @@ def test_a_child_stops_itself_when_its_supervisor_was_killed(tmp_path: Path) -> 
     process, pid = _supervised(f'exec {sys.executable} -c "{code}"')
     _wait_for(log.exists)
     process.kill()
-    process.communicate(timeout=5)
+    process.communicate(timeout=30)
     _wait_for(lambda: not _is_running(pid))
 
 

@@ -10,7 +10,7 @@ from tests.ops.test_kill import LearningInstallation, headrace, ingest_everythin
 
 __all__ = ["installation"]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 BURST = 3_000
 

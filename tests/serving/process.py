@@ -86,7 +86,7 @@ async def stderr_of(running: asyncio.subprocess.Process) -> str:
 
 
 async def until_ready(client: httpx.AsyncClient) -> None:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 120
     while (await client.get("/readyz")).status_code != 200:
         assert time.monotonic() < deadline_s, (await client.get("/readyz")).text
         await asyncio.sleep(0.02)

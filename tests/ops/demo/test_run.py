@@ -38,7 +38,7 @@ def _left_running(data_dir: Path) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_short_demo_ends_with_everything_proven_and_nothing_left_running(tmp_path: Path) -> None:
     demo = _start(tmp_path / "demo")
     output, _ = demo.communicate(timeout=380)
@@ -54,7 +54,7 @@ def test_a_short_demo_ends_with_everything_proven_and_nothing_left_running(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("after", ["titles", "replaying"])
 def test_ctrl_c_at_any_time_stops_everything_within_ten_seconds(tmp_path: Path, after: str) -> None:
     demo = _start(tmp_path / "demo")
