@@ -116,8 +116,13 @@ class UserVectorCache:
         held, moment = await self._model_thread.run(lambda: (np.fromiter(self._held, np.int64), self._forgotten.moment))
         try:
             version = await asyncio.to_thread(self._version_now)
-            is_next = version != self.version
-            written = set() if is_next else await asyncio.to_thread(self._written, version, held)
+            is_next = version != self.version or (version is not None and self._looked_up_to_ms is None)
+            up_to_ms = self._looked_up_to_ms
+            if is_next:
+                # Before what is held is read anew, so that nothing written meanwhile is missed.
+                self._read_already.clear()
+                up_to_ms = await asyncio.to_thread(self._store.user_states.newest_written_ms)
+            written, up_to_ms = await asyncio.to_thread(self._written, version, held, up_to_ms)
             changed = held if is_next else np.array(sorted({user_id for _, user_id in written}), np.int64)
             parts = [
                 await asyncio.to_thread(self._newest, self._store, changed[start : start + _USERS_PER_READ])
@@ -132,20 +137,20 @@ class UserVectorCache:
         if is_next or parts:
             await self._model_thread.run(lambda: self._exchange(version, is_next, parts, moment))
         # Only now: what could not be read is read with the next look.
-        since_ms = (self._looked_up_to_ms or 0) - _OVERLAP_MS
-        known = set() if is_next else self._read_already | written
-        self._read_already = {one for one in known if one[0] >= since_ms}
+        self._looked_up_to_ms = up_to_ms
+        since_ms = (up_to_ms or 0) - _OVERLAP_MS
+        self._read_already = {one for one in self._read_already | written if one[0] >= since_ms}
 
     def _version_now(self) -> int | None:
         return version_in_effect(self._store.user_states.versions(self._model))
 
-    def _written(self, version: int | None, held: Int64s) -> set[tuple[int, int]]:
-        """(stamp, user) of vectors written since the last look, of users held."""
-        if version is None:
-            return set()
-        if self._looked_up_to_ms is None:
-            self._looked_up_to_ms = self._store.user_states.newest_written_ms()
-        since_ms = self._looked_up_to_ms - _OVERLAP_MS
+    def _written(
+        self, version: int | None, held: Int64s, up_to_ms: int | None
+    ) -> tuple[set[tuple[int, int]], int | None]:
+        """(stamp, user) of vectors written since a stamp and not read yet, of users held; and the newest of all."""
+        if version is None or up_to_ms is None:
+            return set(), up_to_ms
+        since_ms = up_to_ms - _OVERLAP_MS
         # Of users who are not held yet nothing is remembered: a request may read one just before it is written.
         found, wanted = set[tuple[int, int]](), set(held.tolist())
         after, limit = (-1, -1), 10_000
@@ -156,10 +161,10 @@ class UserVectorCache:
             found.update(one for one in written if one[1] in wanted)
             if written:
                 after = written[-1]
-                self._looked_up_to_ms = max(self._looked_up_to_ms, after[0])
+                up_to_ms = max(up_to_ms, after[0])
             if len(written) < limit:
                 break
-        return found - self._read_already
+        return found - self._read_already, up_to_ms
 
     def _exchange(self, version: int | None, is_next: bool, parts: list[UserVectors], moment: int) -> None:
         """Put what was read in place, but for users forgotten since `moment`; in the model thread."""

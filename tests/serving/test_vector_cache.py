@@ -142,6 +142,41 @@ async def test_what_was_read_is_looked_for_again_and_not_read_again(
     assert values(cache, 7, 8, 9) == {7: 10.4, 8: 10.3, 9: 10.2}
 
 
+async def test_what_was_written_long_before_the_newest_is_found_after_a_pause(
+    town: Town, cache_of: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(town.store, 1, 10)
+    write(town.store, 1, (7, 1, 100), (8, 1, 100))
+    cache = cache_of(refresh_ms=60_000)
+    await cache.look()
+    assert values(cache, 7, 8) == {7: 10.1, 8: 10.1}
+    write(town.store, 1, (7, 2, 20_000), (8, 2, 60_000))
+    await cache.look()
+    assert values(cache, 7, 8) == {7: 10.2, 8: 10.2}
+    write(town.store, 1, (7, 3, 80_000), (8, 3, 120_000))
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailableError("cannot use the feature store")
+
+    with monkeypatch.context() as patched:  # it goes away between telling who has a new vector and what that is
+        patched.setattr(UserStateStore, "newest", away)
+        await cache.look()
+    await cache.look()
+    assert values(cache, 7, 8) == {7: 10.3, 8: 10.3}
+    assert (cache.num_misses, cache.status()["problem"]) == (2, None)
+
+
+async def test_a_first_version_met_by_a_request_is_kept_up_from_then_on(town: Town, cache_of: MakeCache) -> None:
+    cache = cache_of(refresh_ms=60_000)
+    await cache.look()
+    serve(town.store, 1, 10)
+    write(town.store, 1, (7, 1, 100))
+    assert values(cache, 7, 8) == {7: 10.1}
+    write(town.store, 1, (7, 2, 20_000), (8, 1, 60_000))
+    await cache.look()
+    assert values(cache, 7, 8) == {7: 10.2, 8: 10.1}
+
+
 async def test_all_change_to_the_next_version_at_once(town: Town, cache_of: MakeCache) -> None:
     serve(town.store, 1, 10)
     write(town.store, 1, (7, 1, 100), (8, 1, 100))
