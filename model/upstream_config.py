@@ -54,7 +54,7 @@ class UpstreamConfig:
     task_hidden_dim: int = 64
     """Width of the hidden layer between the vector, an item, and what is predicted about the two."""
     max_items: int = 4_000_000
-    """Items with a row at most."""
+    """Items with a row at most; for new ones those of the lowest popularity make room (items.retired_share)."""
     item_init_std: float = 0.02
     """Standard deviation of a new item's embedding, around the mean of those that came last."""
     seed: int = 0

@@ -194,8 +194,8 @@ class ItemsConfig:
     max_age_d: float = 0.0
     """Items without an interaction for this many days of event time lose their rows. 0: none do."""
     retired_share: float = 0.05
-    """Share of model.max_items that loses its rows at once when a new item finds no room: those of the lowest decayed
-    popularity."""
+    """Share of model.max_items (upstream: of upstream.max_items) that loses its rows at once when a new item finds no
+    room: those of the lowest decayed popularity."""
 
     content_items: int = 200_000
     """Items whose content (embedding or text, and categories, on the topic `items`; 0.26 kB each) is kept, the newest:

@@ -34,6 +34,7 @@ from online_trainer.batching import MicroBatch
 from online_trainer.checkpoint import Checkpoint
 from online_trainer.config import ItemsConfig
 from online_trainer.item_content import ItemNews
+from online_trainer.item_lifetimes import least_popular
 from online_trainer.label_account import LabelAccount, LabelBook
 from online_trainer.label_queue import LabelBatch
 from online_trainer.labelled_items import LabelledItems, histories_before, shown_batch
@@ -81,12 +82,14 @@ class UpstreamLearner:
         ranking: RankingSettings,
         items: ItemsConfig,
     ) -> None:
-        """ranking: what the tasks are learned from. items: how content is kept, where the model reads it."""
+        """ranking: what the tasks are learned from. items: how content is kept, where the model reads it, and which
+        items make room for new ones.
+        """
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
         self.ledger, self.counts = Ledger(log_id), UpstreamCounts()
         self.model = UpstreamModel(config)
-        self._config, self._settings, self._ranking, self._hot = config, settings, ranking, hot
+        self._config, self._settings, self._ranking, self._items, self._hot = config, settings, ranking, items, hot
         self._optimizer = RecommenderOptimizer(self.model, settings.optimizer())
         self._book = LabelBook(log_id, remembered=ranking.remembered_labels)
         self._told = ToldItems(self.model.items, items) if config.upstream.content else None
@@ -139,10 +142,15 @@ class UpstreamLearner:
         self.ledger.record(batch)
 
     def _admit(self, item_ids: Int64s) -> None:
+        table = self.model.items
+        num_new = len(np.unique(item_ids[table.lookup(item_ids) < 0]))
+        if len(leaving := least_popular(table, self._items, num_new=num_new, kept_ids=item_ids)):
+            self._optimizer.follow(table.remove(leaving))
+            logger.info("%d items of the lowest popularity make room in the upstream model's table", len(leaving))
         if self._told is None:
-            self.model.items.admit(item_ids)
+            table.admit(item_ids)
             return
-        self.model.items.admit(item_ids, centre_of=self._told.centre_of)
+        table.admit(item_ids, centre_of=self._told.centre_of)
         self._told.describe(item_ids.tolist())
 
     def pass_over(self, batch: MicroBatch) -> None:

@@ -220,6 +220,11 @@ def _refuse_upstream(configs: Mapping[str, Any]) -> None:
             "upstream.content is on and items.content_items is 0, so that nothing would be known about any item: raise "
             "items.content_items, or set upstream.content to false"
         )
+    if upstream is not None and upstream.max_items < 2 * daemon.learn_interactions:
+        raise SettingsError(
+            f"upstream.max_items = {upstream.max_items} is less than twice upstream_daemon.learn_interactions = "
+            f"{daemon.learn_interactions}: the items of a step and as many new ones must find room; raise the first"
+        )
     if not daemon.is_on:
         return
     if ranking is not None and ranking.kind != "llatte":

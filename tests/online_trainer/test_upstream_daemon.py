@@ -183,6 +183,19 @@ async def test_every_user_gets_the_vector_of_its_whole_history(site: Site) -> No
     assert "loss" in status["metrics"]
 
 
+async def test_more_items_than_there_are_rows_for_make_room_for_each_other(site: Site) -> None:
+    site.stream = replace(site.stream, item_id=np.arange(len(site.stream)))
+    config = replace(CONFIG, upstream=replace(CONFIG.upstream, max_items=64))
+    site.happen(200)
+    daemon = site.daemon(config=config, learn_share=1.0)
+    async with running(daemon):
+        await until(daemon, lambda s: is_up_to_date(1, 200)(s) and s["learning"]["interactions"] == 200)
+    assert site.check(config) == 1
+    model = UpstreamModel(config)
+    apply_snapshot(model, load_snapshot(site.root / "snapshots", "default-upstream", 1))
+    assert 32 <= model.items.num_items <= 64
+
+
 async def test_it_learns_values_too_and_measures_them_in_their_own_unit(site: Site) -> None:
     site.stream = replace(site.stream, value=(20.0 + site.stream.item_id % 7).astype(np.float32))
     watched = ActionTask(name="value", kind="mse", center=20.0, scale=5.0)

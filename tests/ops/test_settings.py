@@ -261,6 +261,8 @@ def test_an_upstream_daemon_that_nobody_would_read_or_whose_vectors_go_too_soon_
         load(environment=llatte | {"HEADRACE_USER_VECTORS__KEEP_MS": "1000"})
     with pytest.raises(SettingsError, match=r"upstream_daemon\.actions names buy: declared in events\.actions are "):
         load(environment={"HEADRACE_UPSTREAM_DAEMON__ACTIONS": '["buy"]'})
+    with pytest.raises(SettingsError, match=r"upstream\.max_items = 255 is less than twice upstream_daemon\.learn_int"):
+        load(environment={"HEADRACE_UPSTREAM__MAX_ITEMS": "255"})
 
 
 def test_only_text_is_a_secret() -> None:
