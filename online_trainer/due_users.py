@@ -59,6 +59,8 @@ class DueUsers:
         """Partition → heap of (offset, user); an entry counts while the user waits, or is taken, with that offset."""
         self._next: dict[int, int] = {}
         """Partition → next offset to read."""
+        self._ended: dict[int, dict[int, int]] = {}
+        """Partition → user → offset of the message, not read yet, that ends what is announced of the user before."""
         self.num_asked = 0
         """High-value events read."""
 
@@ -69,7 +71,7 @@ class DueUsers:
 
     def begin(self, positions: Mapping[int, int]) -> None:
         """Nothing waits; each partition is read on from its position."""
-        self._waiting, self._taken, self._order, self._offsets = {}, {}, [], {}
+        self._waiting, self._taken, self._order, self._offsets, self._ended = {}, {}, [], {}, {}
         self._next = dict(positions)
 
     def add(self, partition: int, offset: int, update: HistoryUpdate, *, now_s: float, now_ms: int) -> None:
@@ -78,7 +80,11 @@ class DueUsers:
             return
         self._next[partition] = offset + 1
         new = update.interactions
-        rows = np.flatnonzero((new.action & self._mask) != 0)
+        is_asking = (new.action & self._mask) != 0
+        if ended := self._ended.get(partition):
+            is_asking &= ~np.isin(new.user_id, list(ended))
+            self._ended[partition] = {user: before for user, before in ended.items() if before > offset}
+        rows = np.flatnonzero(is_asking)
         self.num_asked += len(rows)
         for user_id, seq, event_time_ms, append_ms in zip(
             new.user_id[rows].tolist(),
@@ -118,6 +124,13 @@ class DueUsers:
         for user_id in user_ids:
             self._waiting.pop(user_id, None)
             self._taken.pop(user_id, None)
+
+    def forget_ahead(self, partition: int, user_ids: Iterable[int], before: int) -> None:
+        """What messages below offset `before` announce of these users asks for nothing: they are forgotten there.
+
+        Their histories are gone, or new ones with smaller arrival numbers, which would be waited for in vain.
+        """
+        self._ended.setdefault(partition, {}).update(dict.fromkeys(user_ids, before))
 
     def first_due_s(self) -> float | None:
         """When the first who waits becomes due; None when nobody waits."""

@@ -159,6 +159,7 @@ class UpstreamDaemon:
             return False
         starts = self._starts(numbers, given_up[0])
         for ahead in await forgotten_ahead(log, starts):
+            self._keeper.due.forget_ahead(ahead.partition, ahead.user_ids, ahead.offset)
             self._batcher.forget(ahead.partition, ahead.user_ids, ahead.offset)
             if self._labels is not None:
                 self._labels.forget(ahead.user_ids, ahead.timestamp_ms)

@@ -117,6 +117,19 @@ def test_messages_read_again_and_forgotten_users_ask_for_nothing() -> None:
     assert due.oldest_append_ms() is None
 
 
+def test_until_a_user_is_forgotten_further_on_nothing_is_asked_of_it() -> None:
+    due = due_users()
+    due.forget_ahead(0, (2,), 2)
+    due.add(0, 0, update((2, 5)), now_s=0, now_ms=0)
+    due.add(0, 1, update((2, 6), (3, 0)), now_s=0, now_ms=0)
+    due.add(1, 0, update((2, 7)), now_s=0, now_ms=0)  # of another partition, where that is not yet to come
+    assert {(one.user_id, one.below_seq) for one in due.take(9, 9)} == {(3, 1), (2, 8)}
+    due.put_back()
+    due.add(0, 2, update(forgotten=(2,)), now_s=0, now_ms=0)
+    due.add(0, 3, update((2, 0)), now_s=0, now_ms=0)
+    assert {(one.user_id, one.below_seq) for one in due.take(9, 9)} == {(3, 1), (2, 1)}
+
+
 @given(
     st.lists(
         st.one_of(

@@ -390,6 +390,25 @@ async def test_a_user_forgotten_while_its_vector_is_computed_gets_none(
     assert found.is_there.sum() == 29
 
 
+async def test_a_user_who_was_forgotten_and_came_back_while_it_was_away_holds_nobody_up(site: Site) -> None:
+    site.happen(200)
+    first = site.daemon()
+    async with running(first):
+        await until(first, is_up_to_date(1, 200))
+    site.stream.user_id[200:210], site.stream.user_id[400] = 7, 7
+    site.happen(200, poll=5)
+    with site.store.transaction() as transaction:
+        transaction.forget_users(np.array([7]))
+    forgetting = HistoryUpdate.forgetting("main", 0, (7,))
+    site.log.append(site.log.topics.history_updates, 0, None, forgetting.encode(), ())
+    site.happen(1)
+    second = site.daemon(poll_records=1, first_version_interactions=10**9, version_interactions=10**9)
+    async with running(second):
+        status = await until(second, lambda s: is_up_to_date(1, 100)(s) and s["positions"] == {"0": 46})
+    assert site.check() == 1
+    assert status["asked"] <= 191
+
+
 async def test_a_second_daemon_is_fenced(site: Site) -> None:
     site.happen(200)
     first = site.daemon()
