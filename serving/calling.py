@@ -14,6 +14,7 @@ import msgspec
 from serving.errors import AnswerRefusedError, ClientDeadlineError, WorkerUnreachableError
 from serving.messages import TIMEOUT_HEADER, ErrorAnswer, ErrorBody
 from stream.clock import Clock
+from stream.events import UNREADABLE
 
 Answer = TypeVar("Answer")
 
@@ -137,7 +138,7 @@ class Caller:
 def _decoded(response: httpx.Response, kind: type[Answer]) -> Answer:
     try:
         return msgspec.json.decode(response.content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise AnswerRefusedError(
             f"what came back is no {getattr(kind, '__name__', kind)}: {error}",
             status=response.status_code,
@@ -159,7 +160,7 @@ def _error_of(result: Result) -> Exception:
     assert isinstance(result, httpx.Response), "a request was sent"
     try:
         body = msgspec.json.decode(result.content, type=ErrorAnswer)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         # Something in between answered, a proxy for example.
         body = ErrorAnswer(request_id="", error=ErrorBody(code="http_error", message=result.text[:200]))
     retry_after = result.headers.get("retry-after", "")

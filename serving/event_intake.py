@@ -12,7 +12,7 @@ from serving.log_writer import SharedWriter
 from serving.messages import RefusedEvent
 from stream.clock import Clock
 from stream.errors import LogUnavailableError
-from stream.events import Event, EventDecoder, EventRules, Refusal
+from stream.events import UNREADABLE, Event, EventDecoder, EventRules, Refusal
 from stream.log import acknowledged
 from stream.tracing import current_headers
 
@@ -60,7 +60,7 @@ class EventIntake:
             if not body.lstrip().startswith(b"["):
                 return [body]
             raw_events = [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UNREADABLE as error:
             raise InvalidRequestError(f"the body is not JSON: {error}", code="malformed_json") from error
         if not raw_events:
             raise InvalidRequestError("the list of events is empty")

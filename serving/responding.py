@@ -25,6 +25,7 @@ from serving.errors import DeadlineExceededError, EventsRefusedError, InvalidReq
 from serving.instruments import ERROR, FALLBACK, OK, REFUSED, REJECTED
 from serving.messages import TIMEOUT_HEADER, Answer, ErrorAnswer, ErrorBody
 from serving.worker import ServingWorker
+from stream.events import UNREADABLE
 
 _tracer = trace.get_tracer("headrace.serving")
 
@@ -132,7 +133,7 @@ def decode(kind: type[_Body], body: bytes) -> _Body:
     except msgspec.ValidationError as error:
         _, _, path = str(error).partition(" - at `$.")
         raise InvalidRequestError(str(error), field=path.rstrip("`") or None) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise InvalidRequestError(f"the body is not JSON: {error}", code="malformed_json") from error
 
 

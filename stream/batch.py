@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from feature_store.ids import event_keys, stable_id
 from feature_store.interactions import Interactions
-from stream.events import NEWEST_SCHEMA_VERSION, Event, EventDecoder, Refusal
+from stream.events import NEWEST_SCHEMA_VERSION, Event, EventDecoder, Refusal, id_refusal
 from stream.log import Record, RecordBatch
 
 _NO_ID = -1
@@ -68,7 +68,7 @@ class _Ids:
     """Integer ids of N events, of one kind."""
 
     ids: NDArray[np.int64]
-    """i64[N]; -1 where the text's hash belongs to another text."""
+    """i64[N]; -1 where the text's hash belongs to another text, and for texts that cannot be kept."""
     texts: dict[int, str] = field(default_factory=dict)
     """The texts behind hashed ids."""
 
@@ -85,7 +85,7 @@ class _Ids:
 
     def _hashed(self, kind: str, text: str, colliding: Collection[tuple[str, str]]) -> int:
         hashed = stable_id(text)
-        if (kind, text) in colliding or self.texts.setdefault(hashed, text) != text:
+        if "\0" in text or (kind, text) in colliding or self.texts.setdefault(hashed, text) != text:
             return _NO_ID
         return hashed
 
@@ -108,7 +108,7 @@ def decode_batch(
     items = _Ids.of("item", [event.item_id for event in events], colliding)
     for ids, name in ((users.ids, "user_id"), (items.ids, "item_id")):
         for place in np.flatnonzero(ids == _NO_ID).tolist():
-            refusals.setdefault(int(rows[place]), _collision(name))
+            refusals.setdefault(int(rows[place]), id_refusal(events[place]) or _collision(name))
     interactions = Interactions(
         user_id=users.ids,
         item_id=items.ids,

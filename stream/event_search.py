@@ -15,6 +15,7 @@ import numpy as np
 
 from stream.clock import Clock
 from stream.dead_letters import DeadLetter
+from stream.events import UNREADABLE
 from stream.log import EMPTY_POLLS, EventLog, Record, reading
 from stream.messages import HistoryUpdate
 from stream.redrive import read_letters
@@ -127,7 +128,7 @@ def event_id_of(value: bytes | None) -> str | None:
     """The event id in a record's bytes; None where there is none."""
     try:
         return msgspec.json.decode(value or b"", type=_WithId).event_id
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         return None
 
 

@@ -33,6 +33,9 @@ TextId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 EventId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 EpochMs = Annotated[int, msgspec.Meta(ge=-(2**63), le=INT64_MAX)]
 
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that it cannot read: no JSON, no UTF-8, or nested deeper than it goes."""
+
 
 # gc=False: an event holds texts and numbers, so it can be part of no cycle; the collector need not look at millions.
 class Event(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
@@ -178,10 +181,10 @@ class EventDecoder:
             return Refusal("oversize", None, f"{len(value)} bytes; the limit events.max_event_bytes is {limit}")
         try:
             return self._strict.decode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             try:
                 event = self._lenient.decode(value)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 return _diagnose(value)
         self.num_with_unknown_fields += 1
         return event
@@ -195,7 +198,7 @@ class EventDecoder:
         while len(parsed) < len(values):
             try:
                 parsed.extend(map(self._strict.decode, unread))
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except UNREADABLE:
                 # What came before the one that failed has been added.
                 parsed.append(self.parse(values[len(parsed)]))
         return parsed
@@ -223,6 +226,8 @@ class EventDecoder:
         if event.schema_version < 1:
             error = f"schema_version {event.schema_version}; versions count from 1"
             return Refusal("unsupported_schema_version", "schema_version", error)
+        if refusal := id_refusal(event):
+            return refusal
         if event.action not in self.action_bits:
             declared = ", ".join(self.rules.actions)
             return Refusal("unknown_action", "action", f"action {event.action!r} is not one of: {declared}")
@@ -243,11 +248,19 @@ class EventDecoder:
         return None
 
 
+def id_refusal(event: Event) -> Refusal | None:
+    """Why an id that is a text cannot be kept, or None."""
+    for name, raw_id in (("user_id", event.user_id), ("item_id", event.item_id)):
+        if isinstance(raw_id, str) and "\0" in raw_id:
+            return Refusal("wrong_type", name, f"field {name!r}: holds a NUL character, which not every database keeps")
+    return None
+
+
 def _diagnose(value: bytes) -> Refusal:
     """Name the reason for a record that does not decode: which field, and how."""
     try:
         raw: Any = msgspec.json.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         return Refusal("malformed_json", None, str(error))
     if not isinstance(raw, dict):
         return Refusal("malformed_json", None, f"expected a JSON object, got {type(raw).__name__}")

@@ -18,7 +18,7 @@ from feature_store.ids import stable_id
 from feature_store.interactions import Interactions
 from feature_store.records import Item
 from stream.errors import MessageFormatError
-from stream.events import INT64_MAX, MAX_SURFACES, IntId, TextId
+from stream.events import INT64_MAX, MAX_SURFACES, UNREADABLE, IntId, TextId
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,7 @@ class HistoryUpdate:
                 interactions=Interactions(**columns),
                 forgotten=tuple(raw["forgotten"]),
             )
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+        except (*UNREADABLE, KeyError, TypeError, ValueError) as error:
             raise MessageFormatError(f"not a history update: {error}") from error
 
     def split(self, max_rows: int) -> list[HistoryUpdate]:
@@ -263,7 +263,7 @@ class Labels(msgspec.Struct, frozen=True, kw_only=True):
 class ItemMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Metadata of one item on the `items` topic; key: item id; no value retires the item."""
 
-    item_id: int | str
+    item_id: IntId | TextId
     title: str = ""
     text: str = ""
     categories: list[str] = []
@@ -277,8 +277,13 @@ def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, 
         if not key:
             raise MessageFormatError("an item record without value needs the item id as key")
         text = key.decode("utf-8", "replace")
-        return (int(text), None, None) if text.isdigit() else (stable_id(text), None, None)
+        is_number = text.isascii() and text.isdigit()
+        if is_number and int(text[:20]) > INT64_MAX:
+            raise MessageFormatError(f"item id {text[:20]} as key: the largest number is {INT64_MAX}")
+        return (int(text) if is_number else stable_id(text)), None, None
     message = decode_message(ItemMessage, value)
+    if any("\0" in text for text in (str(message.item_id), message.title, message.text, *message.categories)):
+        raise MessageFormatError("a text of the item holds a NUL character, which not every database keeps")
     raw_id = message.item_id
     item_id = stable_id(raw_id) if isinstance(raw_id, str) else raw_id
     item = Item(
@@ -295,7 +300,7 @@ def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, 
 class ForgetUser(msgspec.Struct, frozen=True, kw_only=True, tag="forget_user", tag_field="command"):
     """Remove everything headrace holds about one user."""
 
-    user_id: int | str
+    user_id: IntId | TextId
 
 
 Command = ForgetUser
@@ -328,5 +333,5 @@ def decode_message(kind: type[_Message], value: bytes | None) -> _Message:
     """Read a low-rate message; raises MessageFormatError naming what is wrong."""
     try:
         return msgspec.json.decode(value or b"", type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise MessageFormatError(f"not a {kind.__name__}: {error}") from error

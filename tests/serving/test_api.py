@@ -415,7 +415,13 @@ async def test_one_bad_event_refuses_the_list_and_nothing_is_sent(
 
 @pytest.mark.parametrize(
     ("body", "status", "code"),
-    [(b"[]", 422, "invalid_request"), (b"[1", 422, "malformed_json"), (b"[{},{},{},{}]", 413, "too_many_events")],
+    [
+        (b"[]", 422, "invalid_request"),
+        (b"[1", 422, "malformed_json"),
+        (b"[" * 5_000 + b"]" * 5_000, 422, "malformed_json"),
+        (b'{"x": ' * 2_000 + b"1" + b"}" * 2_000, 422, "events_refused"),
+        (b"[{},{},{},{}]", 413, "too_many_events"),
+    ],
 )
 async def test_a_body_that_holds_no_usable_list_of_events_is_refused(
     town: Town, body: bytes, status: int, code: str

@@ -45,6 +45,7 @@ values = st.one_of(
             b"{",
             b"}",
             b"\xff",
+            b"[" * 7_000,
             b'{"event_id":"x\n{"}',
             b"x" * 20_000,
             # Two that make one object, and one that makes two.
@@ -128,6 +129,14 @@ def test_a_hash_that_another_text_has_is_refused_and_its_name_not_kept() -> None
     assert [refusal.reason for _, refusal in batch.refused] == ["id_collision"]
     assert batch.interactions.user_id.tolist() == [stable_id("bert"), 5]
     assert batch.user_names == {stable_id("bert"): "bert"}
+
+
+def test_an_id_that_not_every_database_keeps_is_refused_as_one_record_is_alone() -> None:
+    raw = [json.dumps(GOOD | ids).encode() for ids in ({"user_id": "a\0"}, {"item_id": "\0"}, {"user_id": "anna"})]
+    batch = decode_batch(batch_of(raw), EventDecoder(EventRules()), NOW_MS)
+    alone = [EventDecoder(EventRules()).decode(value, NOW_MS) for value in raw[:2]]
+    assert [refusal for _, refusal in batch.refused] == alone
+    assert (list(batch.user_names.values()), batch.item_names) == (["anna"], {})
 
 
 def test_what_lies_below_a_position_is_dropped() -> None:

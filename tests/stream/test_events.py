@@ -189,6 +189,22 @@ def test_no_json_object_makes_the_decoder_raise(changes: dict[str, Any]) -> None
     assert isinstance(decode(json.dumps(good() | changes).encode()), Event | Refusal)
 
 
+def test_what_is_nested_deeper_than_the_interpreter_goes_is_refused_and_raises_nothing() -> None:
+    nested = b"[" * 7_000 + b"]" * 7_000
+    for raw in (nested, b'{"extra":' + nested + b"," + json.dumps(good()).encode()[1:]):
+        refused = decode(raw)
+        assert isinstance(refused, Refusal)
+        assert refused.reason == "malformed_json"
+
+
+@pytest.mark.parametrize("field", ["user_id", "item_id"])
+def test_a_text_that_not_every_database_keeps_is_no_id(field: str) -> None:
+    refused = decode(good(**{field: "a\0b"}))
+    assert isinstance(refused, Refusal)
+    assert (refused.reason, refused.field) == ("wrong_type", field)
+    assert "NUL" in refused.error
+
+
 def test_rules_refuse_more_actions_than_bits() -> None:
     with pytest.raises(ValueError, match=r"events.actions"):
         EventRules(actions=tuple(f"a{n}" for n in range(33)))

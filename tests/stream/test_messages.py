@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from msgspec.structs import replace as replace_message
 
+from feature_store.ids import stable_id
 from feature_store.interactions import Interactions
 from stream.errors import MessageFormatError
 from stream.messages import (
@@ -21,6 +24,7 @@ from stream.messages import (
     decode_message,
     encode_message,
     id_as_written,
+    read_item,
 )
 
 
@@ -72,7 +76,9 @@ def test_above_drops_what_was_applied() -> None:
     assert len(update_of(5).above(18).offsets) == 0
 
 
-@pytest.mark.parametrize("value", [None, b"", b"\x01", b"not msgpack at all", update_of(3).encode()[:-9]])
+@pytest.mark.parametrize(
+    "value", [None, b"", b"\x01", b"\x91" * 5_000, b"not msgpack at all", update_of(3).encode()[:-9]]
+)
 def test_what_is_no_history_update_is_refused(value: bytes | None) -> None:
     with pytest.raises(MessageFormatError):
         HistoryUpdate.decode(value)
@@ -107,6 +113,36 @@ def test_what_the_head_predicted_reads_back_and_may_be_absent_as_in_earlier_vers
 def test_an_unknown_command_is_refused() -> None:
     with pytest.raises(MessageFormatError, match="ForgetUser"):
         decode_message(Command, b'{"command": "self_destruct", "user_id": 1}')
+
+
+@pytest.mark.parametrize("value", [None, b"", b"\xff", b'{"item_id": "\xff"}', b"[" * 5_000, b'{"x":' * 5_000])
+def test_what_is_no_message_is_refused(value: bytes | None) -> None:
+    with pytest.raises(MessageFormatError, match="not a ItemMessage"):
+        decode_message(ItemMessage, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (None, {"item_id": -1}),
+        (None, {"item_id": 2**63}),
+        (None, {"item_id": ""}),
+        (None, {"item_id": "a\0"}),
+        (None, {"item_id": 1, "title": "\0"}),
+        (None, {"item_id": 1, "text": "a\0b"}),
+        (None, {"item_id": 1, "categories": ["a", "\0"]}),
+        (None, None),
+        (b"99999999999999999999", None),
+        (b"9" * 5_000, None),
+    ],
+)
+def test_an_item_that_not_every_database_keeps_is_refused(key: bytes | None, value: dict[str, Any] | None) -> None:
+    with pytest.raises(MessageFormatError):
+        read_item(key, None if value is None else json.dumps(value).encode())
+
+
+def test_digits_of_another_script_are_a_text() -> None:
+    assert read_item("²".encode(), None) == (stable_id("²"), None, None)
 
 
 def test_a_prefix_precedes_every_topic() -> None:
