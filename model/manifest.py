@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from model.errors import SnapshotFormatError
 from model.row_precision import ROW_PRECISIONS, RowPrecision
+from model.small_records import read_record
 
 FORMAT_VERSION = 1
 """Raised when a reader of the older format could misread the newer one."""
@@ -159,14 +160,15 @@ class SnapshotPointer:
     path: str
     created_at_ms: int
 
+    def __post_init__(self) -> None:
+        if self.version < 1:
+            raise ValueError(f"version is {self.version}; versions start at 1")
+
     def encode(self) -> bytes:
         """JSON."""
         return (json.dumps(asdict(self), sort_keys=True) + "\n").encode()
 
     @staticmethod
     def decode(content: bytes) -> SnapshotPointer:
-        """The pointer in ``content``; SnapshotFormatError if it cannot be read."""
-        try:
-            return SnapshotPointer(**json.loads(content))
-        except (TypeError, ValueError) as error:
-            raise SnapshotFormatError(f"current.json cannot be read: {error!r}") from error
+        """The pointer in ``content``; ValueError if it is none."""
+        return read_record(SnapshotPointer, content)

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from model.errors import SnapshotFormatError
+from model.small_records import read_record
 from model.snapshot import model_folder
 from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 
@@ -57,10 +58,10 @@ def remove_rejection(root: SnapshotRoot, model: str, version: int) -> None:
 
 def _read(storage: SnapshotStorage, name: str) -> Rejection | None:
     try:
-        return Rejection(**json.loads(storage.read(name, size_max=_MAX_BYTES)))
+        return read_record(Rejection, storage.read(name, size_max=_MAX_BYTES))
     except FileNotFoundError:
         return None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise SnapshotFormatError(f"{storage.place(name)} cannot be read ({error}): delete it") from error
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from urllib.parse import quote
 
 from model.errors import SnapshotCorruptError, SnapshotFormatError, SnapshotMissingError
+from model.small_records import read_record
 from model.snapshot import (
     READY_NAME,
     model_folder,
@@ -39,11 +40,6 @@ class ReplicaLease:
     at_ms: int
     back_to: int | None = None
 
-    def __post_init__(self) -> None:
-        numbers = (self.at_ms, self.version or 0, self.loading or 0, self.back_to or 0)
-        if not all(isinstance(number, int) for number in numbers):
-            raise ValueError(f"{self} is no lease: version, loading and at_ms are numbers")
-
 
 def write_lease(root: SnapshotRoot, model: str, lease: ReplicaLease) -> None:
     """Renew a replica's lease."""
@@ -62,10 +58,10 @@ def read_leases(root: SnapshotRoot, model: str) -> list[ReplicaLease]:
         if not name.endswith(".json"):
             continue
         try:
-            lease = ReplicaLease(**json.loads(storage.read(name, size_max=_MAX_LEASE_BYTES)))
+            lease = read_record(ReplicaLease, storage.read(name, size_max=_MAX_LEASE_BYTES))
         except FileNotFoundError:
             continue  # ended since it was listed
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise SnapshotCorruptError(f"{storage.place(name)} is no lease ({error}): delete it") from error
         leases.append(lease)
     return leases

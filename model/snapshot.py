@@ -26,6 +26,7 @@ from torch import Tensor
 from model.errors import (
     SnapshotCorruptError,
     SnapshotExistsError,
+    SnapshotFormatError,
     SnapshotHashError,
     SnapshotMissingError,
     SnapshotNotReadyError,
@@ -256,6 +257,8 @@ def _read_pointer(storage: SnapshotStorage, name: str) -> SnapshotPointer | None
         return SnapshotPointer.decode(storage.read(name, size_max=MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise SnapshotFormatError(f"{storage.place(name)} cannot be read ({error})") from error
 
 
 def read_manifest(root: SnapshotRoot, model: str, version: int) -> Manifest:

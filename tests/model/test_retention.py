@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -136,9 +138,10 @@ def test_what_was_turned_away_is_remembered_for_as_long_as_it_is_there(storage: 
     assert read_rejection(storage, "hstu", 7) is None
     prune(storage)
     assert read_rejections(storage, "hstu") == rejections[1:]
-    storage.publish("hstu/rejected/v00000009.json", b"{}")
-    with pytest.raises(SnapshotFormatError, match="v00000009.json cannot be read"):
-        read_rejection(storage, "hstu", 9)
+    for damaged in (b"{}", json.dumps(asdict(rejections[1]) | {"back_to": "1"}).encode()):
+        storage.publish("hstu/rejected/v00000009.json", damaged)
+        with pytest.raises(SnapshotFormatError, match="v00000009.json cannot be read"):
+            read_rejection(storage, "hstu", 9)
 
 
 def test_a_pointer_that_was_moved_back_is_kept_until_the_next_version(storage: SnapshotStorage, study: Study) -> None:

@@ -298,11 +298,21 @@ async def test_a_new_worker_takes_the_newest_version_that_is_whole(town: Town) -
         assert (await served.recommend(7))["snapshot_version"] == 2
 
 
-async def test_a_pointer_that_cannot_be_read_changes_nothing_and_is_named(town: Town) -> None:
+@pytest.mark.parametrize(
+    "damaged", ["{", "[" * 5_000, "[]", *({"version": version} for version in ("2", 2.0, True, None, [2], 0, -1))]
+)
+async def test_a_pointer_that_cannot_be_read_changes_nothing_and_is_named(
+    town: Town, damaged: str | dict[str, object]
+) -> None:
     async with town.worker(version=1) as served:
-        (town.root / NAME / "current.json").write_text("{")
+        pointer = town.root / NAME / "current.json"
+        pointer.write_text(
+            damaged if isinstance(damaged, str) else json.dumps(json.loads(pointer.read_text()) | damaged)
+        )
         await eventually(lambda: served.worker.status()["snapshot"]["pointer_problem"])  # type: ignore[index]
+        assert str(pointer) in str(served.worker.status()["snapshot"])
         assert (await served.recommend(7))["snapshot_version"] == 1
+        assert served.worker.failure is None
 
 
 def test_a_chain_is_applied_as_a_whole_or_not_at_all(town_publisher: Publisher) -> None:

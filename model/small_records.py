@@ -1,0 +1,42 @@
+"""Small JSON files beside snapshots, which no hash protects: what is read of one is whole, or it is refused."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Record = TypeVar("Record")
+
+
+def read_record(kind: type[Record], content: bytes) -> Record:
+    """The dataclass that ``content``, a JSON object, holds; ValueError unless every field is of the type it declares.
+
+    Somebody's editor or script wrote a text where a number belongs: that must not come to light as a TypeError in the
+    middle of a worker.
+    """
+    try:
+        raw = json.loads(content)
+        record = kind(**raw)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    declared = get_type_hints(kind)
+    for field in fields(kind):  # type: ignore[arg-type] # a dataclass, as said above
+        value = getattr(record, field.name)
+        if not _fits(value, declared[field.name]):
+            raise ValueError(f"{field.name} is {value!r}")
+    return record
+
+
+def _fits(value: object, declared: Any) -> bool:
+    origin, of = get_origin(declared), get_args(declared)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in of)
+    if origin is Literal:
+        return value in of
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, of[0]) and _fits(v, of[1]) for k, v in value.items())
+    if declared in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if declared is int else int | float)
+    return isinstance(value, declared)
