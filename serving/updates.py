@@ -43,12 +43,16 @@ class UncoveredUpdates:
     def __init__(self) -> None:
         self._log_id = ""
         self._waiting: dict[int, deque[tuple[int, int]]] = {}
+        self._in_service = Lineage()
 
     def add(self, log_id: str, partition: int, last_offset: int, at_ms: int) -> None:
         """Interactions up to `last_offset` of a source partition became known at `at_ms`."""
         if log_id != self._log_id:
             # The log was made anew: no weights will state positions of the one before any more.
             self._log_id, self._waiting = log_id, {}
+        if log_id == self._in_service.log_id and last_offset < self._in_service.positions.get(partition, 0):
+            # Weights came before the update that tells of what they contain: nobody would say so a second time.
+            return
         waiting = self._waiting.setdefault(partition, deque())
         if len(waiting) >= _UNCOVERED_MAX:
             # Join the newest two: the older time stands for both, so the figure never flatters.
@@ -57,6 +61,7 @@ class UncoveredUpdates:
 
     def covered(self, lineage: Lineage) -> None:
         """Weights that contain everything below these positions are in service."""
+        self._in_service = lineage
         if lineage.log_id != self._log_id:
             return
         for partition, position in lineage.positions.items():

@@ -228,6 +228,19 @@ def test_waiting_interactions_are_counted_from_the_oldest_until_weights_cover_th
     assert waiting.behind_ms(5_000) == 0
 
 
+def test_what_the_weights_contained_before_it_was_heard_of_does_not_wait() -> None:
+    waiting = UncoveredUpdates()
+    waiting.covered(Lineage(log_id="log", positions={0: 21}))
+    waiting.add("log", 0, 10, 1_000)
+    waiting.add("log", 0, 20, 2_000)
+    assert waiting.behind_ms(5_000) == 0
+    waiting.add("log", 0, 21, 3_000)
+    waiting.add("log", 1, 5, 4_000)
+    assert waiting.behind_ms(5_000) == 2_000
+    waiting.add("log~1", 0, 3, 4_500)
+    assert waiting.behind_ms(5_000) == 500
+
+
 def test_when_the_log_was_made_anew_only_its_own_interactions_wait() -> None:
     waiting = UncoveredUpdates()
     waiting.add("log", 0, 10, 1_000)
