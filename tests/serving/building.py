@@ -41,7 +41,7 @@ NAME = "hstu"
 NOW_MS = 1_700_000_000_000
 MODEL = ModelConfig(embedding_dim=16, num_layers=1, num_heads=1, attention_dim=8, hidden_dim=8, max_len=8)
 SERVING = ServingConfig(
-    snapshot_poll_ms=20, snapshot_retry_max_ms=100, store_check_ms=50, broker_check_ms=50, request_timeout_ms=5_000
+    snapshot_poll_ms=20, snapshot_retry_max_ms=100, store_check_ms=50, broker_check_ms=50, request_timeout_ms=30_000
 )
 HOT = HotHistoriesConfig(max_len=32, budget_bytes=4 * 1024 * 1024)
 
@@ -287,7 +287,7 @@ def redeclare(folder: Path) -> None:
     (folder / "READY").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
 
 
-async def eventually(holds: Callable[[], object], *, within_s: float = 10.0) -> None:
+async def eventually(holds: Callable[[], object], *, within_s: float = 30.0) -> None:
     """Wait until `holds()` is true; fail after `within_s`."""
     deadline_s = time.monotonic() + within_s
     while not holds():
