@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.guard_config import GuardConfig
-from serving.queries import Query, Ranking, RankQuery
+from serving.queries import NOT_FINITE, Query, Ranking, RankQuery
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +74,9 @@ class _Watched:
 
     def add(self, queries: Sequence[Query], rankings: Sequence[Ranking], batch_ms: float) -> None:
         """A micro-batch was answered."""
-        self._count(len(queries), failed=False)
+        num_failed = sum(ranking.fallback_reason == NOT_FINITE for ranking in rankings)
+        self._count(len(queries) - num_failed, failed=False)
+        self._count(num_failed, failed=True)
         self._batch_ms.add([batch_ms])
         for query, ranking in zip(queries, rankings, strict=True):
             if ranking.fallback_reason is None:

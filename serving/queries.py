@@ -6,7 +6,7 @@ Shapes: K items of an answer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,10 @@ class RecommendQuery:
     def item_ids(self) -> Int64s:
         """Items that the request names."""
         return self.exclude
+
+
+NOT_FINITE: Final = "not_finite"
+"""`fallback_reason` of an answer for which the weights gave no numbers: to the guards, one that failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

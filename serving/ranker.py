@@ -19,7 +19,7 @@ from torch import Tensor
 from serving.history_reader import HISTORY_BEHIND, HISTORY_UNREADABLE, STORE_UNAVAILABLE, HistoryReader, UserHistory
 from serving.item_categories import ItemCategories
 from serving.popularity import LivePopularity, PopularItems
-from serving.queries import Query, RankedBy, Ranking, RankQuery, RecommendQuery
+from serving.queries import NOT_FINITE, Query, RankedBy, Ranking, RankQuery, RecommendQuery
 from serving.ranking_head import RankingHead, ToRank
 from serving.recommending import ItemChooser, Recommending
 from serving.user_states import Reading, UserEncoder
@@ -35,6 +35,7 @@ FALLBACK_REASONS: Final = {
     NO_WEIGHTS: "no snapshot is loaded yet",
     NO_HISTORY: "nothing is known about this user",
     HISTORY_UNKNOWN_TO_WEIGHTS: "the weights know none of the items in this user's history",
+    NOT_FINITE: "the weights, though finite themselves, give no finite numbers for this user",
     STORE_UNAVAILABLE: "the history is not in memory, and the store is away",
     HISTORY_BEHIND: "the store does not hold interactions yet that the log has announced",
     HISTORY_UNREADABLE: "the stored history is damaged, or the schema is not the one this code needs",
@@ -95,11 +96,15 @@ class Ranker:
         """One ranking per query, all from the same weights. `now_ms`: time of the requests."""
         parts = self._parts
         batch = self._look_up(queries, parts.histories.read([query.user_id for query in queries]))
-        rankings = self._by_model(batch, now_ms)
+        scored = self._readable(batch, now_ms) if self._weights.info is not None else []
+        rankings = self._by_model(batch, scored, now_ms)
         unscored = [place for place in range(len(batch)) if place not in rankings]
         if unscored:
             popular = parts.live_popularity.items() if self._weights.info is None else self._weights.popular()
-            rankings |= {place: self._by_popularity(batch[place], popular) for place in unscored}
+            failed = {one.place for one in scored}
+            for place in unscored:
+                reason = NOT_FINITE if place in failed else self._fallback_reason(batch[place].history)
+                rankings[place] = self._by_popularity(batch[place], popular, reason)
         return [rankings[place] for place in range(len(batch))]
 
     def _look_up(self, queries: Sequence[Query], histories: dict[int, UserHistory]) -> list[_Asked]:
@@ -114,17 +119,19 @@ class Ranker:
             for query, named_rows, session_rows in zip(queries, named, session, strict=True)
         ]
 
-    def _by_model(self, batch: Sequence[_Asked], now_ms: int) -> dict[int, Ranking]:
-        """By place in the batch: answers to all for whom the loaded weights can read something."""
-        scored = self._readable(batch, now_ms) if self._weights.info is not None else []
-        by_head = self._by_head(batch, scored, now_ms)
-        scored = [one for one in scored if one.place not in by_head]
+    def _by_model(self, batch: Sequence[_Asked], scored: Sequence[_Scored], now_ms: int) -> dict[int, Ranking]:
+        """By place in the batch: answers to those of `scored` for whom the loaded weights give finite numbers."""
+        of_head = self._by_head(batch, scored, now_ms)
+        by_head = {place: ranking for place, ranking in of_head.items() if ranking is not None}
+        scored = [one for one in scored if one.place not in of_head]
         if not scored:
             return by_head
         # Several queries of one user share a reading.
         readings = list({id(one.reading): one.reading for one in scored}.values())
         number = {id(reading): at for at, reading in enumerate(readings)}
         u_UD = self._parts.encoder.encode(readings, now_ms)
+        is_finite_U = np.isfinite(u_UD.numpy().sum(axis=1) * float(self._weights.recommender.scale))
+        scored = [one for one in scored if is_finite_U[number[id(one.reading)]]]
         places, numbers = [one.place for one in scored], [number[id(one.reading)] for one in scored]
         states = dict(zip(places, u_UD[numbers], strict=True))
         recommending = [one for one in scored if isinstance(batch[one.place].query, RecommendQuery)]
@@ -199,8 +206,10 @@ class Ranker:
         blocked: NDArray[np.bool_] = (history.action & np.uint32(self._parts.blocking_actions)) != 0
         return blocked
 
-    def _by_head(self, batch: Sequence[_Asked], scored: Sequence[_Scored], now_ms: int) -> dict[int, Ranking]:
-        """By place in the batch: the rankings that the ranking head gives; none where it is not in use."""
+    def _by_head(self, batch: Sequence[_Asked], scored: Sequence[_Scored], now_ms: int) -> dict[int, Ranking | None]:
+        """By place in the batch: the rankings that the ranking head gives, None where they are not finite; none at all
+        where it is not in use.
+        """
         places = [one.place for one in scored if isinstance(batch[one.place].query, RankQuery)]
         if not places or not self._parts.head.is_in_use:
             return {}
@@ -216,6 +225,8 @@ class Ranker:
                 self._in_order(batch[place], one.scores, None, ranked_by="head", predictions=one.predictions),
                 upstream_age_s=one.upstream_age_s,
             )
+            if np.isfinite(one.scores[batch[place].named_rows >= 0]).all()
+            else None
             for place, one in zip(places, found, strict=True)
         }
 
@@ -232,9 +243,8 @@ class Ranker:
         ].numpy()
         return self._in_order(asked, scores, None, ranked_by="retrieval")
 
-    def _by_popularity(self, asked: _Asked, popular: PopularItems) -> Ranking:
+    def _by_popularity(self, asked: _Asked, popular: PopularItems, reason: str) -> Ranking:
         query, history, categories = asked.query, asked.history, self._parts.categories
-        reason = self._fallback_reason(history)
         if isinstance(query, RankQuery):
             return self._in_order(asked, popular.scores_of(query.candidates), reason, ranked_by="popularity")
         left_out = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,9 +20,9 @@ from model.rejection import Rejection, read_rejections
 from model.retention import read_leases
 from serving.guard_config import GuardConfig
 from serving.guards import FAILURES, LATENCY, SCORES, Judgement, SwapGuards, judge, ks_distance
-from serving.queries import Query, Ranking, RankQuery, RecommendQuery
+from serving.queries import NOT_FINITE, Query, Ranking, RankQuery, RecommendQuery
 from serving.weights import PreparedSwap, WeightsInfo
-from tests.serving.building import NAME, SERVING, Publisher, Served, Town, eventually, scores_of
+from tests.serving.building import NAME, SERVING, Publisher, Served, Town, eventually, ids_of, scores_of
 
 CONFIG = GuardConfig(answers_min=50, latency_ms_min=10)
 QUICK = GuardConfig(answers_min=20, check_ms=10, cooldown_ms=300)
@@ -257,7 +258,7 @@ def guards_of(served: Served) -> dict[str, Any]:
 async def until_passed(served: Served, version: int) -> None:
     """Ask until `version` has passed."""
     await served.until_version(version)
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while guards_of(served)["passed"] != version:
         assert time.monotonic() < deadline_s, guards_of(served)
         await ask(served, 4)
@@ -423,6 +424,24 @@ async def test_a_version_that_fails_to_answer_is_left(town: Town) -> None:
                 await served.worker._model_thread.run(lambda: failing([query()]))
         await served.until_version(5)
         assert guards_of(served)["last"]["guard"] == FAILURES
+
+
+async def test_a_version_that_gives_no_numbers_is_answered_for_by_popularity_and_left(town: Town) -> None:
+    async with town.worker(version=1, guards=QUICK) as served:
+        await grow_up(town, served)
+        expected = scores_of(await served.recommend(7))
+        with torch.no_grad():
+            town.publisher.recommender.log_scale.fill_(200)  # finite, what it is the logarithm of is not
+        town.publisher.publish()
+        await served.until_version(6)
+        told = await served.recommend(7, k=5)
+        ranked = await served.rank(7, [1, 5])
+        assert [one["fallback_reason"] for one in (told, ranked)] == [NOT_FINITE] * 2
+        assert len(ids_of(told)) == 5
+        await ask(served, 4)
+        await served.until_version(5)
+        assert guards_of(served)["last"]["guard"] == FAILURES
+        assert scores_of(await served.recommend(7)) == pytest.approx(expected, rel=1e-5)
 
 
 async def test_with_its_guards_off_a_worker_follows_whatever_comes(town: Town) -> None:
