@@ -53,6 +53,9 @@ _READY: Final = {
 }
 
 
+_NO_TELEMETRY: Final[Any] = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
+"""Newer versions of FastAPI measure requests, too, under the same names: `respond` does, with what came of them."""
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -85,7 +88,7 @@ class _Api(FastAPI):
 
 def build_api(worker: ServingWorker) -> FastAPI:
     """The application that answers for `worker`; starting and stopping the worker is the caller's business."""
-    app = _Api(title="headrace serving", version=_version())
+    app = _Api(title="headrace serving", version=_version(), telemetry=_NO_TELEMETRY)
     app.direct = {}
     _add_work(app, worker)
     _add_probes(app, worker)

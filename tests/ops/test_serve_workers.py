@@ -66,6 +66,7 @@ def test_a_worker_that_is_killed_comes_back_while_the_other_answers(tmp_path: Pa
         assert ask(port)["fallback_reason"] == "no_weights"
         wait_for(lambda: status(port + 1), log)
         assert ask(port + 1)["fallback_reason"] == "no_weights"
+        assert_each_metric_once(port)
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0, Path(log.name).read_text()
         for at in (port, port + 1):
@@ -89,6 +90,15 @@ def ask(port: int) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
+
+
+def assert_each_metric_once(port: int) -> None:
+    """Nobody else measures what we do: FastAPI would, under the same name."""
+    told = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    types = [line for line in told.splitlines() if line.startswith("# TYPE")]
+    assert any("http_server_request_duration" in line for line in types)
+    assert len(types) == len(set(types))
+    assert 'otel_scope_name="fastapi"' not in told
 
 
 def wait_for(read: Callable[[], Any], log: Any) -> Any:
