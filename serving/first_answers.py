@@ -12,7 +12,7 @@ from typing import Final
 
 from opentelemetry import trace
 
-from feature_store.errors import FeatureStoreError, StoreUnavailableError
+from feature_store.errors import FeatureStoreError
 from feature_store.store import FeatureStore
 from model.manifest import Manifest
 from stream.freshness import F4_ANSWERED, AgeHistogram, AgePair, FreshnessRecorder
@@ -111,7 +111,7 @@ class FirstAnswers:
             answered = self._answered.popleft()
             try:
                 await asyncio.get_running_loop().run_in_executor(self._executor, self._record_one, answered)
-            except StoreUnavailableError as error:
+            except FeatureStoreError as error:  # away, or its tables are: StoreWatch says which
                 logger.debug("first answers are recorded later: %s", error)
                 self._answered.appendleft(answered)
                 return False

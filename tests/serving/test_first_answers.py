@@ -92,6 +92,20 @@ async def test_what_could_not_be_recorded_is_recorded_when_the_worker_stops(town
     assert recorded(town) == {(1, "one"): NOW_MS}
 
 
+async def test_tables_that_are_missing_for_a_while_end_no_worker(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.first_answers._RETRY_S", 0.01)
+    engine = town.store._engine
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE first_served RENAME TO elsewhere")
+    async with town.worker(version=1) as served:
+        await served.recommend(7)
+        await asyncio.sleep(0.1)
+        assert served.worker.failure is None
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO first_served")
+        await eventually(lambda: recorded(town) == {(1, "one"): NOW_MS})
+
+
 async def test_every_replica_records_for_itself(town: Town) -> None:
     async with town.worker(version=1) as one, town.worker(version=1, replica="two") as two:
         await one.recommend(7)
