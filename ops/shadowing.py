@@ -20,6 +20,7 @@ _LINES = (
     ("rank correlation (Spearman)", "rank_correlation", "{:.3f}"),
     ("scores moved by", "score_shift", "{:+.4f}"),
     ("distance of the scores (KS)", "score_distance", "{:.3f}"),
+    ("that could not be answered again", "num_failed", "{:,}"),
     ("memory meanwhile, bytes", "memory_bytes", "{:,}"),
 )
 

@@ -35,20 +35,21 @@ class DivergenceReport:
 
 
 class Mean:
-    """A running mean."""
+    """A running mean, which another thread may look at."""
 
     def __init__(self) -> None:
-        self._sum, self._count = 0.0, 0
+        self._sum_and_count = (0.0, 0)
 
     def add(self, value: float) -> None:
         """Add one value."""
-        self._sum += value
-        self._count += 1
+        total, count = self._sum_and_count
+        self._sum_and_count = (total + value, count + 1)
 
     @property
     def value(self) -> float | None:
         """None without any value."""
-        return self._sum / self._count if self._count else None
+        total, count = self._sum_and_count
+        return total / count if count else None
 
 
 class Divergence:
@@ -62,7 +63,11 @@ class Divergence:
 
     def add(self, served: Ranking, candidate: Ranking) -> None:
         """Compare two answers; those by popularity say nothing about the weights."""
+        self._compare(served, candidate)
+        # Last: a report that is read meanwhile counts nothing that its means do not hold.
         self.num_compared += 1
+
+    def _compare(self, served: Ranking, candidate: Ranking) -> None:
         reasons = (served.fallback_reason, candidate.fallback_reason)
         if any(reason is not None for reason in reasons):
             self.num_fallback_differs += (reasons[0] is None) != (reasons[1] is None)

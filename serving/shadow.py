@@ -78,7 +78,7 @@ class Shadowing:
         self._shadow: _Shadow | None = None
         self._waiting: deque[Query] = deque()
         self._changing = asyncio.Lock()
-        self.num_skipped = 0
+        self.num_skipped = self.num_failed = 0
 
     def watched(self, answer: Answer) -> Answer:
         """The same answers; a share of the queries is put aside. In the model thread."""
@@ -106,7 +106,7 @@ class Shadowing:
             weights = ServedWeights(self._parts.model_config, self._parts.live.weights.withheld)
             weights.swap(prepared)
             self._waiting.clear()
-            self.num_skipped = 0
+            self.num_skipped = self.num_failed = 0
             self._shadow = _Shadow(
                 version=version,
                 share=share,
@@ -128,7 +128,16 @@ class Shadowing:
         while True:
             await asyncio.sleep(_LOOK_S)
             while self._waiting:
-                await self._parts.model_thread.run(partial(self._compare, self._waiting.popleft()))
+                comparing = self._parts.model_thread.run(partial(self._compare, self._waiting.popleft()))
+                (error,) = await asyncio.gather(comparing, return_exceptions=True)
+                if error is not None:
+                    self._note_failure(error)
+
+    def _note_failure(self, error: BaseException) -> None:
+        """A candidate that cannot answer is a finding about the candidate, and no end of the worker."""
+        if not self.num_failed:
+            logger.error("a request could not be answered a second time, by the version aside", exc_info=error)
+        self.num_failed += 1
 
     def _compare(self, query: Query) -> None:
         shadow, now_ms = self._shadow, self._parts.query_now_ms()
@@ -179,16 +188,20 @@ class Shadowing:
             "since_ms": shadow.since_ms,
             "memory_bytes": shadow.memory_bytes,
             "num_skipped": self.num_skipped,
+            "num_failed": self.num_failed,
             **asdict(shadow.divergence.report()),
         }
 
 
 def _memory_bytes(weights: ServedWeights) -> int:
-    """Of the second set of weights: parameters, item table and the catalogue made ready for scoring."""
-    catalogue = weights.catalogue()
+    """Of the second set of weights: parameters, item table and the catalogue made ready for scoring.
+
+    Of the table, the rows in use: the others are reserved, and take no memory.
+    """
+    catalogue, num_items = weights.catalogue(), weights.items.num_items
     held = [
         *weights.recommender.parameters(),
-        *(one for one in weights.items.storage() if isinstance(one, Tensor | np.ndarray)),
+        *(one[:num_items] for one in weights.items.storage() if isinstance(one, Tensor | np.ndarray)),
         catalogue.unit_VD,
         catalogue.offset_V,
     ]
