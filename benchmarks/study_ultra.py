@@ -1,7 +1,7 @@
 """ULTRA-HSTU against HSTU: quality against operations over depth and length, and each part alone.
 
     python benchmarks/study_ultra.py [--streams long_range movietweetings liked ml_1m] [--quick] [--data FOLDER]
-                                     [--group grid] [--arms NAME ...] [--again-dirty] [--results FOLDER]
+                                     [--group grid] [--arms NAME ...] [--again-dirty] [--kept] [--results FOLDER]
 
 Streams: `long_range` (backtest.long_range), simulated, where a seventh of what comes next depends on what lies
 120 interactions back and more, and the ideal is known (*far HR*: of those alone); the first ratings of movietweetings,
@@ -18,11 +18,11 @@ those of the encoder in closed form (model.flops), with attention as the mask le
 histories, forward and backward, over the interactions that it learned from; for inference, of reading the history
 behind each prediction. Slopes are of a straight line through an arm family's points, quality over operations, with the
 share of the variance that it explains (r2) and its standard error, and exponents of one through their logarithms;
-*of_seeds*: with the ends of the grid by each seed.
+*of_seeds*: with the ends of the grid by each seed. Ratios are told where both lines rise by two standard errors.
 
 Arms that are in the results with the same settings are not run again: stopped, it goes on where it was. Each tells the
-commit that ran it; --again-dirty runs those again that ran before their changes were committed. Writes study-ultra.json
-and .png; the last line is the JSON without the arms.
+commit that ran it; --again-dirty runs those again that ran before their changes were committed; --kept runs none.
+Writes study-ultra.json and .png; the last line is the JSON without the arms.
 """
 
 from __future__ import annotations
@@ -209,12 +209,17 @@ def _fits(grid: list[dict[str, Any]]) -> dict[str, Any]:
         return fits
     for kind in ("training", "inference"):
         fit: dict[str, Any] = {family: fitted(points, f"{kind}_flops") for family, points in of_family.items()}
-        for name in ("slope_per_mflop", "exponent"):
-            fit[f"{name}_ratio"] = fit["ultra"][name] / fit["hstu"][name]
-            if "hstu_merged" in fit:
-                fit[f"{name}_ratio_to_merged"] = fit["ultra"][name] / fit["hstu_merged"][name]
+        for suffix, other in (("ratio", "hstu"), ("ratio_to_merged", "hstu_merged")):
+            if other in fit:
+                fit |= {f"{name}_{suffix}": one for name, one in _ratios(fit["ultra"], fit[other]).items()}
         fits[kind] = fit
     return fits
+
+
+def _ratios(fit: dict[str, float], other: dict[str, float]) -> dict[str, float | None]:
+    """None where one of the lines does not rise by two standard errors: the ratio would be one of noise."""
+    rises = all(one["slope_per_mflop"] > 2 * one["slope_error"] for one in (fit, other))
+    return {name: fit[name] / other[name] if rises else None for name in ("slope_per_mflop", "exponent")}
 
 
 def _seed(row: dict[str, Any]) -> int:
@@ -265,12 +270,13 @@ def main() -> None:
     parser.add_argument("--events", type=int, help="of each stream at most")
     parser.add_argument("--data", type=Path, default=DATA, help="folder that has ml-1m")
     parser.add_argument("--again-dirty", action="store_true", help="run arms again that ran on uncommitted changes")
+    parser.add_argument("--kept", action="store_true", help="run nothing: fits and pictures of the arms that there are")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of what is written")
     options = parser.parse_args()
     has_ml_1m = (options.data / "ml-1m" / "interactions.parquet").is_file()
     if options.streams is None:
-        options.streams = [name for name in LENGTHS if name != "ml_1m" or has_ml_1m]
-    elif "ml_1m" in options.streams and not has_ml_1m:
+        options.streams = [name for name in LENGTHS if name != "ml_1m" or has_ml_1m or options.kept]
+    elif "ml_1m" in options.streams and not (has_ml_1m or options.kept):
         parser.error(f"{options.data / 'ml-1m'} has no interactions.parquet, which the stream ml_1m reads: see --data")
     keep_freed_memory()
     here = environment()  # of the code as it was read, whatever changes in the folder meanwhile
@@ -283,22 +289,26 @@ def main() -> None:
     print(f"{'stream':<15}{'arm':<22}{'NDCG@20':>8}{'HR@10':>8}{'far HR':>8}{'train M':>10}{'infer M':>10}{'CPU s':>8}")
     for name in options.streams:
         num_events = options.events or (QUICK_EVENTS if options.quick else NUM_EVENTS[name])
-        stream = made_stream(name, num_events, options.data)
-        ideals[name] = stream.ideal
+        stream = None if options.kept else made_stream(name, num_events, options.data)
+        if stream is not None:
+            ideals[name] = stream.ideal
         arms = quick_arms(name) if options.quick else arms_of(name)
         for arm in arms:
             if options.group not in (None, arm.group) or (options.arms and arm.name not in options.arms):
                 continue
             identity = _identity(asdict(arm), num_events)
+            if options.kept and identity not in rows:
+                continue
             wanted.append(identity)
             if identity not in rows:
+                assert stream is not None, "nothing is left to be run under --kept"
                 ran = _twin(arm, num_events, rows) or {**run_arm(arm, stream), "commit": here["commit"]}
                 rows[identity] = {**ran, "num_events": num_events}
                 _write(path, rows, ideals)
             show(rows[identity])
     kept = [rows[one] for one in wanted]
     if options.group != "ablation" and any(len(LENGTHS[name]) > 1 for name in options.streams):
-        streams = {name: ideals[name].get(QUALITY) for name in options.streams if len(LENGTHS[name]) > 1}
+        streams = {name: ideals.get(name, {}).get(QUALITY) for name in options.streams if len(LENGTHS[name]) > 1}
         draw(kept, streams, path.with_suffix(".png"))
     commits = dict(Counter(row["commit"] for row in rows.values()))
     result = {"benchmark": "study-ultra", **here, "arms_by_commit": commits, "paper": PAPER, "ideal": ideals}

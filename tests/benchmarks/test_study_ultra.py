@@ -171,6 +171,15 @@ def test_ratings_of_movielens_come_by_time_and_in_the_order_of_the_file_within_a
     assert (np.diff(stream.event_key.astype(np.int64)) > 0).all()
 
 
+def test_no_ratio_is_told_of_lines_that_do_not_rise() -> None:
+    rising = [grid_row("ultra", f"{n}x1", 0.2 * n, n) for n in (1, 2, 3)]
+    rows = [grid_row("hstu", f"{n}x1", quality, n) for n, quality in ((1, 0.3), (2, 0.1), (3, 0.32))]
+    assert study_ultra.summary(rows + rising)["x"]["fits"]["training"]["slope_per_mflop_ratio"] is None
+    falling = [grid_row("ultra", f"{n}x1", -0.2 * n, n) for n in (1, 2, 3)]
+    rows = [grid_row("hstu", f"{n}x1", -0.1 * n, n) for n in (1, 2, 3)]
+    assert study_ultra.summary(rows + falling)["x"]["fits"]["inference"]["exponent_ratio"] is None
+
+
 def test_what_a_user_has_had_is_left_out_however_little_is_read(films: Path) -> None:
     """Popularity, which reads no history, then ranks alike for every length, and as where all is read."""
     stream = replace(ml_1m(240, films), batch_interactions=8)  # or a step brings more of a user than is read
@@ -231,5 +240,8 @@ def test_a_model_that_ran_under_another_name_is_not_run_again_and_uncommitted_on
     assert told["arms_by_commit"] == {"b": len(set(ran)) + 1}
     del ran[:]
     monkeypatch.setattr(sys, "argv", [*words, "--events", "500", "--arms", "ultra-1x32", "K2 = 0"])
+    study_ultra.main()
+    assert ran == ["ultra-1x32", "K2 = 0"]
+    monkeypatch.setattr(sys, "argv", [*words, "--events", "500", "--kept"])
     study_ultra.main()
     assert ran == ["ultra-1x32", "K2 = 0"]
