@@ -307,9 +307,9 @@ def main() -> None:
                 _write(path, rows, ideals)
             show(rows[identity])
     kept = [rows[one] for one in wanted]
-    if options.group != "ablation" and any(len(LENGTHS[name]) > 1 for name in options.streams):
-        streams = {name: ideals.get(name, {}).get(QUALITY) for name in options.streams if len(LENGTHS[name]) > 1}
-        draw(kept, streams, path.with_suffix(".png"))
+    drawn = dict.fromkeys(row["stream"] for row in kept if row["group"] == "grid" and len(LENGTHS[row["stream"]]) > 1)
+    if drawn:
+        draw(kept, {name: ideals.get(name, {}).get(QUALITY) for name in drawn}, path.with_suffix(".png"))
     commits = dict(Counter(row["commit"] for row in rows.values()))
     result = {"benchmark": "study-ultra", **here, "arms_by_commit": commits, "paper": PAPER, "ideal": ideals}
     result["summary"] = summary(kept)
