@@ -138,8 +138,11 @@ class SnapshotReader:
             raise SnapshotConfigError(
                 f"version {manifest.version} was made by a model with other settings ([model], [ranking])"
             )
-        tensors = [*snapshot.dense.values(), snapshot.rows.weight, snapshot.rows.bias]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        rows = snapshot.rows
+        tensors = [*snapshot.dense.values(), rows.weight, rows.bias, *([] if rows.content is None else [rows.content])]
+        # A trend of -inf is that of an item nobody has interacted with.
+        is_finite = not bool((rows.trend.isnan() | rows.trend.isposinf()).any())
+        if not is_finite or not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise SnapshotRefusedError(f"version {manifest.version} holds weights that are not finite")
 
     def refuse(self, version: int, error: Exception) -> None:

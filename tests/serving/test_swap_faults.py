@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader, NumberDataPoint
 
@@ -71,6 +72,26 @@ def test_no_torn_or_lengthened_file_gets_through(published: Publisher, version: 
         path.write_bytes(content)
         prepared = reader(published).prepare(have=None, want=2)
         assert prepared is None or prepared.newest.version < version, len(content)
+
+
+@pytest.mark.parametrize("column", ["weight", "bias", "trend", "log_scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_weights_that_are_not_finite_are_never_served(town: Town, column: str, value: float) -> None:
+    async with town.worker(version=1) as served:
+        expected = scores_of(await served.recommend(7))
+        recommender = town.publisher.recommender
+        with torch.no_grad():
+            if column == "log_scale":
+                recommender.log_scale.fill_(value)
+            else:
+                getattr(recommender.items, column)[3] = value
+        recommender.items.dirty[3] = True
+        town.publisher.publish()
+        await eventually(lambda: served.worker.status()["snapshot"]["refused"] == 1)  # type: ignore[index]
+        assert "not finite" in str(served.worker.status()["snapshot"])
+        answer = await served.recommend(7)
+        assert answer["snapshot_version"] == 1
+        assert scores_of(answer) == pytest.approx(expected, rel=1e-5)
 
 
 def exchange(publisher: Publisher) -> None:
