@@ -40,13 +40,12 @@ class StoreWatch:
 
     async def look(self) -> None:
         """Look once."""
-        before = self._withheld.item_ids
         problem = await asyncio.to_thread(self._read)
         if problem is not None and problem != self.problem:
             logger.warning("serving goes on with what is in memory: %s", problem)
         self.problem = problem
-        if not np.array_equal(before, self._withheld.item_ids):
-            await self._model_thread.run(self._weights.withheld_changed)
+        # Whatever this look has found: a swap meanwhile may have left out what could be named a moment later.
+        await self._model_thread.run(self._weights.follow_withheld)
 
     def _read(self) -> str | None:
         try:

@@ -185,6 +185,8 @@ class ServedWeights:
         self._catalogue = _CatalogueBuffer(self.recommender)
         self._popular: PopularItems | None = None
         self._recommendable: Catalogue | None = None
+        self._withheld_ids: Int64s = np.empty(0, np.int64)
+        """What `_recommendable` leaves out."""
 
     @property
     def max_len(self) -> int:
@@ -247,12 +249,14 @@ class ServedWeights:
     def recommendable(self) -> Catalogue:
         """The same with offsets of -inf for withheld items; worked out when first asked for, not in a swap."""
         if self._recommendable is None:
-            rows = self.items.lookup(self.withheld.item_ids)
+            self._withheld_ids = self.withheld.item_ids
+            rows = self.items.lookup(self._withheld_ids)
             offset_V = self.catalogue().offset_V.clone()
             offset_V[torch.from_numpy(rows[rows >= 0])] = -torch.inf
             self._recommendable = Catalogue(unit_VD=self.catalogue().unit_VD, offset_V=offset_V)
         return self._recommendable
 
-    def withheld_changed(self) -> None:
-        """Other items are withheld from now on."""
-        self._recommendable = None
+    def follow_withheld(self) -> None:
+        """Withhold what is to be withheld now; to be called whenever that may have changed."""
+        if not np.array_equal(self._withheld_ids, self.withheld.item_ids):
+            self._recommendable = None
