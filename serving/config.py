@@ -44,7 +44,7 @@ class ServingConfig:
     """Settings of an inference worker (`headrace serve`)."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all interfaces."""
+    """Address to listen on; 0.0.0.0 for all interfaces, :: for all with IPv6."""
     port: int = 8080
     """Port to listen on; 0 takes a free one and says which."""
     batch_max: int = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import math
@@ -45,10 +46,14 @@ def run_worker(parts: ServingParts) -> int:
 def listen(config: ServingConfig) -> socket.socket:
     """The socket that takes connections; PortTakenError if there can be none."""
     try:
-        listener = socket.create_server((config.host, config.port), backlog=2048)
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
+        # Of a socket.gaierror, errno is another number.
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES) and not isinstance(error, socket.gaierror)
+        setting = "serving.port" if is_port else "serving.host, an address of this machine"
         raise PortTakenError(
-            f"port {config.port} on {config.host} cannot be used ({error.strerror}): choose another serving.port"
+            f"port {config.port} on {config.host} cannot be used ({error.strerror}): choose another {setting}"
         ) from error
     # Connections inherit it. The event loop sets it only for sockets it made itself; without it an answer, written as
     # head and body, waits until the caller acknowledges its head: 40 ms on a connection that is kept.
@@ -109,7 +114,8 @@ async def _serve(parts: ServingParts, listener: socket.socket, tls: ssl.SSLConte
     gc.collect()
     gc.freeze()
     host, port = listener.getsockname()[:2]
-    logger.info("serving on %s://%s:%d", "http" if tls is None else "https", host, port)
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("serving on %s://%s:%d", "http" if tls is None else "https", shown, port)
     watching = [
         asyncio.create_task(_exit_when_failed(worker, server)),
         asyncio.create_task(_exit_when_told(told, worker, server)),

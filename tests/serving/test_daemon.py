@@ -23,3 +23,17 @@ def test_a_port_that_is_taken_is_refused_with_the_setting_that_chooses_it() -> N
         port = taken.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"port {port} on 127.0.0.1 .* choose another serving.port"):
             listen(ServingConfig(port=port))
+
+
+def test_an_address_of_another_machine_is_refused_with_the_setting_that_chooses_it() -> None:
+    with pytest.raises(PortTakenError, match=r"port 0 on 192\.0\.2\.1 .* choose another serving\.host"):
+        listen(ServingConfig(host="192.0.2.1", port=0))
+
+
+def test_an_address_of_version_6_is_listened_on() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with listen(ServingConfig(host="::1", port=0)) as listener:
+        socket.create_connection(listener.getsockname()[:2]).close()
