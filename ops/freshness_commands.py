@@ -98,7 +98,7 @@ async def _once(sources: "FreshnessSources", console: "Console", *, as_json: boo
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        console.print(rendered(report))
+        console.print(rendered(report, width=console.width))
     return report.is_empty
 
 
@@ -111,7 +111,7 @@ async def _watch(sources: "FreshnessSources", console: "Console", every_s: float
 
     with Live(console=console, auto_refresh=False, screen=False) as live:
         while True:
-            live.update(rendered(report_of(await sources.look())), refresh=True)
+            live.update(rendered(report_of(await sources.look()), width=console.width), refresh=True)
             await asyncio.sleep(every_s)
 
 

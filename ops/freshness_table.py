@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,14 +13,20 @@ from ops.freshness_report import AgeFigures, FreshnessReport, HopFigures, Replic
 from ops.readable import duration, readable, utc_time
 from stream.freshness import RECENT_MS
 
-_QUANTILES = ("p50", "p95", "p99")
+_QUANTILES: Final = ("p50", "p95", "p99")
+_WIDE_FROM: Final = 128
+"""Columns of a terminal that hold everything beside each other."""
 
 
-def rendered(report: FreshnessReport) -> RenderableType:
-    """Both tables, what does not answer, and whether anything happens at all."""
-    parts: list[RenderableType] = [_hops(report.hops)]
+def rendered(report: FreshnessReport, *, width: int) -> RenderableType:
+    """Both tables, what does not answer, and whether anything happens at all.
+
+    width: of the terminal. Where it is narrow, p95 is left out and headings are broken: 80 columns are enough then.
+    """
+    is_wide = width >= _WIDE_FROM
+    parts: list[RenderableType] = [_hops(report.hops, is_wide=is_wide)]
     if report.replicas:
-        parts.append(_replicas(report.replicas))
+        parts.append(_replicas(report.replicas, is_wide=is_wide))
     parts += [Text(f"{readable(who)}: {readable(why)}", style="yellow") for who, why in report.problems.items()]
     recent = duration(RECENT_MS)
     state = f"idle: nothing came in {recent}, nothing waits" if report.is_idle else f"events of the newest {recent}"
@@ -27,37 +34,47 @@ def rendered(report: FreshnessReport) -> RenderableType:
     return Group(*parts)
 
 
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bright_black")
+def _table(columns: Sequence[str], *, is_wide: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bright_black", collapse_padding=not is_wide)
     for place, name in enumerate(columns):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place != 0)
+        heading = name if is_wide else name.replace(" ", "\n")
+        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=place != 0)
     return table
 
 
-def _hops(hops: Sequence[HopFigures]) -> Table:
-    ages = [f"{start} {quantile}" for start in ("append", "event") for quantile in _QUANTILES]
-    table = _table(["hop", "events", "waiting", "coverage", *ages, "negative"])
+def _quantiles(*, is_wide: bool) -> tuple[str, ...]:
+    return _QUANTILES if is_wide else ("p50", "p99")
+
+
+def _hops(hops: Sequence[HopFigures], *, is_wide: bool) -> Table:
+    quantiles = _quantiles(is_wide=is_wide)
+    ages = [f"{start} {quantile}" for start in ("append", "event") for quantile in quantiles]
+    table = _table(["hop", "events", "waiting", "coverage", *ages, "negative"], is_wide=is_wide)
     for one in hops:
         negative = one.append.num_negative + one.event.num_negative
         coverage = "–" if one.coverage is None else f"{one.coverage:.1%}"
         counts = (_count(one.num_events), _count(one.num_waiting), coverage)
-        table.add_row(f"{one.hop} {one.what}", *counts, *_ages(one.append), *_ages(one.event), _count(negative))
+        figures = (*_ages(one.append, quantiles), *_ages(one.event, quantiles), _count(negative))
+        table.add_row(f"{one.hop} {one.what}", *counts, *figures)
     return table
 
 
-def _replicas(replicas: Sequence[ReplicaFigures]) -> Table:
+def _replicas(replicas: Sequence[ReplicaFigures], *, is_wide: bool) -> Table:
+    quantiles = _quantiles(is_wide=is_wide)
     table = _table(
-        ["replica", "version", "events", *(f"F4 append {q}" for q in _QUANTILES), "weights behind", "weights age"]
+        ["replica", "version", "events", *(f"F4 append {q}" for q in quantiles), "weights behind", "weights age"],
+        is_wide=is_wide,
     )
     for one in replicas:
         name = readable(one.replica) if one.is_running else f"{readable(one.replica)} (not running)"
         ages = (_age(one.weights_behind_ms), _age(one.weights_age_ms))
-        table.add_row(name, _count(one.version), _count(one.num_events), *_ages(one.append), *ages)
+        table.add_row(name, _count(one.version), _count(one.num_events), *_ages(one.append, quantiles), *ages)
     return table
 
 
-def _ages(figures: AgeFigures) -> tuple[str, str, str]:
-    return _age(figures.p50_ms), _age(figures.p95_ms), _age(figures.p99_ms)
+def _ages(figures: AgeFigures, quantiles: Sequence[str]) -> list[str]:
+    told = {"p50": figures.p50_ms, "p95": figures.p95_ms, "p99": figures.p99_ms}
+    return [_age(told[quantile]) for quantile in quantiles]
 
 
 def _age(milliseconds: float | None) -> str:

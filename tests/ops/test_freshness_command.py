@@ -255,7 +255,7 @@ async def test_the_table_shows_it_in_words(world: World) -> None:
     world.answered(1, "w:1", after_ms=1_000)
     console = Console(width=200, no_color=True)
     with console.capture() as captured:
-        console.print(rendered(await world.report()))
+        console.print(rendered(await world.report(), width=console.width))
     lines = captured.get().splitlines()
     stored = next(line for line in lines if line.startswith("F1 stored"))
     assert stored.split()[2:5] == ["90", "10", "90.0%"]
@@ -263,6 +263,22 @@ async def test_the_table_shows_it_in_words(world: World) -> None:
     assert answered.split()[4:9] == ["90", "0", "100.0%", "1.39", "s"]
     assert any(line.startswith("w:1") for line in lines)
     assert "http://w:1" in captured.get(), "it does not answer, and is named"
+
+
+async def test_eighty_columns_hold_the_table(world: World) -> None:
+    world.start_ingest([400 * 86_400_000] * 90, lag=10)
+    world.store_up_to(90)
+    world.publish(1, up_to=90, ages_ms=[1_000] * 90)
+    world.lease("production-host:8080", 1)
+    world.answered(1, "production-host:8080", after_ms=1_000)
+    console = Console(width=80, no_color=True)
+    with console.capture() as captured:
+        console.print(rendered(await world.report(), width=console.width))
+    told = captured.get()
+    assert "…" not in told
+    for words in ("F1 stored", "F2 learned", "F3", "F4", "waiting", "coverage", "p99", "negative", "behind"):
+        assert words in told
+    assert "p95" not in told
 
 
 def test_the_command_looks_once_where_there_is_no_terminal(headrace: Headrace, tmp_path: Path) -> None:
