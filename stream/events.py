@@ -184,8 +184,8 @@ class EventDecoder:
         except UNREADABLE:
             try:
                 event = self._lenient.decode(value)
-            except UNREADABLE:
-                return _diagnose(value)
+            except UNREADABLE as error:
+                return _diagnose(value, error)
         self.num_with_unknown_fields += 1
         return event
 
@@ -256,8 +256,8 @@ def id_refusal(event: Event) -> Refusal | None:
     return None
 
 
-def _diagnose(value: bytes) -> Refusal:
-    """Name the reason for a record that does not decode: which field, and how."""
+def _diagnose(value: bytes, found: Exception) -> Refusal:
+    """Name the reason for a record that does not decode, as `found` says: which field, and how."""
     try:
         raw: Any = msgspec.json.decode(value)
     except UNREADABLE as error:
@@ -273,4 +273,5 @@ def _diagnose(value: bytes) -> Refusal:
             msgspec.convert(raw[field.name], field.type)
         except msgspec.ValidationError as error:
             return Refusal("wrong_type", field.name, f"field {field.name!r}: {error}")
-    raise AssertionError("a record that does not decode has a field that does not convert")
+    # JSON allows a key twice: the last one converts, and one before it did not decode.
+    return Refusal("wrong_type", None, f"a field that is there more than once: {found}")

@@ -197,6 +197,22 @@ def test_what_is_nested_deeper_than_the_interpreter_goes_is_refused_and_raises_n
         assert refused.reason == "malformed_json"
 
 
+@pytest.mark.parametrize(
+    "twice",
+    [
+        b'"event_id": 5',
+        b'"event_time": "soon"',
+        b'"context": {"a": [1]}, "context": {}',
+        b'"context": {"a": [1], "a": 1}',
+    ],
+)
+def test_a_wrong_field_that_is_there_again_and_right_is_refused_and_raises_nothing(twice: bytes) -> None:
+    refused = decode(b"{" + twice + b"," + json.dumps(good()).encode()[1:])
+    assert isinstance(refused, Refusal)
+    assert (refused.reason, refused.field) == ("wrong_type", None)
+    assert "more than once" in refused.error
+
+
 @pytest.mark.parametrize("field", ["user_id", "item_id"])
 def test_a_text_that_not_every_database_keeps_is_no_id(field: str) -> None:
     refused = decode(good(**{field: "a\0b"}))
