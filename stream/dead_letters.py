@@ -10,7 +10,7 @@ from opentelemetry import metrics
 
 from stream.clock import Clock
 from stream.errors import MessageFormatError
-from stream.events import REASONS, Refusal
+from stream.events import INT64_MAX, REASONS, Refusal
 from stream.log import LogWriter, Record, acknowledged
 from stream.tracing import Headers
 
@@ -24,6 +24,7 @@ ALL_REASONS: Final = (*REASONS, MESSAGE_REASON)
 
 _ATTEMPTS: Final = HEADER_PREFIX + "attempts"
 _MAX_ATTEMPTS_DIGITS: Final = 9
+_PARTITION_MAX: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,11 @@ class DeadLetterWriter:
         now_ms = self._clock.now_ms()
         return [
             await self._writer.send(
-                self._topic, record.value, key=record.key, headers=dead_letter_headers(record, refusal, now_ms=now_ms)
+                self._topic,
+                # A writer takes no record that has neither; the reason says that there was none.
+                b"" if record.value is None and record.key is None else record.value,
+                key=record.key,
+                headers=dead_letter_headers(record, refusal, now_ms=now_ms),
             )
             for record, refusal in refused
         ]
@@ -112,8 +117,11 @@ def read_dead_letter(record: Record) -> DeadLetter:
     def text(name: str) -> str:
         return ours[HEADER_PREFIX + name].decode()
 
-    def number(name: str) -> int:
-        return int(ours[HEADER_PREFIX + name])
+    def number(name: str, largest: int = INT64_MAX) -> int:
+        stated = int(ours[HEADER_PREFIX + name])
+        if not 0 <= stated <= largest:
+            raise ValueError(f"{name} = {stated}: must lie in 0..{largest}")
+        return stated
 
     try:
         return DeadLetter(
@@ -123,7 +131,7 @@ def read_dead_letter(record: Record) -> DeadLetter:
             field=text("field") or None,
             error=text("error"),
             source_topic=text("source-topic"),
-            source_partition=number("source-partition"),
+            source_partition=number("source-partition", _PARTITION_MAX),
             source_offset=number("source-offset"),
             attempts=number("attempts"),
             refused_at_ms=number("refused-at-ms"),

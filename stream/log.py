@@ -158,7 +158,10 @@ class LogWriter(Protocol):
         partition: int | None = None,
         headers: Headers = (),
     ) -> Awaitable[object]:
-        """Queue a record; `acknowledged` waits for the results. Raises LogUnavailableError."""
+        """Queue a record, which has a key or a value; `acknowledged` waits for the results.
+
+        Raises LogUnavailableError.
+        """
         ...
 
 

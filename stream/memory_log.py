@@ -175,6 +175,7 @@ class MemoryWriter:
         headers: Headers = (),
     ) -> Awaitable[object]:
         """See LogWriter."""
+        assert value is not None or key is not None, "as in aiokafka: a record has a key or a value"
         sent: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         sent.set_result(self._log.append(topic, partition, key, value, headers))
         return sent

@@ -50,7 +50,8 @@ def links_to(headers_of_records: Iterable[Sequence[tuple[str, bytes]]]) -> list[
     for headers in headers_of_records:
         if not headers:
             continue
-        carrier = {name: text.decode("ascii", "replace") for name, text in headers if name in _CONTEXT_HEADERS}
+        # Kafka allows a header without a value.
+        carrier = {name: text.decode("ascii", "replace") for name, text in headers if text and name in _CONTEXT_HEADERS}
         if not carrier:
             continue
         context = trace.get_current_span(propagate.extract(carrier)).get_span_context()

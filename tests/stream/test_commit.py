@@ -164,6 +164,17 @@ async def test_poison_records_become_dead_letters_and_stop_nothing(
     assert committer.counts.num_refused == {"malformed_json": 1, "unknown_action": 1}
 
 
+async def test_headers_without_a_value_and_records_without_anything_stop_nothing(
+    committer: Committer, store: FeatureStore, log: MemoryLog
+) -> None:
+    nothing: Any = (("traceparent", None), ("tracestate", None))  # Kafka allows it
+    empty = Record("interactions", 0, 1, NOW_MS, None, None, nothing)
+    assert await committer.commit(0, [replace(record(0), headers=nothing), empty, record(2)]) == 3
+    assert store.totals().num_interactions == 2
+    (letter,) = log.records((log.topics.dead_letters, 0))
+    assert dict(letter.headers)["headrace-reason"] == b"empty"
+
+
 async def test_a_batch_of_nothing_but_poison_still_moves_the_position(
     committer: Committer, store: FeatureStore, log: MemoryLog
 ) -> None:
