@@ -21,12 +21,14 @@ from feature_store.ids import stable_id
 from feature_store.impressions import ItemActions, OpenImpression, UserWindows
 from feature_store.interactions import Interactions, JaggedHistories
 from stream.errors import MessageFormatError
+from stream.events import INT64_MAX
 from stream.log import Record
 from stream.messages import Impression, Labels, decode_message
 
 _LONGEST_MS: Final = 366 * 86_400_000
 _LATEST_MS: Final = 2**53
 """Far enough below 2^63 for every sum of times here."""
+_ID_DIGITS_MAX: Final = len(str(INT64_MAX))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +147,9 @@ def forgotten_by_tombstone(record: Record) -> int:
     if not record.key:
         raise MessageFormatError("an impression without value needs the user id as key")
     text = record.key.decode("utf-8", "replace")
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**63 else stable_id(text)
+    # Of many thousand digits Python makes no number.
+    is_number = len(text) <= _ID_DIGITS_MAX and text.isascii() and text.isdigit() and int(text) <= INT64_MAX
+    return int(text) if is_number else stable_id(text)
 
 
 def _number(raw: int | str) -> int:

@@ -111,7 +111,13 @@ def test_the_limit_holds_for_what_is_added() -> None:
 
 @pytest.mark.parametrize(
     ("key", "user_id"),
-    [(b"17", 17), (b"anna", stable_id("anna")), (b"9" * 19, stable_id("9" * 19)), ("²".encode(), stable_id("²"))],
+    [
+        (b"17", 17),
+        (b"anna", stable_id("anna")),
+        (b"9" * 19, stable_id("9" * 19)),
+        (b"9" * 5_000, stable_id("9" * 5_000)),
+        ("²".encode(), stable_id("²")),
+    ],
 )
 def test_a_tombstone_names_its_user_by_the_key(key: bytes, user_id: int) -> None:
     assert forgotten_by_tombstone(Record("impressions", 0, 0, 0, key, None, ())) == user_id
