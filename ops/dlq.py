@@ -112,6 +112,8 @@ def record_text(record: Record) -> str:
     lines = [f"{name:<10} {readable(text)}" for name, text in facts.items()]
     lines += [f"header     {readable(name)}: {readable(value or b'')}" for name, value in letter.original_headers]
     num_bytes = "none" if letter.value is None else f"{len(letter.value)}"
+    if letter.num_left_out:
+        num_bytes = f"{letter.num_left_out} of key, value and headers, too many for a letter: only at the source"
     return "\n".join([*lines, f"bytes      {num_bytes}", "", readable(letter.value or b"")])
 
 

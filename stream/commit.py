@@ -226,9 +226,9 @@ class Committer:
 
     async def _produce(self, applied: Sequence[_Applied]) -> None:
         refused = [each for part in applied for each in part.batch.refused]
-        sends = await self._dead_letters.send(refused)
+        await self._dead_letters.write(refused)
         trace_headers = current_headers()
-        sends += [
+        sends = [
             await self._writer.send(
                 self._topics.history_updates,
                 update.encode(),
@@ -239,7 +239,6 @@ class Committer:
             for update in chain.from_iterable(each.update.split(UPDATE_ROWS_MAX) for each in applied)
         ]
         await acknowledged(sends)
-        self._dead_letters.count(refused)
 
     def _count(self, applied: _Applied, span: trace.Span) -> None:
         counts, update, batch = self.counts, applied.update, applied.batch

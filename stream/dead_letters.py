@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from opentelemetry import metrics
 
 from stream.clock import Clock
-from stream.errors import MessageFormatError
+from stream.errors import MessageFormatError, RecordTooLargeError
 from stream.events import INT64_MAX, REASONS, Refusal
 from stream.log import LogWriter, Record, acknowledged
 from stream.tracing import Headers
@@ -23,6 +24,8 @@ MESSAGE_REASON: Final = "malformed_message"
 ALL_REASONS: Final = (*REASONS, MESSAGE_REASON)
 
 _ATTEMPTS: Final = HEADER_PREFIX + "attempts"
+_LEFT_OUT: Final = HEADER_PREFIX + "left-out"
+"""How many bytes of key, value and headers a letter does not hold, because the broker did not take it with them."""
 _MAX_ATTEMPTS_DIGITS: Final = 9
 _PARTITION_MAX: Final = 2**31 - 1
 
@@ -47,6 +50,8 @@ class DeadLetter:
     value: bytes | None
     original_headers: Headers
     """As the producer sent them, without ours."""
+    num_left_out: int = 0
+    """Bytes of the record's key, value and headers that the letter would have been too large with; 0: it has them."""
 
     @property
     def place(self) -> str:
@@ -71,28 +76,44 @@ class DeadLetterWriter:
         )
 
     async def write(self, refused: Sequence[tuple[Record, Refusal]]) -> None:
-        """Write letters and wait until the log has them; raises LogUnavailableError."""
-        await acknowledged(await self.send(refused))
-        self.count(refused)
+        """Write letters and wait until the log has them; raises LogUnavailableError.
 
-    async def send(self, refused: Sequence[tuple[Record, Refusal]]) -> list[Awaitable[object]]:
-        """Queue letters beside other records; `count` them once all are acknowledged. Raises LogUnavailableError."""
-        now_ms = self._clock.now_ms()
-        return [
-            await self._writer.send(
-                self._topic,
-                # A writer takes no record that has neither; the reason says that there was none.
-                b"" if record.value is None and record.key is None else record.value,
-                key=record.key,
-                headers=dead_letter_headers(record, refusal, now_ms=now_ms),
-            )
-            for record, refusal in refused
-        ]
-
-    def count(self, refused: Sequence[tuple[Record, Refusal]]) -> None:
-        """The log has these letters."""
+        A letter is a little larger than its record, and holds uncompressed what a producer may have compressed: one
+        that the broker does not take is written without the record's bytes, so that it stops nobody.
+        """
+        sends = [await self._send(*each) for each in refused]
+        acknowledgements = await asyncio.gather(*map(_is_taken, sends), return_exceptions=True)
+        for each, is_taken in zip(refused, acknowledgements, strict=True):
+            if isinstance(is_taken, BaseException):
+                raise is_taken
+            if not is_taken:
+                await acknowledged([await self._send_without_bytes(*each)])
         for record, refusal in refused:
             self._letters.add(1, {"reason": refusal.reason, "source_topic": record.topic})
+
+    async def _send(self, record: Record, refusal: Refusal) -> Awaitable[object]:
+        headers = dead_letter_headers(record, refusal, now_ms=self._clock.now_ms())
+        # A writer takes no record that has neither key nor value; the reason says that there was none.
+        value = b"" if record.value is None and record.key is None else record.value
+        try:
+            return await self._writer.send(self._topic, value, key=record.key, headers=headers)
+        except RecordTooLargeError:
+            return await self._send_without_bytes(record, refusal)
+
+    async def _send_without_bytes(self, record: Record, refusal: Refusal) -> Awaitable[object]:
+        num_bytes = len(record.key or b"") + len(record.value or b"")
+        num_bytes += sum(len(name) + len(value or b"") for name, value in record.headers)
+        bare = replace(record, headers=tuple(header for header in record.headers if header[0] == _ATTEMPTS))
+        headers = dead_letter_headers(bare, refusal, now_ms=self._clock.now_ms())
+        return await self._writer.send(self._topic, b"", headers=(*headers, (_LEFT_OUT, str(num_bytes).encode())))
+
+
+async def _is_taken(sent: Awaitable[object]) -> bool:
+    try:
+        await acknowledged([sent])
+    except RecordTooLargeError:
+        return False
+    return True
 
 
 def dead_letter_headers(record: Record, refusal: Refusal, *, now_ms: int) -> Headers:
@@ -138,6 +159,7 @@ def read_dead_letter(record: Record) -> DeadLetter:
             key=record.key,
             value=record.value,
             original_headers=_without_ours(record.headers),
+            num_left_out=number("left-out") if _LEFT_OUT in ours else 0,
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         # AttributeError, TypeError: Kafka allows a header without a value.

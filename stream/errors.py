@@ -2,6 +2,7 @@
 
 StreamError
 ├── LogUnavailableError       the broker cannot be reached; retry with back-off
+│   └── RecordTooLargeError   it takes no record of that size; a retry helps once a limit is raised
 ├── LogResetError             the log ends before, or starts after, the stored position: events were lost upstream
 └── MessageFormatError        a headrace message on a topic cannot be decoded
 """
@@ -15,6 +16,10 @@ class StreamError(Exception):
 
 class LogUnavailableError(StreamError):
     """The broker cannot be reached or does not answer."""
+
+
+class RecordTooLargeError(LogUnavailableError):
+    """A record is larger than the broker, or `log.max_message_bytes`, allows."""
 
 
 class LogResetError(StreamError):

@@ -13,11 +13,11 @@ from typing import Any, Never
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, OffsetOutOfRangeError, TopicAlreadyExistsError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, OffsetOutOfRangeError, TopicAlreadyExistsError
 from aiokafka.helpers import create_ssl_context
 from opentelemetry import metrics
 
-from stream.errors import LogUnavailableError
+from stream.errors import LogUnavailableError, RecordTooLargeError
 from stream.fetching import RawRecord, count_consumed, end_of, fetch_fairly, messaging_attributes, refuse_reset
 from stream.log import PartitionId, Record, Start
 from stream.log_bounds import LogBounds, Standing
@@ -366,6 +366,11 @@ class KafkaWriter:
             sent: Awaitable[object] = await self._producer.send(
                 topic, value, key=key, partition=partition, headers=list(headers)
             )
+        except MessageSizeTooLargeError as error:
+            limit = self._config.max_message_bytes
+            raise RecordTooLargeError(
+                f"a record for {topic!r} is too large: log.max_message_bytes is {limit}"
+            ) from error
         except KafkaError as error:
             raise LogUnavailableError(f"sending to {topic!r} failed: {error}") from error
         _sent.add(1, messaging_attributes(topic, "send"))

@@ -206,13 +206,12 @@ class LabelJoiner:
         return is_more_due
 
     async def _produce(self, batch: LabelBatch, outcome: Outcome) -> None:
-        sends = await self._dead_letters.send(batch.refused)
-        sends += [
+        await self._dead_letters.write(batch.refused)
+        sends = [
             await self._writer.send(self._log.topics.labels, encode_message(labels), key=str(labels.user_id).encode())
             for labels in outcome.labels
         ]
         await acknowledged(sends)
-        self._dead_letters.count(batch.refused)
 
     def _lock(self, transaction: StoreTransaction, partitions: Iterable[PartitionId]) -> dict[PartitionId, int]:
         log_id = self._log.log_id

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
 import numpy as np
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from numpy.typing import NDArray
 
-from stream.errors import LogResetError, LogUnavailableError
+from stream.errors import LogResetError, LogUnavailableError, RecordTooLargeError
 from stream.log_bounds import LogBounds
 from stream.messages import Topics
 from stream.tracing import Headers
@@ -215,6 +215,8 @@ async def acknowledged(sends: Sequence[Awaitable[object]]) -> None:
     """Wait until the log has every record sent; raises LogUnavailableError if one failed."""
     try:
         await asyncio.gather(*sends)
+    except MessageSizeTooLargeError as error:
+        raise RecordTooLargeError(f"the broker takes no record of that size: {error}") from error
     except KafkaError as error:
         raise LogUnavailableError(f"the broker did not acknowledge: {error}") from error
 

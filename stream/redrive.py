@@ -51,7 +51,7 @@ class RedriveReport:
     num_known: int = 0
     """Were sent back by an earlier redrive, or stand on `dead-letters` twice."""
     num_foreign: int = 0
-    """Records that are no dead letters, or name a topic that ingest does not read."""
+    """Records that are no dead letters, are without the record's bytes, or name a topic that ingest does not read."""
 
 
 async def read_letters(
@@ -111,6 +111,10 @@ async def redrive(
         async with aclosing(letters):
             async for letter in letters:
                 if query.reason not in {None, letter.reason}:
+                    continue
+                if letter.num_left_out:
+                    source = f"{letter.source_topic}/{letter.source_partition}:{letter.source_offset}"
+                    work.skip(f"the letter at {letter.place} is without the bytes of {source}, too many", on_foreign)
                     continue
                 if letter.source_topic not in work.partitions:
                     work.skip(f"the letter at {letter.place} came from {letter.source_topic}", on_foreign)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError
 
 from feature_store.config import FeatureStoreConfig
 from feature_store.errors import StoreUnavailableError
@@ -18,11 +19,13 @@ from feature_store.ids import stable_id
 from feature_store.store import FeatureStore
 from stream.clock import ManualClock
 from stream.commit import Committer
-from stream.errors import LogUnavailableError
+from stream.dead_letters import read_dead_letter
+from stream.errors import LogUnavailableError, RecordTooLargeError
 from stream.events import EventDecoder, EventRules
 from stream.log import Record
 from stream.memory_log import MemoryLog, MemoryWriter
-from stream.messages import HistoryUpdate
+from stream.messages import HistoryUpdate, Topics
+from stream.redrive import LetterQuery, redrive
 from tests.feature_store.databases import migrated_database
 
 NOW_MS = 1_700_000_000_000
@@ -173,6 +176,40 @@ async def test_headers_without_a_value_and_records_without_anything_stop_nothing
     assert store.totals().num_interactions == 2
     (letter,) = log.records((log.topics.dead_letters, 0))
     assert dict(letter.headers)["headrace-reason"] == b"empty"
+
+
+class NarrowWriter(MemoryWriter):
+    """A broker that takes no values of 100 bytes: says so when asked, or when it should acknowledge."""
+
+    def __init__(self, log: MemoryLog, *, is_late: bool) -> None:
+        super().__init__(log)
+        self._is_late = is_late
+
+    async def send(self, topic: str, value: bytes | None, **options: Any) -> Any:
+        if topic != Topics().dead_letters or len(value or b"") < 100:
+            return await super().send(topic, value, **options)
+        if not self._is_late:
+            raise RecordTooLargeError("too large")
+        sent = asyncio.get_running_loop().create_future()
+        sent.set_exception(MessageSizeTooLargeError("too large"))
+        return sent
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_record_that_is_too_large_for_a_letter_stops_nothing(
+    store: FeatureStore, log: MemoryLog, *, is_late: bool
+) -> None:
+    committer = committer_of(store, log, NarrowWriter(log, is_late=is_late))
+    assert await committer.commit(0, [record(0), record(1, b"?" * 100), record(2, b"?" * 99), record(3)]) == 4
+    assert store.totals().num_interactions == 2
+    letters = [read_dead_letter(letter) for letter in log.records((log.topics.dead_letters, 0))]
+    assert sorted((letter.source_offset, letter.num_left_out, len(letter.value or b"")) for letter in letters) == [
+        (1, 100 + len(b"key") + len("traceparent") + len(b"00-ab"), 0),
+        (2, 0, 99),
+    ]
+    report = await redrive(log, store, ManualClock(NOW_MS), LetterQuery(), on_foreign=lambda _: None, quiet_ms=1)
+    assert (report.num_sent.total(), report.num_foreign) == (1, 1)
+    committer.close()
 
 
 async def test_a_batch_of_nothing_but_poison_still_moves_the_position(

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock, WallClock
-from stream.errors import LogResetError, LogUnavailableError
+from stream.errors import LogResetError, LogUnavailableError, RecordTooLargeError
 from stream.fetching import batch_of, fetch_fairly
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
@@ -243,3 +243,13 @@ async def test_reading_can_begin_at_a_time(log: EventLog, writer: LogWriter, rea
 async def read_all(reader: LogReader, topic: str, starts: dict[int, int], count: int) -> list[Record]:
     await reader.assign({(topic, partition): start for partition, start in starts.items()})
     return await read(reader, count)
+
+
+async def test_a_record_that_is_too_large_is_told_from_a_broker_that_is_away(fresh_broker: LocalBroker) -> None:
+    log = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, max_message_bytes=1_000))
+    await log.create_topics()
+    writer = log.writer()
+    await writer.start()
+    with pytest.raises(RecordTooLargeError, match=r"log.max_message_bytes is 1000"):
+        await writer.send(log.topics.interactions, b"x" * 1_000)
+    await writer.stop()
