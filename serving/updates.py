@@ -37,13 +37,15 @@ _UNCOVERED_MAX: Final = 4_096
 class UncoveredUpdates:
     """How long interactions have been waiting to be part of the weights served.
 
-    Not the age of the weights: on a quiet stream nothing waits, however old they are.
+    Not the age of the weights: on a quiet stream nothing waits, however old they are. Followed by one thread;
+    `behind_ms` may be asked from any.
     """
 
     def __init__(self) -> None:
         self._log_id = ""
         self._waiting: dict[int, deque[tuple[int, int]]] = {}
         self._in_service = Lineage()
+        self._oldest_ms: int | None = None
 
     def add(self, log_id: str, partition: int, last_offset: int, at_ms: int) -> None:
         """Interactions up to `last_offset` of a source partition became known at `at_ms`."""
@@ -58,6 +60,7 @@ class UncoveredUpdates:
             # Join the newest two: the older time stands for both, so the figure never flatters.
             _, at_ms = waiting.pop()
         waiting.append((last_offset, at_ms))
+        self._note_oldest()
 
     def covered(self, lineage: Lineage) -> None:
         """Weights that contain everything below these positions are in service."""
@@ -68,11 +71,15 @@ class UncoveredUpdates:
             waiting = self._waiting.get(partition, deque())
             while waiting and waiting[0][0] < position:
                 waiting.popleft()
+        self._note_oldest()
+
+    def _note_oldest(self) -> None:
+        self._oldest_ms = min((waiting[0][1] for waiting in self._waiting.values() if waiting), default=None)
 
     def behind_ms(self, now_ms: int) -> int:
         """How long the longest waiting interactions have waited; 0 when none do."""
-        oldest = [waiting[0][1] for waiting in self._waiting.values() if waiting]
-        return max(0, now_ms - min(oldest)) if oldest else 0
+        oldest_ms = self._oldest_ms
+        return 0 if oldest_ms is None else max(0, now_ms - oldest_ms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

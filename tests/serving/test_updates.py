@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -239,6 +241,27 @@ def test_what_the_weights_contained_before_it_was_heard_of_does_not_wait() -> No
     assert waiting.behind_ms(5_000) == 2_000
     waiting.add("log~1", 0, 3, 4_500)
     assert waiting.behind_ms(5_000) == 500
+
+
+def test_how_long_they_wait_may_be_asked_from_any_thread() -> None:
+    """As whoever collects metrics does."""
+    waiting, ended = UncoveredUpdates(), threading.Event()
+
+    def follow() -> None:
+        for number in range(45_000):
+            waiting.add(f"log~{number // 150}", number % 150, 5, 7)
+        ended.set()
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    following = threading.Thread(target=follow)
+    try:
+        following.start()
+        while not ended.is_set():
+            assert 0 <= waiting.behind_ms(20_000) <= 20_000
+    finally:
+        sys.setswitchinterval(interval_s)
+        following.join()
 
 
 def test_when_the_log_was_made_anew_only_its_own_interactions_wait() -> None:
