@@ -65,7 +65,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             shutil.rmtree(final)
         unfinished.rename(final)
         _sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"checkpoint {final} could not be written: {error}") from error
     fail_point("trainer.checkpoint_written")
@@ -121,7 +121,7 @@ def _read(directory: Path) -> Checkpoint:
             raise CheckpointCorruptError(f"{directory}: {_TENSORS} is not what was written (sha256 differs)")
         tensors = load_file(directory / _TENSORS)
         return Checkpoint(stored["step"], stored["config_hash"], tensors, stored["state"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointCorruptError(f"{directory} cannot be read: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def test_old_ones_are_deleted(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c0000000003", "c0000000004"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove tensors", "remove state", "garble state"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove tensors", "remove state", "garble state", "list for state"]
+)
 def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,6 +64,8 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(
             state.unlink()
         case "garble state":
             state.write_text("{")
+        case "list for state":
+            state.write_text("[]")
     assert read(tmp_path).step == 1
     assert "c0000000002" in caplog.text
     # It takes no whole one's place among those that are kept, and can be looked at.
@@ -93,3 +98,16 @@ def test_an_unwritable_place_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
         write_checkpoint(tmp_path / "file", checkpoint_of(1), keep=1)
+
+
+def test_a_full_disk_is_reported_and_does_not_stay_full(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    large = Checkpoint(2, "hash", {"weights": torch.zeros(10_000)}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_096, hard))
+    try:
+        with pytest.raises(CheckpointError, match="c0000000002 could not be written"):
+            write_checkpoint(tmp_path, large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["c0000000001"]
