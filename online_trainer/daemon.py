@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from opentelemetry import metrics, trace
+from polars.exceptions import PolarsError
 
 from feature_store.errors import StoreUnavailableError
 from feature_store.hot import HotHistories
@@ -319,7 +320,7 @@ class TrainerDaemon:
                         keep=self._config.keep_set_aside,
                     )
                 )
-            except OSError as error:
+            except (OSError, PolarsError) as error:
                 logger.error("the batch of step %d is set aside, but could not be written: %s", why.step, error)  # noqa: TRY400
 
     def _note_metrics(self) -> None:

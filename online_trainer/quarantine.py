@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 
 from feature_store.interactions import Interactions
+from model.small_records import read_record
 from stream.failpoints import fail_point
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ _DEVIATIONS_PER_MAD: Final = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation."""
 RANKING: Final = "ranking_"
 _FILE: Final = re.compile(r"[sr]\d{10}\.json")
+_UNFINISHED: Final = ".tmp"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,7 @@ class LossGuard:
 def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, keep: int) -> None:
     """Write what was set aside, again after a restart that repeats the step, and delete all but the newest `keep`.
 
-    Raises OSError (disk full, say).
+    Raises OSError or PolarsError (disk full, say).
     """
     root.mkdir(parents=True, exist_ok=True)
     rows = pl.DataFrame({"user_id": interactions.user_id, **interactions.columns})
@@ -138,7 +140,7 @@ def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, ke
             "trainer.set_aside_written",
         ),
     ):
-        unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
         write(unfinished)
         unfinished.replace(path)
         fail_point(stage)
@@ -148,25 +150,42 @@ def write_set_aside(root: Path, why: SetAside, interactions: Interactions, *, ke
 
 
 def forget_users(root: Path, user_ids: Sequence[int]) -> None:
-    """Remove every interaction of these users from what is kept. Raises OSError."""
+    """Remove every interaction of these users from what is kept. Raises OSError where not even deleting works.
+
+    Files that cannot be read or written anew are deleted whole, and so is what a crash left unfinished: a person's
+    right to be forgotten is worth more than a batch that somebody may want to look at.
+    """
+    for unfinished in root.glob(f"*{_UNFINISHED}"):
+        unfinished.unlink()
     for path in root.glob("*.parquet"):
-        rows = pl.read_parquet(path)
-        kept = rows.filter(~pl.col("user_id").is_in(list(user_ids)))
-        if len(kept) < len(rows):
-            unfinished = path.with_name(f"{path.name}.tmp")
-            kept.write_parquet(unfinished)
-            unfinished.replace(path)
+        unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
+        try:
+            rows = pl.read_parquet(path)
+            kept = rows.filter(~pl.col("user_id").is_in(list(user_ids)))
+            if len(kept) < len(rows):
+                kept.write_parquet(unfinished)
+                unfinished.replace(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            unfinished.unlink(missing_ok=True)
+            path.unlink()
+            logger.error("%s is deleted, users cannot be removed from it: %s", path, error)  # noqa: TRY400 - says it all
 
 
 def list_set_aside(root: Path) -> list[SetAside]:
-    """What is kept, oldest first."""
+    """What is kept, oldest first; files that say nothing (cut off by a power failure, say) are left out, loudly."""
     if not root.is_dir():
         return []
-    paths = (path for path in root.iterdir() if _FILE.fullmatch(path.name))
-    kept = [SetAside(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    kept = []
+    for path in root.iterdir():
+        if not _FILE.fullmatch(path.name):
+            continue
+        try:
+            kept.append(read_record(SetAside, path.read_bytes()))
+        except ValueError as error:
+            logger.warning("%s cannot be read (%s): delete it", path, error)
     return sorted(kept, key=lambda why: (why.watermark_ms, why.name))
 
 
 def read_interactions(root: Path, why: SetAside) -> pl.DataFrame:
-    """The interactions that were set aside; FileNotFoundError if they are not kept any more."""
+    """The interactions that were set aside; FileNotFoundError if they are not kept any more, PolarsError if damaged."""
     return pl.read_parquet(root / f"{why.name}.parquet")

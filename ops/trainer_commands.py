@@ -23,6 +23,8 @@ def trainer_inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List the batches that were not learned from and why, or show the interactions of one."""
+    from polars.exceptions import PolarsError
+
     from online_trainer.quarantine import list_set_aside, read_interactions
     from ops.config import HeadraceConfig
     from ops.set_aside_report import interactions_text, list_text
@@ -36,7 +38,10 @@ def trainer_inspect(
     why = next((why for why in kept if (why.step, why.is_of_ranking) == (step, ranking)), None)
     if why is None:
         raise OpsError(f"no batch of step {step} is kept in {root}: `headrace trainer inspect` lists those that are")
-    rows = read_interactions(root, why)
+    try:
+        rows = read_interactions(root, why)
+    except (OSError, PolarsError) as error:
+        raise OpsError(f"the interactions of step {step} in {root} cannot be read: {error}") from error
     if as_json:
         print(json.dumps(asdict(why) | {"interactions": rows.fill_nan(None).to_dicts()}))
     else:

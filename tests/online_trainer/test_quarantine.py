@@ -168,3 +168,28 @@ def test_forgotten_users_leave_no_byte_in_it(tmp_path: Path) -> None:
     assert len(kept) == int((events.user_id != user).sum())
     assert user not in kept.to_list()
     assert (tmp_path / "s0000000002.parquet").stat().st_mtime_ns == untouched
+
+
+def test_what_cannot_be_rewritten_without_a_forgotten_user_is_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = walks(30)
+    for step in (1, 2):
+        write_set_aside(tmp_path, why(step), events, keep=5)
+    (tmp_path / "s0000000001.parquet").write_bytes(b"")  # a power failure
+    (tmp_path / "s0000000003.parquet.tmp").write_bytes((tmp_path / "s0000000002.parquet").read_bytes())  # a crash
+    forget_users(tmp_path, (int(events.user_id[0]),))
+    assert "s0000000001.parquet is deleted" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".json") == ["s0000000002.parquet"]
+    assert len(read_interactions(tmp_path, why(2))) == int((events.user_id != events.user_id[0]).sum())
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"step": "7"}'])
+def test_a_file_that_says_nothing_stops_nobody_and_hides_nothing(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "s0000000001.json").write_bytes(content)
+    for step in (2, 3):
+        write_set_aside(tmp_path, why(step), walks(30), keep=1)
+    assert list_set_aside(tmp_path) == [why(3)]
+    assert "s0000000001.json cannot be read" in caplog.text
