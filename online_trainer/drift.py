@@ -261,13 +261,16 @@ class DriftMonitor:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue bit by bit; a detector that was not on then begins afresh."""
+        """Continue bit by bit; a detector that was not on then begins afresh, and without any nothing is in force."""
         self.num_tested, self.num_decisions = state["num_tested"], state["num_decisions"]
         decisions = (DriftDecision.from_dict(stored) for stored in state["decisions"])
         self.decisions = deque(decisions, maxlen=self._config.decisions_kept)
         self._boost_from, self._replay_from = state["boost_from"], state["replay_from"]
         self._rehearse_from, self._rehearse_since_ms = state["rehearse_from"], state["rehearse_since_ms"]
         self._hold = None if state["hold"] is None else _Hold(**state["hold"])
+        if not self.is_on:
+            # Whoever turned detection off has ended what it began: without tested interactions nothing else would.
+            self._boost_from = self._rehearse_from = self._replay_from = self._hold = None
         for (detector, signal), one in self._detectors.items():
             if (stored := state["detectors"].get(f"{detector}_{signal}")) is not None:
                 one.load_state(stored)

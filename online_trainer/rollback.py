@@ -84,7 +84,7 @@ class LastGoodWeights:
     def tensors(self) -> dict[str, Tensor]:
         """By name; `load_tensors` reads them back."""
         held = {f"{at}.{name}": one for at, copy in enumerate(self._copies) for name, one in copy.tensors().items()}
-        return held | {"num_taken": torch.tensor(self._num_taken)}
+        return held | {"num_taken": torch.tensor(self._num_taken), "interval": torch.tensor(self._interval)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from `tensors()`; without them (it was off then) begin with no copy."""
@@ -94,3 +94,6 @@ class LastGoodWeights:
         ]
         self._copies = [WeightsCopy.from_tensors(part) for part in parts if part]
         self._num_taken = int(tensors["num_taken"]) if "num_taken" in tensors else 0
+        if "interval" in tensors:  # not in checkpoints of earlier versions
+            # Under a longer one the next copy would else come after many times as long.
+            self._num_taken = self._num_taken * int(tensors["interval"]) // self._interval

@@ -194,6 +194,15 @@ def test_a_monitor_continues_from_json_bit_by_bit(stop: int) -> None:
     assert len(unbroken.decisions) == 2
 
 
+def test_what_was_in_force_ends_with_the_detectors() -> None:
+    before, after = DriftMonitor(ALL), DriftMonitor(NOTHING)
+    observe(before, losses()[: CHANGE + 50])
+    assert before.holds_publishing
+    after.load_state(json.loads(json.dumps(before.state())))
+    assert not after.holds_publishing
+    assert (after.learning_rate_factors, after.rehearse_since_ms, after.replay_share) == ((1.0, 1.0), None, None)
+
+
 def test_without_detectors_nothing_is_watched() -> None:
     monitor = DriftMonitor(NOTHING)
     assert not monitor.is_on

@@ -80,3 +80,21 @@ def test_copies_pass_through_tensors() -> None:
     assert again.restore(model)
     for name, tensor in content(model).items():
         assert torch.equal(tensor, first[name])
+
+
+def test_another_interval_does_not_put_off_the_next_copy() -> None:
+    model, good, longer = Recommender(MODEL), LastGoodWeights(1), LastGoodWeights(100)
+    model.items.admit(np.array([3, 5]))
+    for num_tested in range(1, 1_001):
+        good.take_if_due(model, num_tested)
+    longer.load_tensors(good.tensors())
+    taken = content(model)
+    disturb(model, 1.0)
+    for num_tested in (1_050, 1_100, 1_200):
+        longer.take_if_due(model, num_tested)
+    disturbed = content(model)
+    disturb(model, 1.0)
+    assert longer.restore(model)
+    now = content(model)
+    assert torch.equal(now["weight"], disturbed["weight"])
+    assert not torch.equal(now["weight"], taken["weight"])
