@@ -73,6 +73,7 @@ class TrainerDaemon:
             store=parts.store,
             clock=parts.clock,
             mode=parts.mode,
+            config_hash=parts.model_config.config_hash(),
         )
         if checkpoint is not None and "unpublished" in checkpoint.state:
             self._publisher.resume(checkpoint.state["unpublished"], self._learner.ledger.num_interactions)

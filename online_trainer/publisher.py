@@ -66,7 +66,9 @@ class Publisher:
         store: FeatureStore,
         clock: Clock,
         mode: str,
+        config_hash: str | None = None,
     ) -> None:
+        """config_hash: of the model; snapshots of another hold nothing that it learned. None: there are none."""
         self._root, self._model_name, self._config = open_storage(root), model_name, config
         self._store, self._clock = store, clock
         self.freshness = FreshnessRecorder(F3_PUBLISHED, mode=mode)
@@ -90,8 +92,12 @@ class Publisher:
         self._steps: list[LearnedSteps] = []
         self._unfinished: AgesUpTo | None = None
         self._num_already_published = 0
+        self._already_published_to: dict[int, int] = {}
+        """Partition → source offset up to which the newest snapshot contains it; empty once that has been passed."""
+        self._reached: dict[int, int] = {}
+        """Of these partitions: where learning has come to since the start."""
         self._unrecorded: deque[tuple[Manifest, int]] = deque(maxlen=_UNRECORDED_MAX)
-        self._may_be_unrecorded = self._newest_manifest()
+        self._may_be_unrecorded = self._newest_manifest(config_hash)
         self._held = self._read_held()
         self.newest: Published | None = None
         meter = metrics.get_meter("headrace.online_trainer")
@@ -99,7 +105,7 @@ class Publisher:
         self._sizes = meter.create_histogram("headrace.snapshot.size", unit="By")
         self._num_held = meter.create_counter("headrace.snapshot.held", unit="{snapshot}")
 
-    def _newest_manifest(self) -> Manifest | None:
+    def _newest_manifest(self, config_hash: str | None) -> Manifest | None:
         """Of the newest finished version; what it contains and how good it was is where publishing goes on."""
         if self._version == 0:
             return None
@@ -108,7 +114,11 @@ class Publisher:
         except SnapshotError as error:
             logger.warning("the newest snapshot cannot be read, an anchor will replace it: %s", error)
             return None
+        if config_hash not in {None, newest.config_hash}:
+            logger.warning("the newest snapshot is of another [model] configuration: what is learned replaces it")
+            return newest
         self._num_already_published = newest.lineage.num_interactions
+        self._already_published_to = dict(newest.lineage.positions)
         self._gate.published(newest.metrics, newest.created_at_ms)
         return newest
 
@@ -133,6 +143,7 @@ class Publisher:
         they are neither counted again nor published until the trainer has passed that snapshot.
         """
         self._num_learned = num_interactions
+        self._pass_published(step)
         num_new = min(len(event_time_ms) + num_dropped, num_interactions - self._num_already_published)
         if num_new <= 0:
             return
@@ -142,6 +153,22 @@ class Publisher:
         self._steps = list(bounded([*self._steps, step]))
         self._num_unpublished += num_new
         self._num_since_attempt += num_new
+
+    def _pass_published(self, step: LearnedSteps) -> None:
+        """Note how far a step came; behind the newest snapshot everywhere, what is learned is new, whatever the count.
+
+        A trainer that starts over because its checkpoints are lost counts from 0, and of a log whose beginning has
+        expired it would count as many interactions again only long after that.
+        """
+        if self._num_learned >= self._num_already_published:
+            self._already_published_to = {}
+        if not self._already_published_to:
+            return
+        self._reached |= {part: at for part, at in step.positions.items() if part in self._already_published_to}
+        behind = [self._reached.get(part, 0) - at for part, at in self._already_published_to.items()]
+        if min(behind) >= 0:
+            self._num_already_published = max(0, self._num_learned - sum(behind))
+            self._already_published_to = {}
 
     def learned_labels(self, num_labels: int) -> None:
         """Note what the ranking head learned from: worth a snapshot also while there are no interactions."""
@@ -278,6 +305,9 @@ class Publisher:
             )
         except (SnapshotError, OSError):
             self._anchor_next = True
+            # It is to be tried again also where nothing more is learned: the stream may have gone quiet.
+            self._num_unpublished += 1
+            self._num_since_attempt += 1
             raise
         fail_point("trainer.snapshot_written")
         self._unfinished = None

@@ -50,9 +50,25 @@ class Desk:
         self.clock = ManualClock(1_700_001_000_000)
         self.publisher = self.open()
 
-    def open(self, store: FeatureStore | None = None) -> Publisher:
+    def open(self, store: FeatureStore | None = None, *, config_hash: str | None = None) -> Publisher:
         config = TrainerConfig(metrics_window=100, **self.settings)
-        return Publisher(self.root, "default", config, store=store or self.store, clock=self.clock, mode="live")
+        return Publisher(
+            self.root,
+            "default",
+            config,
+            store=store or self.store,
+            clock=self.clock,
+            mode="live",
+            config_hash=config_hash or self.learner.model.config.config_hash(),
+        )
+
+    def start_over(self, *, num_expired: int = 0, config_hash: str | None = None) -> None:
+        """A trainer without checkpoints, on a log whose first batches have expired."""
+        self.learner = self.stream.learner(**self.settings)
+        self.batcher = self.stream.batcher(self.learner)
+        self.publisher = self.open(config_hash=config_hash)
+        for _ in range(num_expired):
+            self.batcher.take()
 
     def learn(self) -> None:
         batch = self.batcher.take()
@@ -221,6 +237,44 @@ def test_a_full_disk_leaves_the_last_good_one_and_an_anchor_follows(store: Featu
     desk.publish()
     assert desk.versions() == [1, 2, 4]
     assert read_manifest(desk.root, "default", 4).kind == "anchor"
+
+
+def test_what_could_not_be_written_is_tried_again_on_a_quiet_stream(store: FeatureStore, tmp_path: Path) -> None:
+    disk = Disk()
+    desk = Desk(store, LocalStorage(tmp_path / "snapshots", disk))
+    desk.learn()
+    write_before = disk.write
+    disk.write = _full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="No space left"):
+        desk.publisher.write(desk.capture())
+    disk.write = write_before  # type: ignore[method-assign]
+    assert desk.publisher.has_unpublished(), "also when it is told to stop"
+    desk.clock.advance(10_000)
+    assert desk.publisher.is_due()
+    desk.publisher.write(desk.capture())
+    assert not desk.publisher.has_unpublished()
+    assert not desk.publisher.is_due()
+
+
+def test_snapshots_of_another_model_configuration_hold_nothing_back(desk: Desk) -> None:
+    for _ in range(3):
+        desk.publish()
+    desk.start_over(config_hash="another")
+    desk.learn()
+    assert desk.publisher.has_unpublished()
+
+
+def test_behind_the_newest_snapshot_all_is_new_also_where_fewer_interactions_were_counted(desk: Desk) -> None:
+    for _ in range(3):
+        desk.publish()
+    desk.start_over(num_expired=1)
+    for _ in range(2):
+        desk.learn()
+        assert not desk.publisher.has_unpublished(), "the newest snapshot contains it"
+    desk.publish()
+    assert desk.versions() == [1, 2, 3, 4]
+    counted = [AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default")]
+    assert counted == [16, 16, 16, 16]
 
 
 class AbsentStore:
