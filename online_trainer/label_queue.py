@@ -24,6 +24,7 @@ from stream.log import Record
 from stream.messages import Labels, decode_message, predictions_mismatch
 
 _NEVER: Final = int(np.iinfo(np.int64).max)
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _FORGOTTEN_MAX: Final = 100_000
 """Users of whom it is remembered that they were forgotten, for labels that are still to be read."""
 
@@ -89,7 +90,7 @@ class LabelQueue:
             labels = decode_message(Labels, record.value)
             items = _labelled_items(labels)
             served_CK = _served_predictions(labels, self._tasks)
-        except MessageFormatError:
+        except (MessageFormatError, OverflowError):  # or a number that no column holds
             self.num_unreadable += 1
             return
         if record.timestamp_ms <= self._forgotten.get(int(items.user_id[0]), -1):
@@ -179,6 +180,8 @@ def _labelled_items(labels: Labels) -> LabelledItems:
     if labels.values and len(labels.values) != len(labels.actions):
         raise MessageFormatError(f"labels of {len(labels.actions)} actions with {len(labels.values)} values")
     values = [np.nan if value is None else value for value in labels.values or [None] * num_items]
+    if any(abs(value) > _FLOAT32_MAX for value in values):
+        raise MessageFormatError("labels with a value that is no finite 32-bit number")
     known_before_ms = np.array([labels.shown_at_ms if labels.from_ms is None else labels.from_ms], np.int64)
     return LabelledItems(
         user_id=np.array([_number(labels.user_id)], np.int64),

@@ -133,6 +133,11 @@ def test_labels_of_a_forgotten_user_go_and_those_after_it_stay() -> None:
         {"actions": [1]},
         {"outcome": "taken", "actions": [1, 1, 1], "values": [1.0]},
         {"predictions": {"click": [0.5]}},
+        {"shown_at_ms": 2**63},
+        {"from_ms": -(2**70)},
+        {"outcome": "taken", "actions": [1, 2**32, 1]},
+        {"outcome": "taken", "actions": [1, -1, 1]},
+        {"outcome": "taken", "actions": [1, 1, 1], "values": [1.0, 1e39, None]},
     ],
 )
 def test_a_record_that_makes_no_sense_is_counted_and_passed_over(bad: dict[str, Any]) -> None:
