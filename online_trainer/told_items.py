@@ -53,6 +53,8 @@ class ToldItems:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready."""
+        if self._config.content_items == 0:
+            return {}  # once content is read, from the start: what has been said until then is not known
         return {
             "items_read": {str(partition): offset for partition, offset in sorted(self.positions.items())},
             "text_encoder": self._config.text_encoder,
@@ -60,8 +62,13 @@ class ToldItems:
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, is_same_log: bool) -> None:
         """Continue from `tensors()` and `state()`; in another log, and by another encoder, items are heard anew."""
-        if state.get("text_encoder", "none") != self._config.text_encoder:
-            logger.warning("items.text_encoder has changed: what is said about items is read from its start")
+        if self._config.content_items == 0:
+            return
+        if (encoder := state.get("text_encoder", "none")) != self._config.text_encoder:
+            logger.warning(
+                "items.text_encoder is %s and was %s, or content was not read before: "
+                "what is said about items is read from its start", self._config.text_encoder, encoder,
+            )  # fmt: skip
             return
         if is_same_log:
             read = state.get("items_read", {})

@@ -239,6 +239,17 @@ def test_a_run_with_content_continues_from_a_checkpoint_bit_by_bit(
     assert_equal(unbroken.capture_checkpoint(), run(stream, continued).capture_checkpoint())
 
 
+def test_content_that_is_read_again_is_heard_from_its_start(store: FeatureStore) -> None:
+    stream = record_stream(store, walks(50))
+    without = replace(COLD, content_items=0)
+    was_on, off, on_again = (stream.learner(items=items) for items in (COLD, without, COLD))
+    was_on.tell(news())
+    off.load_checkpoint(was_on.capture_checkpoint())
+    assert len(off._catalogue._told._content) == 0, "as if it had been off for long"
+    on_again.load_checkpoint(off.capture_checkpoint())
+    assert on_again.items_read == {}
+
+
 # In the daemon
 
 
