@@ -374,7 +374,10 @@ class ItemTable:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace everything by a ``state_dict``; StateMismatchError (and nothing replaced) if it does not fit."""
+        """Replace everything by a ``state_dict``; nothing is replaced if it does not fit.
+
+        StateMismatchError for another structure, ItemTableFullError for more items than max_items.
+        """
         want: dict[str, Any] = {key: value.dtype for key, value in self.alike().state_dict().items()}
         n = state["ids"].shape[0] if "ids" in state else -1
         if {key: value.dtype for key, value in state.items()} != want or state["weight"].shape != (
@@ -382,6 +385,10 @@ class ItemTable:
             self.config.embedding_dim,
         ):
             raise StateMismatchError(f"an item table needs {sorted(want)} of width {self.config.embedding_dim}")
+        if n > self.config.max_items:
+            raise ItemTableFullError(
+                f"{n} items are more than max_items ({self.config.max_items}): raise max_items to at least {n}"
+            )
         self.restore(state["ids"].numpy(), state["weight"], state["bias"], state["trend"], state.get("content"))
         self.seen_ms[:n], self.dirty[:n] = state["seen_ms"], state["dirty"]
         self._removed_ids = state["removed_ids"].tolist()

@@ -21,8 +21,8 @@ import typer
 
 from backtest.errors import BacktestError
 from feature_store.errors import FeatureStoreError, SchemaRevisionError, StoreLayoutError
-from model.errors import SnapshotError
-from online_trainer.errors import CheckpointMismatchError, UpstreamFencedError
+from model.errors import ItemTableFullError, SnapshotError
+from online_trainer.errors import CheckpointError, CheckpointMismatchError, UpstreamFencedError
 from ops.backtest_commands import backtest_app
 from ops.backtest_report_commands import backtest_compare, backtest_report
 from ops.command_line import ConfigOption, say, settings_of
@@ -46,7 +46,9 @@ _REFUSALS: Final = (
     SchemaRevisionError,
     StoreLayoutError,
     LogResetError,
+    CheckpointError,
     CheckpointMismatchError,
+    ItemTableFullError,
     UpstreamFencedError,
     PortTakenError,
     ListenRefusedError,

@@ -94,29 +94,30 @@ def train(settings: Settings) -> int:
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="trainer", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.trainer_port, signals), _open_store(settings, report) as store:
-        daemon = TrainerDaemon(
-            TrainerParts(
-                config=settings.get(TrainerConfig),
-                items_config=settings.get(ItemsConfig),
-                model_config=model_config,
-                ranking=settings.get(RankingSettings),
-                loss_config=settings.get(LossConfig),
-                optimizer_config=settings.get(OptimizerConfig),
-                drift_config=settings.get(DriftConfig),
-                actions=settings.get(EventRules).actions,
-                model_name=config.model,
-                log=KafkaLog(_current_log(settings, store)),
-                store=store,
-                hot_config=settings.get(HotHistoriesConfig),
-                snapshot_root=snapshot_storage(settings),
-                checkpoint_root=config.data_dir / "checkpoints" / config.model,
-                quarantine_root=config.quarantine_dir,
-                metrics_root=config.data_dir / "metrics" / config.model,
-                clock=WallClock(),
-                mode=config.mode,
-                reads_vectors=settings.get(UpstreamDaemonConfig).is_on,
+        with _refusing():
+            daemon = TrainerDaemon(
+                TrainerParts(
+                    config=settings.get(TrainerConfig),
+                    items_config=settings.get(ItemsConfig),
+                    model_config=model_config,
+                    ranking=settings.get(RankingSettings),
+                    loss_config=settings.get(LossConfig),
+                    optimizer_config=settings.get(OptimizerConfig),
+                    drift_config=settings.get(DriftConfig),
+                    actions=settings.get(EventRules).actions,
+                    model_name=config.model,
+                    log=KafkaLog(_current_log(settings, store)),
+                    store=store,
+                    hot_config=settings.get(HotHistoriesConfig),
+                    snapshot_root=snapshot_storage(settings),
+                    checkpoint_root=config.data_dir / "checkpoints" / config.model,
+                    quarantine_root=config.quarantine_dir,
+                    metrics_root=config.data_dir / "metrics" / config.model,
+                    clock=WallClock(),
+                    mode=config.mode,
+                    reads_vectors=settings.get(UpstreamDaemonConfig).is_on,
+                )
             )
-        )
         report.of(daemon.ready, daemon.status)
         asyncio.run(_until_told_to_stop(daemon.run))
     return 0
@@ -140,23 +141,24 @@ def upstream(settings: Settings) -> int:
     signals = telemetry.start(settings.get(TelemetryConfig), daemon="upstream", mode=config.mode)
     report = _Report()
     with report.served(config.probe_host, config.upstream_port, signals), _open_store(settings, report) as store:
-        daemon = UpstreamDaemon(
-            UpstreamParts(
-                config=settings.get(UpstreamDaemonConfig),
-                model_config=model_config,
-                model_name=config.model,
-                log=KafkaLog(_current_log(settings, store)),
-                store=store,
-                snapshot_root=snapshot_storage(settings),
-                checkpoint_root=config.data_dir / "checkpoints" / f"{config.model}-upstream",
-                clock=WallClock(),
-                mode=config.mode,
-                actions=settings.get(EventRules).actions,
-                vectors=settings.get(UserVectorsConfig),
-                ranking=settings.get(RankingSettings),
-                items=settings.get(ItemsConfig),
+        with _refusing():
+            daemon = UpstreamDaemon(
+                UpstreamParts(
+                    config=settings.get(UpstreamDaemonConfig),
+                    model_config=model_config,
+                    model_name=config.model,
+                    log=KafkaLog(_current_log(settings, store)),
+                    store=store,
+                    snapshot_root=snapshot_storage(settings),
+                    checkpoint_root=config.data_dir / "checkpoints" / f"{config.model}-upstream",
+                    clock=WallClock(),
+                    mode=config.mode,
+                    actions=settings.get(EventRules).actions,
+                    vectors=settings.get(UserVectorsConfig),
+                    ranking=settings.get(RankingSettings),
+                    items=settings.get(ItemsConfig),
+                )
             )
-        )
         report.of(daemon.ready, daemon.status)
         asyncio.run(_until_told_to_stop(daemon.run))
     return 0
@@ -249,6 +251,15 @@ def serve(settings: Settings, port: int) -> int:
     finally:
         store.close()
         signals.shutdown()
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Settings that do not go together, or ask for what is not installed, are one sentence and not tried again."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _current_log(settings: Settings, store: FeatureStore) -> KafkaConfig:

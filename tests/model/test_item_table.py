@@ -136,3 +136,14 @@ def test_rows_are_assigned_in_parts_as_if_at_once() -> None:
         expected[rows] = -np.inf
         assign(found, rows, -np.inf)
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_state_of_more_items_than_there_is_room_for_is_refused(small_config: ModelConfig) -> None:
+    table = ItemTable(small_config)
+    table.admit(np.arange(3))
+    smaller = ItemTable(dataclasses.replace(small_config, max_items=2))
+    with pytest.raises(
+        ItemTableFullError, match=r"3 items are more than max_items \(2\): raise max_items to at least 3"
+    ):
+        smaller.load_state_dict(table.state_dict())
+    assert smaller.num_items == 0

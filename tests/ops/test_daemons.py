@@ -137,6 +137,26 @@ def test_a_model_that_could_never_learn_is_refused_at_start(
     assert says in run.stderr.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"HEADRACE_MODEL__MAX_ITEMS": "100"}, "model.max_items is 100; the items of a step"),
+        ({}, "none of the 1 checkpoints in"),
+    ],
+)
+def test_a_trainer_that_cannot_begin_says_why_in_one_sentence(
+    tmp_path: Path, daemons: list[Daemon], settings: dict[str, str], says: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/store.db"
+    migrate(url)
+    if not settings:
+        (tmp_path / "checkpoints" / "default" / "c0000000001").mkdir(parents=True)
+    daemons.append(Daemon("train", tmp_path, HEADRACE_STORE__URL=url, **settings))
+    assert daemons[0].process.wait(START_S_MAX) == 2
+    assert says in daemons[0].log.read_text().replace("\n", " ")
+    assert "Traceback" not in daemons[0].log.read_text()
+
+
 def test_a_database_without_schema_is_refused_with_the_remedy(tmp_path: Path, daemons: list[Daemon]) -> None:
     daemons.append(Daemon("train", tmp_path, HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/new.db"))
     assert daemons[0].process.wait(START_S_MAX) == 2
