@@ -70,7 +70,7 @@ def made_aside(out: Path) -> Iterator[Path]:
         if out.exists():
             shutil.rmtree(out)
         unfinished.replace(out)
-    except OSError as error:
+    except (OSError, pl.exceptions.PolarsError) as error:  # polars tells of a full disk by an error of its own
         raise RecordedStreamError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

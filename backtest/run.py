@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+import polars as pl
 
 from backtest.arrivals import ArrivalConfig
 from backtest.engine import Backtest, EngineParts, remove_run
@@ -129,6 +131,22 @@ def run_one(
     if begun.is_complete:
         hooks.say(f"{folder} is complete; --restart makes it anew")
         return True
+    with _written(folder):
+        return _go_on(begun, settings, recording, folder, seed, hooks)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """RunFolderError where the folder cannot be written. What its last checkpoint holds stays."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:  # polars tells of a full disk by an error of its own
+        raise RunFolderError(f"{folder} cannot be written: {error}; once it can, the same command goes on") from error
+
+
+def _go_on(
+    begun: RunManifest, settings: RunSettings, recording: Recording, folder: Path, seed: int, hooks: Hooks
+) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, begun)
     parts = EngineParts(

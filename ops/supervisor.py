@@ -306,9 +306,19 @@ class _Run:
             last_lines=tuple(self._last_lines),
         )
 
+    def _log_file(self) -> _RotatingFile | None:
+        """None where lines go to `write_line`, also because there can be no file."""
+        if self._config.log_dir is None:
+            return None
+        try:
+            return _RotatingFile(self._config, self.child.name)
+        except OSError as error:
+            logger.error("%s has no log file: %s", self.child.name, error)  # noqa: TRY400 - the sentence says it all
+            return None
+
     def _read(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        log = None if self._config.log_dir is None else _RotatingFile(self._config, self.child.name)
+        log = self._log_file()
         with process.stdout as output:
             while line := output.readline(_LINE_MAX_BYTES):
                 text = line.decode(errors="replace").rstrip("\n")
@@ -323,7 +333,7 @@ class _Run:
 
 
 class _RotatingFile:
-    """A log file with a limit."""
+    """A log file with a limit. What a full disk does not take is lost; a child whose output nobody reads would hang."""
 
     def __init__(self, config: SupervisorConfig, name: str) -> None:
         assert config.log_dir is not None
@@ -332,13 +342,25 @@ class _RotatingFile:
         self._max_bytes = config.log_max_bytes
         self._file = self._path.open("ab", buffering=0)
         self._num_bytes = self._file.tell()
+        self._is_failing = False
 
     def write(self, line: bytes) -> None:
+        try:
+            self._write(line)
+        except OSError as error:
+            if not self._is_failing:
+                logger.error("%s takes no lines: %s", self._path, error)  # noqa: TRY400 - the sentence says it all
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _write(self, line: bytes) -> None:
         if self._num_bytes + len(line) > self._max_bytes and self._num_bytes > 0:
+            if self._path.exists():
+                self._path.replace(self._path.with_suffix(".log.1"))
+            fresh = self._path.open("ab", buffering=0)
             self._file.close()
-            self._path.replace(self._path.with_suffix(".log.1"))
-            self._file = self._path.open("ab", buffering=0)
-            self._num_bytes = 0
+            self._file, self._num_bytes = fresh, 0
         self._file.write(line)
         self._num_bytes += len(line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,18 @@ def test_an_import_that_fails_leaves_the_recording_that_was_there(tmp_path: Path
         _import(_csv(tmp_path, "1,1,13", f"1,1,{T0}", f"1,1,{T0}"))
     assert _users(Recording.open(tmp_path / "recording")) == [1]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = [f"{user},1,{T0 + user}" for user in range(800)]
+    log, (soft, hard) = _csv(tmp_path, *rows), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_048, hard))
+    try:
+        with pytest.raises(RecordedStreamError, match="recording cannot be written"):
+            _import(log)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
 def test_an_import_never_replaces_a_folder_that_is_no_recording(tmp_path: Path) -> None:

@@ -174,6 +174,21 @@ def test_logs_go_to_one_file_per_child_and_have_a_limit(tmp_path: Path) -> None:
     assert older.stat().st_size <= 1_000
 
 
+@pytest.mark.parametrize("full", ["file", "folder"])
+def test_a_disk_that_takes_no_log_silences_no_child(tmp_path: Path, full: str) -> None:
+    logs, lines = tmp_path / "logs", list[str]()
+    if full == "file":
+        logs.mkdir()
+        (logs / "trainer.log").symlink_to("/dev/full")
+    else:
+        logs.write_text("in the way")
+    # More than a pipe holds: if nobody reads, the child never comes to its end.
+    script = f"head -c 300000 /dev/zero | tr '\\0' x | fold -w 99; echo; echo end; {SLEEPS}"
+    with Supervisor([_shell("trainer", script)], SupervisorConfig(log_dir=logs), write_line=lines.append) as supervisor:
+        _wait_for(lambda: "end" in _only(supervisor).last_lines)
+    assert ("trainer | end" in lines) == (full == "folder")
+
+
 SUPERVISED = """
 import sys
 from ops.errors import SupervisionError
