@@ -255,7 +255,7 @@ def _ablation(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def show(row: dict[str, Any]) -> None:
     far = f"{row['far_hr_at_10']:8.4f}" if "far_hr_at_10" in row else " " * 8
     print(
-        f"{row['stream']:<15}{row['name']:<22}{row[QUALITY]:>8.4f}{row['hr_at_10']:>8.4f}{far}"
+        f"{row['stream']:<15}{row['name']:<26}{row[QUALITY]:>8.4f}{row['hr_at_10']:>8.4f}{far}"
         f"{row['training_flops'] / 1e6:>10.2f}{row['inference_flops'] / 1e6:>10.2f}{row['cpu_s']:>8.0f}",
         flush=True,
     )
@@ -286,7 +286,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {_identity(row, row["num_events"]): row for row in kept_arms}
     ideals: dict[str, dict[str, float]] = told.get("ideal", {})
     wanted: list[str] = []
-    print(f"{'stream':<15}{'arm':<22}{'NDCG@20':>8}{'HR@10':>8}{'far HR':>8}{'train M':>10}{'infer M':>10}{'CPU s':>8}")
+    print(f"{'stream':<15}{'arm':<26}{'NDCG@20':>8}{'HR@10':>8}{'far HR':>8}{'train M':>10}{'infer M':>10}{'CPU s':>8}")
     for name in options.streams:
         num_events = options.events or (QUICK_EVENTS if options.quick else NUM_EVENTS[name])
         stream = None if options.kept else made_stream(name, num_events, options.data)
