@@ -17,6 +17,7 @@ def draw(rows: list[dict[str, Any]], streams: dict[str, float | None], path: Pat
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, all_axes = pyplot.subplots(
         len(streams), 2, figsize=(11, 4.2 * len(streams)), layout="constrained", squeeze=False
@@ -39,6 +40,8 @@ def draw(rows: list[dict[str, Any]], streams: dict[str, float | None], path: Pat
             if ideal:
                 axes.axhline(ideal, color="#3fb950", linestyle=":", label="ideal")
             axes.set(title=stream, xlabel=f"operations of {kind}, per interaction", ylabel="NDCG@20", xscale="log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.margins(x=0.1)
             axes.grid(visible=True, alpha=0.25)
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
