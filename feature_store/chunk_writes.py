@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from feature_store.errors import ConcurrentAppendError
 
@@ -202,8 +203,13 @@ def _write_postgres(connection: Connection, write: ChunkWrite) -> int:
     connection.exec_driver_sql(_POSTGRES_PLAN)
     driver_connection = connection.connection.driver_connection
     assert driver_connection is not None
-    with driver_connection.cursor().copy(_POSTGRES_COPY) as copy:
-        copy.write(_copy_bytes(write))
+    driver = connection.dialect.loaded_dbapi
+    try:
+        with driver_connection.cursor().copy(_POSTGRES_COPY) as copy:
+            copy.write(_copy_bytes(write))
+    except driver.Error as error:
+        # As SQLAlchemy does with what it executes itself: the driver's own errors are nobody's to handle.
+        raise DBAPIError.instance(_POSTGRES_COPY, None, error, driver.Error, dialect=connection.dialect) from error
     num_written = connection.exec_driver_sql(_POSTGRES_INSERT).rowcount
     num_written += connection.exec_driver_sql(_POSTGRES_OVERWRITE).rowcount
     connection.exec_driver_sql("DELETE FROM new_chunk")

@@ -33,8 +33,9 @@ _SQLITE_BUSY: Final = ("SQLITE_BUSY", "SQLITE_LOCKED")
 _SQLITE_AWAY: Final = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOTADB")
 _POSTGRES_RETRY: Final = ("40001", "40P01")
 """serialization_failure and deadlock_detected: two writers met; one of them must start again."""
-_POSTGRES_AWAY: Final = ("08", "28", "3D", "53", "57")
-"""SQLSTATE classes: connection, authorisation, no such database, resources exhausted, operator intervention."""
+_POSTGRES_AWAY: Final = ("08", "25006", "25P03", "25P04", "28", "3D", "42501", "53", "57", "58")
+"""SQLSTATE classes: connection, authorisation, no such database, resources exhausted, operator intervention, system
+error; and read-only (a replica, after a failover), two time limits that end a transaction, a privilege revoked."""
 _POSTGRES_BUSY: Final = ("55P03",)
 
 _tracer = trace.get_tracer("headrace.feature_store")

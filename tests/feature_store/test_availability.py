@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from feature_store import schema
 from feature_store.config import FeatureStoreConfig, parse_url
@@ -106,6 +108,52 @@ def test_a_store_comes_back_after_its_connections_were_cut(store: FeatureStore) 
     killer.dispose()
     assert store.read(np.array([1]), max_len=9).num_interactions == 1
     assert store.positions("log", "interactions") == {}
+
+
+def test_a_server_that_only_reads_after_a_failover_is_away(store: FeatureStore) -> None:
+    if store.config.url.startswith("sqlite"):
+        pytest.skip("SQLite has no server that fails over")
+    append(store, [Row(1, 1, 1)])
+    operator = create_engine(parse_url(store.config.url), isolation_level="AUTOCOMMIT")
+    with operator.connect() as connection:
+        name = connection.execute(text("SELECT current_database()")).scalar_one()
+        connection.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+    operator.dispose()
+    store._engine.dispose()
+    with pytest.raises(StoreUnavailableError, match="read-only transaction"):
+        append(store, [Row(1, 2, 2)])
+    assert store.read(np.array([1]), max_len=9).num_interactions == 1
+
+
+def test_a_transaction_that_the_server_ended_for_idling_is_to_be_tried_again(store: FeatureStore) -> None:
+    if store.config.url.startswith("sqlite"):
+        pytest.skip("SQLite has no such limit")
+
+    def idle() -> None:
+        with store.transaction() as transaction:
+            transaction.lock_position("log", "interactions", 0)
+            transaction._connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 20"))
+            time.sleep(0.2)
+            transaction.set_position("log", "interactions", 0, 1)
+
+    with pytest.raises(StoreUnavailableError):
+        idle()
+    assert append(store, [Row(1, 1, 1)]).accepted.all()
+
+
+def test_what_goes_wrong_while_chunks_are_copied_is_said_in_our_words(store: FeatureStore) -> None:
+    if store.config.url.startswith("sqlite"):
+        pytest.skip("SQLite has no COPY")
+
+    def revoke(connection: Any, _cursor: Any, statement: str, *_rest: object) -> None:
+        if statement.startswith("SET LOCAL enable_hashjoin"):  # the last one before the copy
+            connection.connection.driver_connection.execute("SET LOCAL ROLE pg_monitor")
+
+    event.listen(store._engine, "after_cursor_execute", revoke)
+    with pytest.raises(StoreUnavailableError, match="permission denied"):
+        append(store, [Row(1, 1, 1)])
+    event.remove(store._engine, "after_cursor_execute", revoke)
+    assert append(store, [Row(1, 1, 1)]).accepted.all()
 
 
 def test_more_threads_than_connections_wait_and_then_give_up(open_store: Callable[..., FeatureStore]) -> None:
