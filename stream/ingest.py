@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 from opentelemetry import metrics
 
-from feature_store.errors import ConcurrentAppendError, StoreUnavailableError
+from feature_store.errors import ChunkCorruptError, ConcurrentAppendError, StoreUnavailableError
 from stream.batch import DecodedBatch
 from stream.commit import Committer
 from stream.errors import LogUnavailableError
@@ -28,7 +28,9 @@ from stream.messages import Topics
 
 logger = logging.getLogger(__name__)
 
-_RETRYABLE: Final = (StoreUnavailableError, ConcurrentAppendError, LogUnavailableError)
+_RETRYABLE: Final = (StoreUnavailableError, ConcurrentAppendError, ChunkCorruptError, LogUnavailableError)
+"""A damaged history holds up what was polled with an event of its user until it is mended, or its user forgotten, which
+takes a process that stays: `commands` are carried out beside ingest."""
 _NEWER_MS: Final = 10
 """How long what lies fetched waits for what came since: an answer of the broker, which has it."""
 _STAY_IN_GROUP_S: Final = 1.0

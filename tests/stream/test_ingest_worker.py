@@ -208,6 +208,25 @@ async def test_a_locked_database_delays_and_loses_nothing(site: Site, caplog: py
         await until(lambda: worker.blocked_by is None)
 
 
+async def test_a_damaged_history_is_waited_for_until_its_user_is_forgotten(site: Site) -> None:
+    await site.send(34)
+    async with site.worker():
+        await until_stored(site)
+    database = sqlite3.connect(site.url.removeprefix("sqlite:///"))
+    database.execute("UPDATE history_chunk SET payload = x'00' WHERE user_id = 3")
+    database.commit()
+    database.close()
+    site.store._tails.clear()  # as after a restart: a tail in memory would be written anew, and sound
+    async with site.worker() as (worker, task):
+        await site.send_event(user_id=3)
+        await until(lambda: "chunk 0 of user 3 is corrupt" in (worker.problem() or "") or task.done())
+        assert not task.done()
+        with site.store.transaction() as transaction:
+            transaction.forget_users(np.array([3]))
+        await until(lambda: site.store.read(np.array([3]), max_len=10).num_interactions == 1)
+        await until(lambda: worker.problem() is None)
+
+
 async def test_a_log_that_ends_before_the_stored_position_is_refused(site: Site) -> None:
     await site.send(10)
     with site.store.transaction() as transaction:
