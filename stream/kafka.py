@@ -20,7 +20,7 @@ from opentelemetry import metrics
 from stream.errors import LogUnavailableError, RecordTooLargeError
 from stream.fetching import RawRecord, count_consumed, end_of, fetch_fairly, messaging_attributes, refuse_reset
 from stream.log import PartitionId, Record, Start
-from stream.log_bounds import LogBounds, Standing
+from stream.log_bounds import LogBounds, Standing, no_such_partition
 from stream.messages import COMPACTED_TOPICS, Topics
 from stream.tracing import Headers
 
@@ -363,6 +363,8 @@ class KafkaWriter:
     ) -> Awaitable[object]:
         """Queue a record; awaiting the result waits for the acknowledgement. Raises LogUnavailableError."""
         try:
+            if partition is not None and partition not in await self._producer.partitions_for(topic):
+                raise no_such_partition(topic, partition)
             sent: Awaitable[object] = await self._producer.send(
                 topic, value, key=key, partition=partition, headers=list(headers)
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from stream.errors import LogResetError
+from stream.errors import LogResetError, LogUnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,14 @@ class Standing:
             raise was_reset(self.topic, self.partition, self.position, end=self.bounds.end)
         if self.verdict is Verdict.TRUNCATED:
             raise was_truncated(self.topic, self.partition, self.position, start=self.bounds.start)
+
+
+def no_such_partition(topic: str, partition: int) -> LogUnavailableError:
+    """What to raise when a record is to go to a partition that its topic does not have."""
+    return LogUnavailableError(
+        f"topic {topic!r} has no partition {partition}: history-updates needs as many partitions as interactions; add "
+        "the missing ones and restart its readers"
+    )
 
 
 def was_truncated(topic: str, partition: int, position: int, *, start: int) -> LogResetError:

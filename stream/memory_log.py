@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from stream.clock import Clock
 from stream.errors import LogUnavailableError
 from stream.log import PartitionId, Record, Start
-from stream.log_bounds import LogBounds, Standing
+from stream.log_bounds import LogBounds, Standing, no_such_partition
 from stream.messages import Topics
 from stream.tracing import Headers
 
@@ -69,6 +69,8 @@ class MemoryLog:
         """Append one record; without `partition`, the key chooses it."""
         numbers = self.partition_numbers(topic)
         chosen = partition if partition is not None else numbers[sum(key or b"") % len(numbers)]
+        if chosen not in numbers:
+            raise no_such_partition(topic, chosen)
         records = self._records[topic, chosen]
         record = Record(topic, chosen, len(records), self._clock.now_ms(), key, value, headers)
         records.append(record)

@@ -245,6 +245,11 @@ async def read_all(reader: LogReader, topic: str, starts: dict[int, int], count:
     return await read(reader, count)
 
 
+async def test_a_partition_that_a_topic_does_not_have_is_named_with_the_cure(log: EventLog, writer: LogWriter) -> None:
+    with pytest.raises(LogUnavailableError, match="'history-updates' has no partition 2: .* add the missing ones"):
+        await writer.send(log.topics.history_updates, b"x", partition=2)
+
+
 async def test_a_record_that_is_too_large_is_told_from_a_broker_that_is_away(fresh_broker: LocalBroker) -> None:
     log = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, max_message_bytes=1_000))
     await log.create_topics()
