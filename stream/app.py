@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ _ITEMS_PER_TRANSACTION = 1_000
 _ITEMS_WAIT_S = 0.25
 _COMMANDS_AT_ONCE = 1_000
 _COMMANDS_WAIT_S = 1.0
+
+_Refused = tuple[EventT[bytes], str]
+"""A record of a low-rate topic, and what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,24 +269,17 @@ class LowRateAgents:
                 return
 
     async def _apply_items(self, events: Sequence[EventT[bytes]]) -> None:
-        changes: dict[int, Item | None] = {}
-        names: dict[int, str] = {}
-        for event in events:
+        colliding: set[str] = set()
+        while True:
+            changes, names, refused = _read_items(events, colliding)
             try:
-                item_id, name, item = read_item(event.message.key, event.message.value)
-            except MessageFormatError as error:
-                await self._refuse(event, error)
-                continue
-            # The last message of an item wins; dict order keeps first sight, which does not matter here.
-            changes[item_id] = item
-            if name is not None:
-                names[item_id] = name
-        try:
-            await asyncio.to_thread(self._store_items, changes, names)
-        except IdCollisionError as error:
-            logger.error("%s; none of these %d items was stored", error, len(changes))  # noqa: TRY400 - no traceback wanted
-            for event in events:
-                await self._refuse(event, MessageFormatError(str(error)))
+                await asyncio.to_thread(self._store_items, changes, names)
+                break
+            except IdCollisionError as error:
+                # Never merge two items: the newcomer is refused, the others are stored.
+                colliding.add(error.new)
+        # What can be tried again comes first: each try would write the letters again.
+        await self._refuse(refused)
 
     def _store_items(self, changes: dict[int, Item | None], names: dict[int, str]) -> None:
         with self._store.transaction() as transaction:
@@ -296,17 +292,20 @@ class LowRateAgents:
 
     async def _apply_commands(self, events: Sequence[EventT[bytes]]) -> None:
         forgotten: set[int] = set()
+        refused: list[_Refused] = []
         for event in events:
             try:
                 command = decode_message(Command, event.message.value)
             except MessageFormatError as error:
-                await self._refuse(event, error)
+                refused.append((event, str(error)))
                 continue
             forgotten.add(stable_id(command.user_id) if isinstance(command.user_id, str) else command.user_id)
-        if not forgotten:
-            return
+        if forgotten:
+            await self._forget_and_announce(tuple(sorted(forgotten)))
+        await self._refuse(refused)
+
+    async def _forget_and_announce(self, user_ids: tuple[int, ...]) -> None:
         # Durable first, announced second: commands are acknowledged after both, and doing them twice is harmless.
-        user_ids = tuple(sorted(forgotten))
         await asyncio.to_thread(self._forget, user_ids)
         # On every partition, behind all that was announced of these users before: each tells what it ends.
         topic = self._log.topics.history_updates
@@ -328,19 +327,45 @@ class LowRateAgents:
             await asyncio.to_thread(self._store.erase_deleted)
             self._must_erase = False
 
-    async def _refuse(self, event: EventT[bytes], error: MessageFormatError) -> None:
-        message = event.message
-        headers = message.headers or ()
-        record = Record(
-            message.topic,
-            message.partition,
-            message.offset,
-            int(message.timestamp * 1000),
-            message.key,
-            message.value,
-            tuple(headers.items() if isinstance(headers, Mapping) else headers),
+    async def _refuse(self, refused: Sequence[_Refused]) -> None:
+        await self._dead_letters.write(
+            [(_record(event), Refusal(MESSAGE_REASON, None, problem)) for event, problem in refused]
         )
-        await self._dead_letters.write([(record, Refusal(MESSAGE_REASON, None, str(error)))])
+
+
+def _read_items(
+    events: Sequence[EventT[bytes]], colliding: Collection[str]
+) -> tuple[dict[int, Item | None], dict[int, str], list[_Refused]]:
+    """The last word on each item (None: retired), the texts of ids, and what is refused, `colliding` texts among it."""
+    changes: dict[int, Item | None] = {}
+    names: dict[int, str] = {}
+    refused: list[_Refused] = []
+    for event in events:
+        try:
+            item_id, name, item = read_item(event.message.key, event.message.value)
+        except MessageFormatError as error:
+            refused.append((event, str(error)))
+            continue
+        if name is not None and (name in colliding or names.setdefault(item_id, name) != name):
+            refused.append((event, f"item {name!r}: another text has the same 63-bit hash; nothing is merged"))
+            continue
+        # The last message of an item wins; dict order keeps first sight, which does not matter here.
+        changes[item_id] = item
+    return changes, names, refused
+
+
+def _record(event: EventT[bytes]) -> Record:
+    message = event.message
+    headers = message.headers or ()
+    return Record(
+        message.topic,
+        message.partition,
+        message.offset,
+        int(message.timestamp * 1000),
+        message.key,
+        message.value,
+        tuple(headers.items() if isinstance(headers, Mapping) else headers),
+    )
 
 
 def run_worker(app: faust.App, service: IngestService, *, log_level: str) -> int:
