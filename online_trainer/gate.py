@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
 from model.errors import SnapshotFormatError
+from model.small_records import read_record
 from model.snapshot import model_folder
 from model.storage import SnapshotRoot, open_storage
 from online_trainer.config import TrainerConfig
@@ -136,8 +137,8 @@ def read_held(root: SnapshotRoot, model: str) -> list[HeldEpisode]:
     except FileNotFoundError:
         return []
     try:
-        return [HeldEpisode(**episode) for episode in json.loads(content)["episodes"]]
-    except (KeyError, TypeError, ValueError) as error:
+        return [read_record(HeldEpisode, json.dumps(episode).encode()) for episode in json.loads(content)["episodes"]]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotFormatError(f"{storage.place(name)} cannot be read ({error!r}): delete it") from error
 
 

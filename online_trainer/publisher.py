@@ -15,7 +15,8 @@ from torch import Tensor
 from feature_store.errors import StoreUnavailableError
 from feature_store.records import PublishedSnapshot
 from feature_store.store import FeatureStore
-from model.errors import SnapshotError
+from model.errors import SnapshotError, SnapshotFormatError
+from model.listing import DAMAGED
 from model.manifest import Manifest
 from model.retention import SnapshotRetention
 from model.snapshot import RowBlock, list_versions, read_manifest, write_snapshot
@@ -111,7 +112,7 @@ class Publisher:
             return None
         try:
             newest = read_manifest(self._root, self._model_name, self._version)
-        except SnapshotError as error:
+        except DAMAGED as error:  # not where the storage is away: then it may be whole
             logger.warning("the newest snapshot cannot be read, an anchor will replace it: %s", error)
             return None
         if config_hash not in {None, newest.config_hash}:
@@ -125,7 +126,7 @@ class Publisher:
     def _read_held(self) -> list[HeldEpisode]:
         try:
             return read_held(self._root, self._model_name)
-        except SnapshotError as error:
+        except SnapshotFormatError as error:
             logger.warning("what was held back before is not known: %s", error)
             return []
 

@@ -106,6 +106,8 @@ def test_what_was_held_back_is_written_and_read_and_does_not_grow(tmp_path: Path
     ]
     write_held(tmp_path, "default", episodes)
     assert read_held(tmp_path, "default") == episodes[-20:]
-    open_storage(tmp_path).publish("default/held.json", b"{}")
-    with pytest.raises(SnapshotFormatError, match="delete it"):
-        read_held(tmp_path, "default")
+    in_words = open_storage(tmp_path).read("default/held.json", size_max=1 << 20).replace(b": 3,", b': "3",')
+    for content in (b"{}", b"[]", b"[" * 100_000, in_words):
+        open_storage(tmp_path).publish("default/held.json", content)
+        with pytest.raises(SnapshotFormatError, match="delete it"):
+            read_held(tmp_path, "default")

@@ -17,6 +17,7 @@ from feature_store.errors import StoreUnavailableError
 from feature_store.records import PublishedSnapshot
 from feature_store.store import FeatureStore
 from model.disk import Disk
+from model.errors import SnapshotStorageError
 from model.pinning import pin_snapshot, unpin_snapshot
 from model.recommender import Recommender
 from model.row_precision import as_published
@@ -275,6 +276,25 @@ def test_behind_the_newest_snapshot_all_is_new_also_where_fewer_interactions_wer
     assert desk.versions() == [1, 2, 3, 4]
     counted = [AgeHistogram.from_dict(one.append_age).count for one in desk.store.published_snapshots("default")]
     assert counted == [16, 16, 16, 16]
+
+
+def test_a_storage_that_is_away_at_the_start_is_no_damaged_snapshot(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.publish()
+    storage = LocalStorage(tmp_root(desk))
+
+    def away(name: str, *, size_max: int) -> bytes:
+        raise SnapshotStorageError(f"{name}: no answer within {size_max} s")
+
+    monkeypatch.setattr(storage, "read", away)
+    desk.root = storage
+    with pytest.raises(SnapshotStorageError, match="no answer"):
+        desk.open()
+    monkeypatch.undo()
+    (storage.root / "default" / "v00000001" / "manifest.json").write_text("{")
+    assert not desk.open().has_unpublished()
+    assert "an anchor will replace it" in caplog.text
 
 
 class AbsentStore:
