@@ -376,8 +376,8 @@ def main() -> None:
     except _REFUSALS as error:
         say(f"headrace: {error}")
         sys.exit(2)
-    except (StreamError, FeatureStoreError, SnapshotError) as error:
-        # The broker, the database or the snapshots' storage went away and the command could not wait for it.
+    except (StreamError, FeatureStoreError, SnapshotError, OSError) as error:
+        # The broker, the database, the snapshots' storage or a disk went away and the command could not wait for it.
         say(f"headrace: {error}")
         sys.exit(1 if _is_daemon() else 2)
 

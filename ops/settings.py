@@ -12,10 +12,11 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -392,10 +393,16 @@ def _convert(key: str, given: _Given, hint: Any) -> Any:
     value = _parsed(given.value, hint) if given.is_text else given.value
     _refuse_unknown_inside(key, value, hint)
     try:
-        return msgspec.convert(value, hint, strict=not given.is_text, dec_hook=_decode)
+        converted = msgspec.convert(value, hint, strict=not given.is_text, dec_hook=_decode)
     except msgspec.ValidationError as error:
         shown = masked(key.rpartition(".")[2], given.value)
         raise SettingsError(f"{key} = {shown!r}: {error} (set in {given.origin})") from error
+    numbers = converted.values() if isinstance(converted, dict) else converted
+    for one in numbers if isinstance(numbers, Iterable) else [numbers]:
+        # nan is not below, and not above, any limit that it could be held against.
+        if isinstance(one, float) and not math.isfinite(one):
+            raise SettingsError(f"{key} = {one}: must be a finite number (set in {given.origin})")
+    return converted
 
 
 def _refuse_unknown_inside(key: str, value: Any, hint: Any) -> None:

@@ -148,6 +148,7 @@ def test_text_of_the_environment_becomes_the_type_of_the_field(
         ("[pump]\nmode = 'medium'\n", "pump.mode = 'medium': Invalid enum value 'medium'"),
         ("[tank]\nvolume = '11'\n", "tank.volume = '11': Expected `int`, got `str`"),
         ("[pump]\nrate = -1.0\n", r"pump.rate = -1.0: must be positive \(set in .*headrace.toml \[pump\]\)"),
+        ("[pump]\nrate = nan\n", r"pump.rate = nan: must be a finite number \(set in .*headrace.toml \[pump\]\)"),
         ("[tank]\nvolume_file = 'x'\n", "unknown key tank.volume_file; did you mean volume?"),
     ],
 )
@@ -172,6 +173,7 @@ def test_what_the_file_must_not_hold_is_refused_by_name(tmp_path: Path, text: st
             r"tank.volume = 'ten': Expected `int`, got `str` \(set in HEADRACE_TANK__VOLUME\)",
         ),
         ("HEADRACE_PUMP__RATE", "-1", r"pump.rate = -1.0: must be positive \(set in HEADRACE_PUMP__RATE\)"),
+        ("HEADRACE_PUMP__RATE", "inf", r"pump.rate = inf: must be a finite number \(set in HEADRACE_PUMP__RATE\)"),
         ("HEADRACE_PUMP__VALVES", "[1, 2", "pump.valves = '.1, 2': Expected `array`, got `str`"),
         ("HEADRACE_CONFIG", "/nowhere.toml", "the settings file /nowhere.toml does not exist"),
     ],

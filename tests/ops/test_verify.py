@@ -15,6 +15,7 @@ from ops.verify import Account
 from tests.feature_store.databases import migrated_database
 from tests.feature_store.retained import ingest
 from tests.feature_store.truth import Row
+from tests.ops.command_line import Headrace, assert_refused
 
 ROWS = [Row(number % 3, 1_000 + number, 2**60 + number) for number in range(60)]
 
@@ -61,3 +62,10 @@ def test_one_missing_and_one_other_are_told_apart(store: FeatureStore) -> None:
     other = account(store, [*ROWS[1:], ROWS[1]])
     assert (other.is_equal, other.is_caught_up) == (False, True)
     assert other.sentence().endswith("that is a fault")
+
+
+def test_a_disk_that_cannot_be_read_is_one_sentence(headrace: Headrace, tmp_path: Path) -> None:
+    version = tmp_path / "snapshots" / "default" / "v00000001"
+    version.mkdir(parents=True)
+    (version / "READY").symlink_to("READY")
+    assert_refused(headrace("verify", HEADRACE_HEADRACE__DATA_DIR=str(tmp_path)), "Too many levels of symbolic links")
