@@ -293,10 +293,17 @@ async def test_a_backlog_costs_a_computation_a_user(site: Site) -> None:
 
 
 async def test_while_it_is_behind_it_does_not_learn_and_memory_is_bounded(site: Site) -> None:
-    daemon = site.daemon(lag_ms=1, batch_users=1, learn_pending_interactions=50)
+    daemon = site.daemon(lag_ms=1, batch_users=1, learn_pending_interactions=50, poll_records=1)
     site.happen(400, ago_ms=60_000)
+    pending: list[int] = []
+
+    def is_done(status: dict[str, Any]) -> bool:
+        pending.append(daemon._batcher.num_pending)
+        return bool(status["asked"] == 400 and status["waiting"] == 0)
+
     async with running(daemon):
-        status = await until(daemon, lambda s: s["asked"] == 400 and s["waiting"] == 0)
+        status = await until(daemon, is_done)
+    assert max(pending) <= 50 + 50, "what was allowed, and what one poll brings"
     assert status["learning"]["passed_over"] > 0
     assert status["version"] is None, "what was passed over is not enough for a version"
 
