@@ -26,7 +26,7 @@ async def list_letters(
 ) -> AsyncGenerator[str, None]:
     """One line per letter of the query; `say` hears of records that are no dead letters."""
     log, num_listed = KafkaLog(settings.get(KafkaConfig)), 0
-    async with aclosing(read_letters(log, WallClock(), on_foreign=say)) as letters:
+    async with aclosing(read_letters(log, on_foreign=say)) as letters:
         async for letter in letters:
             if query.reason in {None, letter.reason}:
                 yield letter_json(letter) if as_json else letter_line(letter)

@@ -186,7 +186,7 @@ class _Lookup:
         """What log and dead letters know of an event that no history holds."""
         log, quiet_ms = self.parts.log, self.parts.quiet_ms
         self.parts.say(f"no history holds the event: searching dead letters, and the log since {utc_time(since_ms)}")
-        letters = await find_refused(log, self.parts.clock, self.event_id, quiet_ms=quiet_ms)
+        letters = await find_refused(log, self.event_id, quiet_ms=quiet_ms)
         places = [SourcePlace(one.source_topic, one.source_partition, one.source_offset) for one in letters]
         sent_back = await asyncio.to_thread(self.parts.store.redriven_among, log.log_id, places)
         refused = tuple(

@@ -13,7 +13,6 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from stream.clock import Clock
 from stream.dead_letters import DeadLetter
 from stream.events import UNREADABLE
 from stream.log import EMPTY_POLLS, EventLog, Record, reading
@@ -104,10 +103,10 @@ async def find_sent(log: EventLog, event_id: str, *, since_ms: int, quiet_ms: in
     return found
 
 
-async def find_refused(log: EventLog, clock: Clock, event_id: str, *, quiet_ms: int = 500) -> list[DeadLetter]:
+async def find_refused(log: EventLog, event_id: str, *, quiet_ms: int = 500) -> list[DeadLetter]:
     """Dead letters of an event id, also of one that could not be read as JSON; raises LogUnavailableError."""
     found, raw_id = [], event_id.encode()
-    letters = read_letters(log, clock, on_foreign=lambda _problem: None, quiet_ms=quiet_ms)
+    letters = read_letters(log, on_foreign=lambda _problem: None, quiet_ms=quiet_ms)
     async with aclosing(letters):
         async for letter in letters:
             if letter.source_topic != log.topics.interactions:

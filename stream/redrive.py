@@ -55,28 +55,29 @@ class RedriveReport:
 
 
 async def read_letters(
-    log: EventLog, clock: Clock, *, on_foreign: Callable[[str], None], quiet_ms: int = 500
+    log: EventLog, *, on_foreign: Callable[[str], None], quiet_ms: int = 500
 ) -> AsyncGenerator[DeadLetter, None]:
     """The dead letters that exist now, in offset order per partition, holding one poll of them at a time.
 
-    Ends when polls stay empty for `quiet_ms` each: what a broker reports as its end is not trusted, since the local
-    broker's may be too low. A partition to which letters are still being added ends at the first one that was appended
-    after this call, so that reading ends, and a redrive never meets the letters that it causes.
+    Each partition is read to where it ended when this began, so that reading ends, and a redrive never meets the
+    letters that it causes. By offsets, not by time: letters are stamped by the clocks of those who refuse. Ends also
+    when polls stay empty for `quiet_ms` each: the last offsets may hold no record.
 
     Raises LogUnavailableError when the broker is away; `on_foreign` hears of records that are no dead letters.
     """
-    started_ms, topic = clock.now_ms(), log.topics.dead_letters
+    topic = log.topics.dead_letters
     async with reading(log) as reader:
-        open_partitions = set(await reader.partitions(topic))
+        ends = {number: held.end for number, held in (await reader.bounds(topic)).items() if held.start < held.end}
+        open_partitions = set(ends)
         await reader.assign({(topic, partition): "earliest" for partition in open_partitions})
         num_empty = 0
         while open_partitions and num_empty < EMPTY_POLLS:
             records = await reader.poll(timeout_ms=quiet_ms, max_records=_LETTERS_PER_POLL)
             num_empty = 0 if records else num_empty + 1
             for record in records:
-                if record.timestamp_ms > started_ms:
+                if record.offset >= ends[record.partition] - 1:
                     open_partitions.discard(record.partition)
-                if record.partition not in open_partitions:
+                if record.offset >= ends[record.partition]:
                     continue
                 try:
                     letter = read_dead_letter(record)
@@ -106,7 +107,7 @@ async def redrive(
     """
     async with _writing(log) as writer:
         work = _Redrive(log, store, clock, writer, await _source_partitions(log))
-        letters = read_letters(log, clock, on_foreign=lambda problem: work.skip(problem, on_foreign), quiet_ms=quiet_ms)
+        letters = read_letters(log, on_foreign=lambda problem: work.skip(problem, on_foreign), quiet_ms=quiet_ms)
         batch: list[DeadLetter] = []
         async with aclosing(letters):
             async for letter in letters:

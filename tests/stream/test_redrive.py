@@ -111,8 +111,8 @@ def stored_items(store: FeatureStore) -> list[int]:
     return items
 
 
-async def read_all(log: EventLog, clock: ManualClock | WallClock) -> list[DeadLetter]:
-    async with aclosing(read_letters(log, clock, on_foreign=pytest.fail, quiet_ms=300)) as letters:
+async def read_all(log: EventLog) -> list[DeadLetter]:
+    async with aclosing(read_letters(log, on_foreign=pytest.fail, quiet_ms=300)) as letters:
         return [letter async for letter in letters]
 
 
@@ -236,13 +236,21 @@ async def test_a_letter_whose_partition_is_gone_goes_where_its_key_says(site: Si
 async def test_reading_ends_although_letters_keep_coming(site: Site) -> None:
     site.send(1)
     await site.ingest()
-    async with aclosing(read_letters(site.log, site.clock, on_foreign=pytest.fail, quiet_ms=1)) as letters:
+    async with aclosing(read_letters(site.log, on_foreign=pytest.fail, quiet_ms=1)) as letters:
         seen = []
         async for letter in letters:
             seen.append(letter.place)
             site.send(2)
             await site.ingest()  # another letter, appended after reading began
     assert seen == ["0:0"]
+
+
+async def test_letters_stamped_by_a_clock_that_is_ahead_are_read_and_sent_back(site: Site) -> None:
+    site.send(1)
+    await site.ingest()
+    behind = ManualClock(NOW_MS - 60_000)
+    report = await redrive(site.log, site.store, behind, LetterQuery(), on_foreign=pytest.fail, quiet_ms=1)
+    assert report.num_sent.total() == 1
 
 
 async def test_a_place_without_a_record_is_none(site: Site) -> None:
@@ -284,7 +292,7 @@ async def test_at_a_real_broker_poison_is_redriven_and_stored_once(
     await writer.start()
     await send_events(log, writer, 30)
     await ingest_all(log, writer, store, EventRules())
-    letters = await read_all(log, clock)
+    letters = await read_all(log)
     assert len(letters) == 30
     assert {letter.reason for letter in letters} == {"unknown_action"}
     found = await record_at(log, DEAD_LETTERS, letters[-1].partition, letters[-1].offset)
