@@ -28,6 +28,8 @@ from stream.messages import Impression, Labels, decode_message
 _LONGEST_MS: Final = 366 * 86_400_000
 _LATEST_MS: Final = 2**53
 """Far enough below 2^63 for every sum of times here."""
+ITEMS_PER_MESSAGE: Final = 1_000
+"""Items in one message of `labels`: it says more of each than the impression, which may be as large as a record may."""
 _ID_DIGITS_MAX: Final = len(str(INT64_MAX))
 
 
@@ -235,27 +237,30 @@ class Outcome:
     ) -> None:
         shown = decode_message(Impression, impression.payload)
         late = outcome == "taken" and impression.is_closed
-        self.labels.append(
-            Labels(
-                request_id=shown.request_id,
-                user_id=shown.user_id,
-                shown_at_ms=shown.shown_at_ms,
-                snapshot_version=shown.snapshot_version,
-                outcome=outcome,
-                late=late,
-                items=[shown.items[place] for place in places],
-                places=list(places),
-                scores=[shown.scores[place] for place in places],
-                actions=list(actions),
-                event_times_ms=list(event_times_ms),
-                values=list(values),
-                from_ms=impression.from_ms,
-                predictions=None
-                if shown.predictions is None
-                else {task: [said[place] for place in places] for task, said in shown.predictions.items()},
-                surface=shown.surface,
+        for start in range(0, len(places), ITEMS_PER_MESSAGE):
+            rows = slice(start, start + ITEMS_PER_MESSAGE)
+            part = places[rows]
+            self.labels.append(
+                Labels(
+                    request_id=shown.request_id,
+                    user_id=shown.user_id,
+                    shown_at_ms=shown.shown_at_ms,
+                    snapshot_version=shown.snapshot_version,
+                    outcome=outcome,
+                    late=late,
+                    items=[shown.items[place] for place in part],
+                    places=list(part),
+                    scores=[shown.scores[place] for place in part],
+                    actions=list(actions[rows]),
+                    event_times_ms=list(event_times_ms[rows]),
+                    values=list(values[rows]),
+                    from_ms=impression.from_ms,
+                    predictions=None
+                    if shown.predictions is None
+                    else {task: [said[place] for place in part] for task, said in shown.predictions.items()},
+                    surface=shown.surface,
+                )
             )
-        )
         self.counts["late" if late else outcome] += len(places)
 
 

@@ -18,7 +18,7 @@ from feature_store.interactions import Interactions
 from feature_store.store import FeatureStore
 from stream.dead_letters import read_dead_letter
 from stream.errors import LogResetError, LogUnavailableError
-from stream.label_rules import Awaited
+from stream.label_rules import ITEMS_PER_MESSAGE, Awaited
 from stream.labels import LabelJoiner
 from stream.log import PartitionId, Record
 from stream.memory_log import MemoryLog, MemoryReader, MemoryWriter
@@ -97,6 +97,21 @@ async def test_labels_carry_where_their_items_were_shown_and_what_was_predicted_
         ("by retrieval", "not_taken", False): ([40], None),
     }
     assert {(one.request_id, one.surface) for one in world.messages()} == {("r", 7), ("by retrieval", 0)}
+
+
+async def test_labels_of_a_long_list_are_several_messages(world: World, joiner: LabelJoiner) -> None:
+    items = list(range(2 * ITEMS_PER_MESSAGE + 500))
+    world.show("r", 5, items, predictions={"click": [item / 10_000 for item in items]})
+    for item in (7, ITEMS_PER_MESSAGE + 1):
+        world.act(5, item)
+    await run(joiner)
+    world.clock.advance(1_100)
+    await run(joiner)
+    assert max(len(message.items) for message in world.messages()) == ITEMS_PER_MESSAGE
+    assert sorted(item for _, item, _ in world.labels()) == items
+    for message in world.messages():
+        assert message.predictions == {"click": [place / 10_000 for place in message.places]}
+        assert len(message.actions) == (len(message.items) if message.outcome == "taken" else 0)
 
 
 async def test_the_window_holds_its_first_moment_and_not_its_last(world: World, joiner: LabelJoiner) -> None:
