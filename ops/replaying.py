@@ -6,11 +6,11 @@ import asyncio
 import dataclasses
 import signal
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from backtest.replay import RecordedStream, ReplayConfig, ReplayProgress, replay
 from ops.errors import SettingsError
+from ops.readable import utc_time
 from ops.settings import Settings
 from stream.clock import WallClock
 from stream.events import EventRules
@@ -64,9 +64,8 @@ async def replay_to_kafka(
 
 def progress_line(progress: ReplayProgress) -> str:
     """One line for a person."""
-    reached = datetime.fromtimestamp(progress.event_time_ms / 1000, UTC)
     share = progress.num_sent / max(progress.num_events, 1)
     return (
         f"replay: {progress.num_sent:,} of {progress.num_events:,} events ({share:.0%}), "
-        f"{progress.events_per_s:,.0f} events/s, event time {reached:%Y-%m-%d %H:%M:%S} UTC"
+        f"{progress.events_per_s:,.0f} events/s, event time {utc_time(progress.event_time_ms)}"
     )
