@@ -20,7 +20,7 @@ from faust.types import EventT
 from mode import Service
 from opentelemetry import metrics
 
-from feature_store.errors import IdCollisionError, StoreUnavailableError
+from feature_store.errors import ConcurrentAppendError, IdCollisionError, StoreUnavailableError
 from feature_store.ids import stable_id
 from feature_store.records import Item
 from feature_store.store import FeatureStore
@@ -261,7 +261,7 @@ class LowRateAgents:
         while True:
             try:
                 await apply(events)
-            except (StoreUnavailableError, LogUnavailableError) as error:
+            except (StoreUnavailableError, ConcurrentAppendError, LogUnavailableError) as error:
                 logger.warning("%s; trying again in %.1f s", error, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, RETRY_MAX_S)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from feature_store.config import FeatureStoreConfig
-from feature_store.errors import StoreUnavailableError
+from feature_store.errors import ConcurrentAppendError, FeatureStoreError, StoreUnavailableError
 from feature_store.ids import stable_id
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
@@ -28,15 +28,16 @@ NOW_MS = 1_700_000_000_000
 
 
 class FlakyStore(FeatureStore):
-    """A store whose database is away for the first transactions."""
+    """A store whose database does not carry out the first transactions."""
 
     num_failures = 0
+    failure: type[FeatureStoreError] = StoreUnavailableError
 
     @contextmanager
     def transaction(self) -> Iterator[StoreTransaction]:
         if self.num_failures:
             self.num_failures -= 1
-            raise StoreUnavailableError("the database is away")
+            raise self.failure("not now")
         with super().transaction() as transaction:
             yield transaction
 
@@ -90,10 +91,12 @@ def letters_of(log: MemoryLog) -> list[DeadLetter]:
     return [read_dead_letter(record) for record in log.records((log.topics.dead_letters, 0))]
 
 
+@pytest.mark.parametrize("failure", [StoreUnavailableError, ConcurrentAppendError])
 @pytest.mark.parametrize("topic", ["items", "commands"])
 async def test_a_refused_message_is_one_letter_however_often_the_others_are_tried(
-    agents: LowRateAgents, store: FlakyStore, log: MemoryLog, topic: str
+    agents: LowRateAgents, store: FlakyStore, log: MemoryLog, topic: str, failure: type[FeatureStoreError]
 ) -> None:
+    store.failure = failure
     good = {"item_id": 1} if topic == "items" else {"command": "forget_user", "user_id": 1}
     stream, store.num_failures = OneTake(topic, b"?", good), 3
     async with asyncio.timeout(20):
