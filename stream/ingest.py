@@ -98,6 +98,8 @@ class IngestWorker(ConsumerRebalanceListener):
         """Next offset to apply."""
         self._generation = 0
         """Counts changes of what we own: a poll made before a change is not committed after it."""
+        self._asking: asyncio.Task[dict[int, int]] | None = None
+        """For the stored positions, when partitions were assigned last."""
         self._guard = PositionGuard()
         self._committing = asyncio.Lock()
         self._ends = LogEnds(kafka)
@@ -135,6 +137,9 @@ class IngestWorker(ConsumerRebalanceListener):
             await self._consumer.start()
             while not stopping.is_set():
                 batches, is_full = await self._poll()
+                if self._asking is not None and self._asking.done() and not self._asking.cancelled():
+                    # The client only logs what a listener raises, and would poll on without positions for ever.
+                    self._asking.result()
                 if committing is not None:
                     await self._finish(committing)
                 committing = asyncio.create_task(self._commit_with_retries(batches, stopping)) if batches else None
@@ -268,7 +273,8 @@ class IngestWorker(ConsumerRebalanceListener):
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Start from the positions in SQL, not from the group's."""
-        stored = await self._stored_positions()
+        self._asking = asyncio.create_task(self._stored_positions())
+        stored = await self._asking
         positions = {each.partition: stored.get(each.partition, 0) for each in assigned}
         self._disown()
         for partition, position in positions.items():

@@ -16,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from feature_store.config import FeatureStoreConfig
+from feature_store.errors import SchemaRevisionError
 from feature_store.schema import migrate
 from feature_store.store import FeatureStore
 from ops.local_broker import LocalBroker
@@ -206,6 +207,19 @@ async def test_a_locked_database_delays_and_loses_nothing(site: Site, caplog: py
         lock.close()
         await until_stored(site)
         await until(lambda: worker.blocked_by is None)
+
+
+async def test_positions_that_cannot_be_read_end_the_worker_instead_of_leaving_it_idle(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def without_tables(_committer: Committer) -> dict[int, int]:
+        raise SchemaRevisionError("run `headrace migrate`")
+
+    monkeypatch.setattr(Committer, "stored_positions", without_tables)
+    await site.send(2)
+    async with site.worker() as (_, task):
+        await until(task.done)
+    assert isinstance(task.exception(), SchemaRevisionError)
 
 
 async def test_a_damaged_history_is_waited_for_until_its_user_is_forgotten(site: Site) -> None:
