@@ -9,6 +9,7 @@ import numpy as np
 from aiokafka import TopicPartition
 from opentelemetry import metrics
 
+from stream.errors import LogUnavailableError
 from stream.log import RecordBatch
 from stream.log_bounds import was_reset, was_truncated
 
@@ -46,6 +47,8 @@ async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> d
 
     Left alone, it drains one partition before it turns to the next, so that a consumer that catches up would run
     far ahead in some partitions and stand still in the others.
+
+    Raises KafkaError, or LogUnavailableError for a record that the client cannot read.
     """
     _leave_records_raw(consumer)
     partitions = sorted(consumer.assignment())
@@ -53,10 +56,27 @@ async def fetch_fairly(consumer: Any, *, timeout_ms: int, max_records: int) -> d
     fetched: dict[TopicPartition, list[RawRecord]] = {}
     for partition in partitions:
         if partition in consumer.assignment():  # a rebalance may take it away while we wait for another
-            fetched |= await consumer.getmany(partition, timeout_ms=0, max_records=share)
+            fetched |= await _getmany(consumer, partition, timeout_ms=0, max_records=share)
     if not fetched:
-        fetched = await consumer.getmany(timeout_ms=timeout_ms, max_records=share)
+        fetched = await _getmany(consumer, timeout_ms=timeout_ms, max_records=share)
     return fetched
+
+
+async def _getmany(
+    consumer: Any, *partition: TopicPartition, timeout_ms: int, max_records: int
+) -> dict[TopicPartition, list[RawRecord]]:
+    try:
+        found: dict[TopicPartition, list[RawRecord]] = await consumer.getmany(
+            *partition, timeout_ms=timeout_ms, max_records=max_records
+        )
+    except UnicodeDecodeError as error:
+        # Other clients may write any bytes; aiokafka has no way around them.
+        where = " or ".join(f"{topic}/{number}" for topic, number in partition or sorted(consumer.assignment()))
+        raise LogUnavailableError(
+            f"a record of {where} has a header whose name is not UTF-8, which cannot be read: delete the records up to "
+            "it (kafka-delete-records) and run `headrace log accept --truncated`, or wait for its expiry"
+        ) from error
+    return found
 
 
 def _leave_records_raw(consumer: Any) -> None:

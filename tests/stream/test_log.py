@@ -258,3 +258,20 @@ async def test_a_record_that_is_too_large_is_told_from_a_broker_that_is_away(fre
     with pytest.raises(RecordTooLargeError, match=r"log.max_message_bytes is 1000"):
         await writer.send(log.topics.interactions, b"x" * 1_000)
     await writer.stop()
+
+
+class UnreadableConsumer:
+    """What aiokafka does with a header whose name is not UTF-8, which its own producer cannot write."""
+
+    def assignment(self) -> set[TopicPartition]:
+        return {TopicPartition("interactions", 0), TopicPartition("interactions", 1)}
+
+    async def getmany(self, *partitions: TopicPartition, **_options: int) -> dict[TopicPartition, list[ConsumerRecord]]:
+        if partitions == (TopicPartition("interactions", 0),):
+            return {}
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+
+async def test_a_header_that_cannot_be_read_is_named_with_its_partition_and_ends_nobody() -> None:
+    with pytest.raises(LogUnavailableError, match=r"a record of interactions/1 has a header whose name is not UTF-8"):
+        await fetch_fairly(UnreadableConsumer(), timeout_ms=0, max_records=10)
