@@ -64,6 +64,7 @@ class UpstreamDaemon:
             items=parts.items,
         )
         checkpoint = read_newest_checkpoint(parts.checkpoint_root, config_hash=parts.model_config.config_hash())
+        self._is_begun_anew = checkpoint is None
         if checkpoint is not None:
             self._learner.load_checkpoint(checkpoint)
         self._batcher = MicroBatcher(
@@ -150,6 +151,10 @@ class UpstreamDaemon:
 
         def load() -> dict[int, int]:
             self._keeper.load(numbers)
+            if self._is_begun_anew:
+                # What others had learned from is no part of this model: it need not learn as much, and on a log whose
+                # beginning has expired, or is passed over, it would not for long.
+                self._keeper.versions.released_interactions = 0
             return self._parts.store.positions(log.log_id, log.topics.history_updates)
 
         given_up: list[dict[int, int]] = []

@@ -262,6 +262,18 @@ async def test_after_a_crash_it_goes_on_where_it_was_and_writes_nothing_twice(si
     assert status["asked"] == 100, "what is below the positions asks for nothing again"
 
 
+async def test_a_model_begun_anew_need_not_learn_as_much_as_the_one_before_to_be_released(site: Site) -> None:
+    site.happen(400)
+    first = site.daemon(first_version_interactions=300)
+    async with running(first):
+        await until(first, is_up_to_date(1, 400))
+    shutil.rmtree(site.root / "checkpoints")
+    second = site.daemon(version_interactions=200, version_interval_s=0.0)
+    async with running(second):
+        await until(second, lambda status: status["version"] == 2)
+    assert site.check() == 2
+
+
 async def test_a_back_fill_that_was_interrupted_goes_on_with_the_same_version(site: Site) -> None:
     site.happen(200)
     first = site.daemon(batch_users=1, backfill_max_age_d=0.0)
