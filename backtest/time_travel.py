@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgspec
@@ -18,7 +18,9 @@ from feature_store.config import FeatureStoreConfig
 from feature_store.interactions import JaggedHistories
 from feature_store.store import FeatureStore
 from model.config import ModelConfig
+from model.llatte_ranking_config import LlatteRankingConfig
 from model.manifest import Manifest
+from model.ranking_network import RankingConfig, RankingModelConfig
 from model.recommender import Recommender
 from model.snapshot import chain, list_versions, load_snapshot, read_manifest
 from model.storage import open_storage
@@ -72,7 +74,14 @@ def look_back(run: RunFolder, moment_ms: int, user_id: int, *, max_len: int) -> 
 
 
 def _model_config(run: RunFolder) -> ModelConfig:
-    return msgspec.convert(run.manifest.config["model"] | {"seed": run.manifest.seed}, ModelConfig)
+    stored = run.manifest.config["model"] | {"seed": run.manifest.seed}
+    model, ranking = msgspec.convert(stored, ModelConfig), stored.get("ranking")
+    if ranking is None:
+        return model
+    # The snapshots hold the head as well, and fit no model without it.
+    kind: type[LlatteRankingConfig | RankingConfig] = LlatteRankingConfig if "llatte" in ranking else RankingConfig
+    given = {one.name: getattr(model, one.name) for one in fields(model)}
+    return RankingModelConfig(**given, ranking=msgspec.convert(ranking, kind))
 
 
 def _weights_at(run: RunFolder, moment_ms: int) -> Manifest | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from backtest.run_files import ArmInfo, RunFolder, RunManifest, write_manifest
 from backtest.time_travel import look_back
+from model.llatte_config import LlatteSettings
+from model.ranking_model import with_ranking_head
+from model.ranking_settings import RankingSettings
 from tests.backtest.conftest import LEARNER, START_MS, parts, run, table, walks
 
 
@@ -17,18 +23,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that keeps the weights of every batch."""
     root = tmp_path_factory.mktemp("run")
     outcome = run(parts(root, walks(500), keep_weights_every="1ms", warm_up_share=0.0))
-    manifest = RunManifest(
+    write_manifest(root, manifest_of({"model": asdict(LEARNER.model)}, outcome.num_parts))
+    return RunFolder.open(root)
+
+
+def manifest_of(config: dict[str, Any], num_parts: int) -> RunManifest:
+    return RunManifest(
         name="walks",
         is_complete=True,
         created_at="2026-01-01T00:00:00Z",
-        config={"model": asdict(LEARNER.model)},
+        config=config,
         lineage={},
         seed=LEARNER.model.seed,
         arms=[ArmInfo(name="online-batch", kind="online", title="Online", publish_every_ms=0)],
-        num_parts=outcome.num_parts,
+        num_parts=num_parts,
     )
-    write_manifest(root, manifest)
-    return RunFolder.open(root)
 
 
 def test_a_history_is_what_had_happened(folder: RunFolder) -> None:
@@ -52,6 +61,21 @@ def test_what_is_shown_is_what_the_run_had_shown(folder: RunFolder) -> None:
         alike.append(moment.shown.item_ids_SK[0, 0] == row["item_ids"][0])
         assert moment.published[0]["time_ms"] < row["event_time_ms"]
     assert np.mean(alike) > 0.8
+
+
+@pytest.mark.parametrize("kind", ["hstu", "llatte"])
+def test_weights_with_a_ranking_head_are_looked_back_at_too(tmp_path: Path, kind: Any) -> None:
+    ranking = RankingSettings(kind=kind, tasks=("click",), learn_from="interactions")
+    llatte = LlatteSettings(num_layers=1, num_heads=2, latent_dim=8, head_dim=4, ffn_dim=16)
+    head = with_ranking_head(LEARNER.model, ranking, ("click", "buy"), llatte)
+    learner = replace(LEARNER, model=head, ranking=ranking, actions=("click", "buy"))
+    outcome = run(parts(tmp_path, walks(200), learner=learner, keep_weights_every="1ms", warm_up_share=0.0))
+    config = msgspec.json.decode(msgspec.json.encode({"model": learner.model}))
+    write_manifest(tmp_path, manifest_of(config, outcome.num_parts))
+    log = walks(200)
+    moment = look_back(RunFolder.open(tmp_path), int(log.time_ms[-1]), int(log.user_id[-1]), max_len=6)
+    assert moment.shown is not None
+    assert moment.shown.item_ids_SK[0, 0] >= 0
 
 
 def test_before_anything_was_known_nothing_is_shown(folder: RunFolder) -> None:
