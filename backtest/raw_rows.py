@@ -25,6 +25,7 @@ import msgspec
 import polars as pl
 
 from backtest.errors import RecordedStreamError
+from stream.events import UNREADABLE
 
 ROW: Final = "__row"
 PART: Final = "__part"
@@ -212,14 +213,14 @@ def json_lines(content: bytes, kind: Any, first: int) -> tuple[list[tuple[int, A
     try:
         decoded = decoder.decode_lines(content)
         return list(enumerate(decoded, first)), [], len(decoded)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNREADABLE:
         good: list[tuple[int, Any]] = []
         malformed: list[MalformedRow] = []
         lines = [line for line in content.splitlines() if line.strip()]
         for row, line in enumerate(lines, first):
             try:
                 good.append((row, decoder.decode(line)))
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except UNREADABLE as error:
                 malformed.append(MalformedRow(row, line[:1000].decode("utf-8", "backslashreplace"), str(error)))
         return good, malformed, len(lines)
 
@@ -263,7 +264,7 @@ def _fields_of(block: bytes) -> list[str]:
     for line in block.splitlines():
         try:
             found = msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             continue
         if isinstance(found, Mapping):
             return list(found)

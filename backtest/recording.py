@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from backtest.columns import IdKind
 from backtest.errors import RecordedStreamError
-from stream.events import Event
+from stream.events import UNREADABLE, Event
 
 MANIFEST: Final = "recording.json"
 REFUSED: Final = "refused.jsonl"
@@ -184,7 +184,7 @@ class Recording:
             raise RecordedStreamError(
                 f"{folder} is no recording (it has no {MANIFEST}): make one with `headrace backtest import`"
             ) from None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *UNREADABLE) as error:
             raise RecordedStreamError(f"{path} cannot be read: {error}") from error
         if manifest.version != _VERSION:
             raise RecordedStreamError(

@@ -193,11 +193,14 @@ class RunFolder:
             raise RunFolderError(f"{root} holds no run: `headrace backtest run` writes {path}") from error
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{path} cannot be read: {error}") from error
-        if stored.get("schema") != RUN_SCHEMA:
-            raise RunFolderError(f"{path} has schema {stored.get('schema')}, this headrace reads {RUN_SCHEMA}")
-        arms = [ArmInfo(**arm) for arm in stored.pop("arms")]
-        costs = {name: ArmCosts(**cost) for name, cost in stored.pop("costs").items()}
-        return cls(root, RunManifest(**stored, arms=arms, costs=costs))
+        try:
+            if stored.get("schema") != RUN_SCHEMA:
+                raise RunFolderError(f"{path} has schema {stored.get('schema')}, this headrace reads {RUN_SCHEMA}")
+            arms = [ArmInfo(**arm) for arm in stored.pop("arms")]
+            costs = {name: ArmCosts(**cost) for name, cost in stored.pop("costs").items()}
+            return cls(root, RunManifest(**stored, arms=arms, costs=costs))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path} cannot be read: it is no account of a run ({error!r})") from error
 
     def arm(self, name: str) -> ArmInfo:
         """Raises RunFolderError for an arm that the run does not have."""

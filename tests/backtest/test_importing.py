@@ -304,12 +304,13 @@ def test_broken_json_is_refused_line_by_line(tmp_path: Path) -> None:
         json.dumps(good),
         '{"user_id": 1',
         json.dumps({**good, "user_id": [1]}),
+        json.dumps(good)[:-1] + ', "more": ' + "[" * 10_000 + "]" * 10_000 + "}",
         json.dumps({**good, "user_id": 2}),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     recording = _import(path, "jsonl", on_error="skip")
     assert _users(recording) == [1, 2]
-    assert [example.row for one in recording.manifest.report.refusals for example in one.examples] == [1, 2]
+    assert [example.row for one in recording.manifest.report.refusals for example in one.examples] == [1, 2, 3]
 
 
 def test_an_import_that_fails_leaves_the_recording_that_was_there(tmp_path: Path) -> None:

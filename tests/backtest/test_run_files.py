@@ -66,7 +66,14 @@ def test_parts_after_the_last_checkpoint_are_written_again(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "holds no run"), ("{", "cannot be read"), ('{"schema": 99}', "schema 99")]
+    ("content", "said"),
+    [
+        (None, "holds no run"),
+        ("{", "cannot be read"),
+        ('{"schema": 99}', "schema 99"),
+        ("[]", "no account"),
+        ('{"schema": 1}', "no account"),
+    ],
 )
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
     if content is not None:
