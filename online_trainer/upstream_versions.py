@@ -13,6 +13,7 @@ from typing import Final
 
 from feature_store.store import FeatureStore
 from feature_store.user_states import version_in_effect
+from model.errors import SnapshotConfigError
 from model.manifest import Manifest
 from model.retention import ReplicaLease, SnapshotRetention, write_lease
 from model.snapshot import list_versions, load_snapshot, read_manifest, write_snapshot
@@ -74,18 +75,23 @@ class UpstreamVersions:
         """Interactions that had been learned from when it was."""
 
     def load(self) -> None:
-        """Take over what the store says. Raises StoreUnavailableError, or SnapshotError where weights are missing."""
+        """Take over what the store says. Raises StoreUnavailableError, or SnapshotError where weights are missing.
+
+        Of a version of another configuration, vectors are kept up no more; they are there until one of this takes
+        effect.
+        """
         versions = self._store.user_states.versions(self._model)
-        self.in_effect = version_in_effect(versions)
-        self.serving = None if self.in_effect is None else self._loaded(self.in_effect)
+        self.in_effect, self.filling = version_in_effect(versions), None
+        self.serving = None if self.in_effect is None else self._loaded_if_ours(self.in_effect)
+        if self.serving is None:
+            self.in_effect = None
         waiting = [one for one in versions if one.serving_from_ms is None]
-        for given_up in waiting[:-1]:
+        newest = waiting[-1] if waiting else None
+        if newest is not None and (model := self._loaded_if_ours(newest.version)) is not None:
+            self.filling = Filling(newest.version, model, newest.filled_up_to)
+        for given_up in waiting if self.filling is None else waiting[:-1]:
             self._drop(given_up.version)
-        self.filling = None
-        if waiting:
-            newest = waiting[-1]
-            self.filling = Filling(newest.version, self._loaded(newest.version), newest.filled_up_to)
-        if versions:
+        if self.serving is not None or self.filling is not None:
             self.released_at_ms = versions[-1].created_at_ms
             lineage = read_manifest(self._root, self._name, versions[-1].version).lineage
             self.released_interactions = lineage.num_interactions - lineage.num_thinned
@@ -154,6 +160,13 @@ class UpstreamVersions:
     def _drop(self, version: int) -> None:
         with self._store.transaction() as transaction:
             transaction.user_states.drop_version(self._model, version)
+
+    def _loaded_if_ours(self, version: int) -> UpstreamModel | None:
+        try:
+            return self._loaded(version)
+        except SnapshotConfigError as error:
+            logger.warning("vectors are computed anew once a version of this configuration is learned: %s", error)
+            return None
 
     def _loaded(self, version: int) -> UpstreamModel:
         model = UpstreamModel(self._config)

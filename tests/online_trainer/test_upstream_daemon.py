@@ -23,7 +23,7 @@ from model.snapshot import load_snapshot
 from model.swap import apply_snapshot
 from model.upstream_config import UpstreamConfig, UpstreamModelConfig
 from model.upstream_model import UpstreamModel
-from online_trainer.errors import UpstreamFencedError
+from online_trainer.errors import CheckpointMismatchError, UpstreamFencedError
 from online_trainer.upstream_daemon import UpstreamDaemon
 from online_trainer.upstream_parts import UpstreamParts
 from online_trainer.upstream_settings import UpstreamDaemonConfig
@@ -54,6 +54,8 @@ CONFIG = UpstreamModelConfig(
     tasks=(ActionTask(name="click", kind="bce", action_bit=0),),
     num_actions=32,
 )
+
+DEEPER = replace(CONFIG, upstream=replace(CONFIG.upstream, num_layers=2))
 
 FROM_INTERACTIONS = RankingSettings(tasks=("click",), learn_from="interactions")
 
@@ -272,6 +274,26 @@ async def test_a_model_begun_anew_need_not_learn_as_much_as_the_one_before_to_be
     async with running(second):
         await until(second, lambda status: status["version"] == 2)
     assert site.check() == 2
+
+
+async def test_under_another_configuration_vectors_stay_until_a_version_of_it_takes_effect(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.happen(200)
+    first = site.daemon()
+    async with running(first):
+        await until(first, is_up_to_date(1, 200))
+    with pytest.raises(CheckpointMismatchError, match=r"removing .*checkpoints"):
+        site.daemon(config=DEEPER)
+    shutil.rmtree(site.root / "checkpoints")  # as it advises
+    second = site.daemon(config=DEEPER, first_version_interactions=250)
+    async with running(second):
+        await until(second, lambda status: status["learning"]["interactions"] == 200)
+        assert site.store.user_states.newest("default", np.arange(3), width=WIDTH).is_there.all()
+        site.happen(100)
+        await until(second, lambda status: status["version"] == 2 and status["waiting"] == 0)
+    assert "vectors are computed anew once a version of this configuration is learned" in caplog.text
+    assert site.check(DEEPER) == 2
 
 
 async def test_a_back_fill_that_was_interrupted_goes_on_with_the_same_version(site: Site) -> None:
