@@ -127,7 +127,7 @@ class HistoryUpdate:
             columns = {name: np.frombuffer(raw["columns"][name], kind) for name, kind in _COLUMNS.items()}
             if _SURFACE in raw["columns"]:
                 columns[_SURFACE] = np.frombuffer(raw["columns"][_SURFACE], "<u1")
-            return cls(
+            update = cls(
                 log_id=raw["log_id"],
                 partition=raw["partition"],
                 first_offset=raw["first_offset"],
@@ -138,8 +138,18 @@ class HistoryUpdate:
                 interactions=Interactions(**columns),
                 forgotten=tuple(raw["forgotten"]),
             )
+            update._refuse_other_types()
         except (*UNREADABLE, KeyError, TypeError, ValueError) as error:
             raise MessageFormatError(f"not a history update: {error}") from error
+        return update
+
+    def _refuse_other_types(self) -> None:
+        """Raise ValueError for what msgpack can say and no writer of ours does: nobody looks at it again."""
+        numbers = (self.partition, self.first_offset, self.last_offset, self.watermark_ms, *self.forgotten)
+        if type(self.log_id) is not str or not all(type(one) is int and -1 <= one <= INT64_MAX for one in numbers):
+            raise ValueError("a field has another type, or a number is out of its range")
+        if not len(self.offsets) == len(self.append_ms) == len(self.interactions):
+            raise ValueError("columns are not of one length")
 
     def split(self, max_rows: int) -> list[HistoryUpdate]:
         """The same interactions as messages of at most `max_rows`; none if there is nothing to tell."""

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace as replace_message
@@ -108,6 +109,30 @@ def test_what_the_head_predicted_reads_back_and_may_be_absent_as_in_earlier_vers
     assert labels.predictions is None
     labelled = replace_message(labels, predictions={"click": [0.25]})
     assert decode_message(Labels, encode_message(labelled)) == labelled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log_id": 1},
+        {"partition": "0"},
+        {"partition": True},
+        {"last_offset": 2**63},
+        {"first_offset": -2},
+        {"watermark_ms": None},
+        {"forgotten": ["anna"]},
+        {"forgotten": [2**63]},
+        {"forgotten": "7"},
+        {"offsets": b""},
+        {"append_ms": bytes(8)},
+        {"columns": {}},
+    ],
+)
+def test_a_history_update_of_other_types_is_refused(changes: dict[str, Any]) -> None:
+    raw = msgspec.msgpack.decode(update_of(3).encode())
+    assert len(HistoryUpdate.decode(msgspec.msgpack.encode(raw)).offsets) == 3
+    with pytest.raises(MessageFormatError, match="not a history update"):
+        HistoryUpdate.decode(msgspec.msgpack.encode(raw | changes))
 
 
 def test_an_unknown_command_is_refused() -> None:
