@@ -43,6 +43,8 @@ _AWAY: Final = (StoreUnavailableError, HistoryBehindError, ConcurrentAppendError
 _IDLE_POLL_MS: Final = 50
 _LEARN_WAIT_S: Final = 1.0
 """A step of learning that is not full waits for so long."""
+_RELEASE_RETRY_S: Final = 30.0
+"""After a version that could not be released: an attempt writes all of the model."""
 _POSITIONS_EVERY_S: Final = 5.0
 """Positions are stored at least this often while nobody is due; reading a part again is harmless."""
 
@@ -85,7 +87,7 @@ class UpstreamDaemon:
         now_s = parts.clock.monotonic_s()
         self._learn_from_s = now_s
         self._checkpoint_s, self._checkpointed_step = now_s, self._learner.ledger.num_steps
-        self._prune_s = now_s
+        self._prune_s = self._release_from_s = now_s
         self._waiting_batch: MicroBatch | None = None
         self._waiting_labels: LabelBatch | None = None
         self._compute = WorkerThread("upstream")
@@ -298,6 +300,8 @@ class UpstreamDaemon:
         versions, config = self._keeper.versions, self._config
         if versions.filling is not None or config.learn_share == 0:
             return False
+        if self._parts.clock.monotonic_s() < self._release_from_s:
+            return False
         num_new = self._learner.num_learned_from - versions.released_interactions
         if versions.released_at_ms is None:
             return num_new >= config.first_version_interactions
@@ -305,13 +309,18 @@ class UpstreamDaemon:
         return num_new >= config.version_interactions and waited_s >= config.version_interval_s
 
     def _release(self) -> None:
-        if not self._learner.weights_are_finite():
-            logger.error("the upstream model's weights are not finite: no version is released")
-            return
-        try:
-            self._keeper.versions.release(self._learner)
-        except (SnapshotError, OSError) as error:
-            logger.error("no version of the upstream model could be released: %s", error)  # noqa: TRY400
+        why: object = "weights are not finite"
+        if self._learner.weights_are_finite():
+            try:
+                self._keeper.versions.release(self._learner)
+            except (SnapshotError, OSError) as error:
+                why = error
+            else:
+                return
+        self._release_from_s = self._parts.clock.monotonic_s() + _RELEASE_RETRY_S
+        logger.error(
+            "no version of the upstream model could be released, trying again in %.0f s: %s", _RELEASE_RETRY_S, why
+        )
 
     async def _keep_house(self, stopping: asyncio.Event) -> None:
         now_s = self._parts.clock.monotonic_s()

@@ -276,6 +276,21 @@ async def test_a_model_begun_anew_need_not_learn_as_much_as_the_one_before_to_be
     assert site.check() == 2
 
 
+async def test_a_version_that_cannot_be_released_is_not_written_again_and_again(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    (site.root / "snapshots").write_text("in the way")
+    site.happen(200)
+    daemon = site.daemon()
+    async with running(daemon):
+        await until(daemon, lambda status: status["learning"]["interactions"] == 200)
+        site.happen(100)
+        await until(daemon, lambda status: status["learning"]["interactions"] == 300)
+        await asyncio.sleep(0.2)
+    said = [one.message for one in caplog.records if "could be released" in one.message]
+    assert len(said) == 1, said
+
+
 async def test_under_another_configuration_vectors_stay_until_a_version_of_it_takes_effect(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
