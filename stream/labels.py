@@ -97,7 +97,8 @@ class LabelJoiner:
         if self._batch is None:
             self._batch = await self._poll()
         batch, is_more_due = self._batch, False
-        time_ms = max(self._time_ms, batch.read_up_to_ms or 0)
+        # Not the highest so far: a clock that was ahead for a moment would end every window as soon as it opens.
+        time_ms = self._time_ms if batch.read_up_to_ms is None else batch.read_up_to_ms
         is_due = self._next_due_ms is not None and self._next_due_ms <= time_ms
         # Without anything to join, the positions lag: to read a part again would change nothing.
         is_old = self._clock.monotonic_s() - self._stored_at_s >= _POSITIONS_EVERY_S

@@ -351,6 +351,22 @@ async def test_nothing_is_closed_while_anything_lies_unread(world: World) -> Non
     await joiner.close()
 
 
+async def test_a_clock_that_was_ahead_for_a_moment_ends_no_window_afterwards(world: World, joiner: LabelJoiner) -> None:
+    await run(joiner)
+    world.clock._now_ms += 86_400_000
+    await run(joiner)
+    world.clock._now_ms -= 86_400_000
+    world.show("r", 5, [10, 20])
+    await run(joiner)
+    await run(joiner)
+    assert world.labels() == []
+    world.act(5, 10)
+    await run(joiner)
+    world.clock.advance(1_100)
+    await run(joiner)
+    assert world.labels() == [("r", 10, "taken"), ("r", 20, "not_taken")]
+
+
 async def test_a_joiner_that_was_away_joins_as_if_it_had_not_been(world: World, joiner: LabelJoiner) -> None:
     world.show("r", 5, [10, 20])
     world.act(5, 10, at=10)
