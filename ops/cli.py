@@ -376,6 +376,12 @@ def main() -> None:
     except _REFUSALS as error:
         say(f"headrace: {error}")
         sys.exit(2)
+    except UnicodeEncodeError as error:
+        if error.object not in sys.argv:
+            raise
+        # Bytes that a shell passes on and that no id, which is UTF-8, can hold.
+        say(f"headrace: {error.object!r} is not UTF-8 text")
+        sys.exit(2)
     except (StreamError, FeatureStoreError, SnapshotError, OSError) as error:
         # The broker, the database, the snapshots' storage or a disk went away and the command could not wait for it.
         say(f"headrace: {error}")

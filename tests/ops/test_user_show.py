@@ -120,6 +120,11 @@ def test_a_user_without_history_is_one_sentence_and_status_1(headrace: Headrace,
         assert ran.stderr == f"headrace: user {unknown!r} has no history\n"
 
 
+def test_an_id_that_is_not_utf8_is_one_sentence(headrace: Headrace, url: str) -> None:
+    for command in (("user", "show"), ("trace",)):
+        assert_refused(headrace(*command, "b\udcff", HEADRACE_STORE__URL=url), "is not UTF-8 text")
+
+
 def test_a_database_without_schema_is_one_sentence(headrace: Headrace, tmp_path: Path) -> None:
     ran = headrace("user", "show", "5", HEADRACE_STORE__URL=f"sqlite:///{tmp_path}/empty.db")
     assert_refused(ran, "headrace migrate")
