@@ -119,16 +119,14 @@ class IngestWorker(ConsumerRebalanceListener):
         """Ingest until `stopping` is set; finishes the batch in hand. Raises LogResetError or LogUnavailableError."""
         self._consumer = AIOKafkaConsumer(
             group_id=self._config.group_id,
-            enable_auto_commit=False,
             # What the log no longer holds is noticed by PositionGuard, never jumped over without a word.
             auto_offset_reset="earliest",
             max_poll_records=self._config.max_batch_records,
             max_poll_interval_ms=self._config.max_poll_interval_ms,
             session_timeout_ms=self._config.session_timeout_ms,
             heartbeat_interval_ms=self._config.session_timeout_ms // 3,
-            fetch_max_wait_ms=self._kafka.fetch_max_wait_ms,
             max_partition_fetch_bytes=await self._partition_fetch_bytes(),
-            **self._kafka.client_options(),
+            **self._kafka.consumer_options(),
         )
         self._consumer.subscribe([self._topics.interactions], listener=self)
         committing: asyncio.Task[None] | None = None

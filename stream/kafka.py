@@ -104,6 +104,16 @@ class KafkaConfig:
             options["ssl_context"] = context
         return options
 
+    def consumer_options(self) -> dict[str, Any]:
+        """`client_options` and what every consumer is to do: count offsets nowhere but in SQL, and leave out what a
+        producer's aborted transaction has written.
+        """
+        return self.client_options() | {
+            "enable_auto_commit": False,
+            "fetch_max_wait_ms": self.fetch_max_wait_ms,
+            "isolation_level": "read_committed",
+        }
+
     def ssl_context(self) -> ssl.SSLContext | None:
         """TLS context for the SSL protocols, else None."""
         if not self.security_protocol.endswith("SSL"):
@@ -176,11 +186,9 @@ class KafkaReader:
         """Connect; raises LogUnavailableError."""
         consumer = AIOKafkaConsumer(
             group_id=None,
-            enable_auto_commit=False,
             auto_offset_reset="none",
-            fetch_max_wait_ms=self._config.fetch_max_wait_ms,
             max_partition_fetch_bytes=self._config.max_message_bytes,
-            **self._config.client_options(),
+            **self._config.consumer_options(),
         )
         try:
             await consumer.start()

@@ -6,14 +6,18 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.memory_records import MemoryRecords
 
 from ops.local_broker import LocalBroker
 from stream.clock import ManualClock, WallClock
 from stream.errors import LogResetError, LogUnavailableError, RecordTooLargeError
-from stream.fetching import batch_of, fetch_fairly
+from stream.fetching import _leave_records_raw, batch_of, fetch_fairly
 from stream.kafka import KafkaConfig, KafkaLog
 from stream.log import EventLog, LogReader, LogWriter, Record, acknowledged, start_when_available
 from stream.log_bounds import LogBounds
@@ -224,6 +228,55 @@ async def test_records_that_lie_fetched_are_not_made_into_consumer_records(fresh
     assert (batch.topic, batch.partition, batch.offsets.tolist()) == (topic, 0, [1, 2])
     assert (batch.keys, batch.values, batch.headers) == ([b"k", None], [None, b"c"], [(("h", b"1"),), ()])
     assert (batch.timestamps_ms > 0).all()
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_producers_compress_is_read(codec: str, fresh_broker: LocalBroker) -> None:
+    log = KafkaLog(KafkaConfig(bootstrap_servers=fresh_broker.bootstrap_servers, num_partitions=1))
+    await log.create_topics()
+    topic, values = log.topics.interactions, [b"%d" % n * 100 for n in range(20)]
+    producer = AIOKafkaProducer(compression_type=codec, **log.config.client_options())
+    await producer.start()
+    await asyncio.gather(*[await producer.send(topic, value, partition=0) for value in values])
+    await producer.stop()
+    reader = log.reader()
+    await reader.start()
+    assert [record.value for record in await read_all(reader, topic, {0: 0}, len(values))] == values
+    await reader.stop()
+
+
+def test_what_an_aborted_transaction_wrote_is_left_out() -> None:
+    # The local broker has no transactions: this is what another answers with, as its bytes.
+    def batch(offset: int, value: bytes, producer_id: int) -> bytes:
+        builder = DefaultRecordBatchBuilder(
+            magic=2,
+            compression_type=0,
+            is_transactional=1,
+            producer_id=producer_id,
+            producer_epoch=0,
+            base_sequence=0,
+            batch_size=1_000,
+        )
+        builder.append(offset=0, timestamp=1, key=None, value=value, headers=[])
+        return offset.to_bytes(8, "big") + bytes(builder.build())[8:]
+
+    options = KafkaConfig(bootstrap_servers="unused:9092").consumer_options()
+    assert options["isolation_level"] == "read_committed"
+    found = PartitionRecords(
+        TopicPartition("interactions", 0),
+        MemoryRecords(batch(0, b"aborted", 7) + batch(1, b"committed", 8)),
+        [(7, 0)],
+        0,
+        None,
+        None,
+        True,
+        READ_COMMITTED,
+    )
+    # As `fetch_fairly` leaves what lies fetched.
+    waiting = SimpleNamespace(_partition_records=found)
+    _leave_records_raw(SimpleNamespace(_fetcher=SimpleNamespace(_records={0: waiting})))
+    assert [(raw.offset, raw.value) for raw in found] == [(1, b"committed")]
+    assert found.next_fetch_offset == 2
 
 
 async def test_reading_can_begin_at_a_time(log: EventLog, writer: LogWriter, reader: LogReader) -> None:
