@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 from dataclasses import fields
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
@@ -21,12 +22,18 @@ def read_record(kind: type[Record], content: bytes) -> Record:
         record = kind(**raw)
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from error
-    declared = get_type_hints(kind)
-    for field in fields(kind):  # type: ignore[arg-type] # a dataclass, as said above
-        value = getattr(record, field.name)
-        if not _fits(value, declared[field.name]):
-            raise ValueError(f"{field.name} is {value!r}")
+    for name, declared in _declared(kind).items():  # type: ignore[arg-type] # to mypy no type[T] can be hashed
+        value = getattr(record, name)
+        if not _fits(value, declared):
+            raise ValueError(f"{name} is {value!r}")
     return record
+
+
+@cache
+def _declared(kind: type) -> dict[str, Any]:
+    """Name → type of each field; kept, because workers look at the pointer many times a second."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _fits(value: object, declared: Any) -> bool:
