@@ -14,8 +14,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.manifest import Manifest
+from model.precision_names import RowPrecision
 from model.recommender import Catalogue, Recommender
-from model.row_precision import RowPrecision, as_published, bytes_of_row
+from model.row_precision import as_published, bytes_of_row
 from model.snapshot import RowBlock, Snapshot
 from model.swap import apply_snapshot, take_rows
 

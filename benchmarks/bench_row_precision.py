@@ -42,8 +42,9 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.device_rows import DeviceRows
 from model.item_table import ItemTable
 from model.manifest import Manifest, SnapshotKind
+from model.precision_names import ROW_PRECISIONS, RowPrecision
 from model.recommender import Recommender
-from model.row_precision import ROW_PRECISIONS, RowPrecision, bytes_of_row
+from model.row_precision import bytes_of_row
 from model.snapshot import load_snapshot, write_snapshot
 from model.swap import apply_snapshot, carry_out, plan_snapshot, take_rows
 from online_trainer.config import TrainerConfig

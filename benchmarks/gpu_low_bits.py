@@ -21,7 +21,8 @@ from model.config import ModelConfig
 from model.device_rows import DeviceRows
 from model.hstu import HSTULayer
 from model.item_table import ItemTable
-from model.row_precision import ROW_PRECISIONS, RowPrecision, bytes_of_row
+from model.precision_names import ROW_PRECISIONS, RowPrecision
+from model.row_precision import bytes_of_row
 
 STEP = "forward+backward"
 LAYER_HEAD_WIDTH = 64

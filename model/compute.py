@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.fp8_product import CAPABILITY, MULTIPLE, ProductFormat
 from model.config import DeviceChoice, ModelConfig, Precision
-from model.row_precision import RowPrecision
+from model.precision_names import RowPrecision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

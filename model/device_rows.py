@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from model.item_table import ItemTable
+from model.precision_names import RowPrecision
 from model.reserved_memory import reserved_zeros
-from model.row_precision import RoundedRows, RowPrecision, rounded_rows
+from model.row_precision import RoundedRows, rounded_rows
 
 Send = Callable[[Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.errors import StateMismatchError
 from model.item_table import ItemTable
-from model.row_precision import RowPrecision
+from model.precision_names import RowPrecision
 
 
 class ModelDescription(Protocol):

@@ -13,13 +13,12 @@ Shapes: R rows, D width, C = D (int8) or ceil(D / 2) (int4) bytes of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
 import torch
 from torch import Tensor
 
-RowPrecision = Literal["float32", "int8", "int4"]
-ROW_PRECISIONS: Final[tuple[RowPrecision, ...]] = get_args(RowPrecision)
+from model.precision_names import RowPrecision
 
 _LARGEST: Final = {"int8": 127, "int4": 7}
 _INT4_FRACTIONS: Final = (1.0, 0.92, 0.84, 0.76, 0.68)
@@ -83,6 +82,3 @@ def _levels(weight_RD: Tensor, scale_R: Tensor, largest: int) -> tuple[Tensor, T
 
 def _error(weight_RD: Tensor, scale_R: Tensor, levels_RD: Tensor) -> Tensor:
     return (weight_RD - levels_RD * scale_R[:, None]).square().sum(dim=1)
-
-
-__all__ = ["ROW_PRECISIONS", "RoundedRows", "RowPrecision", "as_published", "bytes_of_row", "rounded_rows"]

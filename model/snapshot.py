@@ -35,7 +35,8 @@ from model.errors import (
 )
 from model.file_cache import FileCache
 from model.manifest import FileEntry, Lineage, Manifest, SnapshotPointer
-from model.row_precision import RoundedRows, RowPrecision, rounded_rows
+from model.precision_names import RowPrecision
+from model.row_precision import RoundedRows, rounded_rows
 from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 
 __all__ = [

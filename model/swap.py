@@ -18,7 +18,7 @@ from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParent
 from model.item_model import ItemModel
 from model.item_table import Int64s, ItemTable, RowChange
 from model.manifest import SnapshotKind
-from model.row_precision import RowPrecision
+from model.precision_names import RowPrecision
 from model.snapshot import RowBlock, Snapshot
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from model.config import DeviceChoice, Precision
-from model.row_precision import ROW_PRECISIONS, RowPrecision
+from model.precision_names import ROW_PRECISIONS, RowPrecision
 from online_trainer.text_content import TextEncoding
 
 LagPolicy = Literal["fall_behind", "larger_batches", "thin"]

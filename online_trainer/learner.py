@@ -21,8 +21,8 @@ from model.learning import SupervisedPass, supervised_pass
 from model.load_balance import LengthBalancer
 from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
+from model.precision_names import RowPrecision
 from model.recommender import Recommender
-from model.row_precision import RowPrecision
 from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch
 from online_trainer.catalogue import Catalogue

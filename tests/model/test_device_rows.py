@@ -14,8 +14,9 @@ from model.config import LossConfig, ModelConfig, OptimizerConfig
 from model.device_rows import DeviceRows
 from model.item_table import ItemTable
 from model.optimizer import RecommenderOptimizer
+from model.precision_names import RowPrecision
 from model.recommender import Recommender
-from model.row_precision import RowPrecision, as_published, rounded_rows
+from model.row_precision import as_published, rounded_rows
 from online_trainer.rollback import WeightsCopy
 from tests.model.test_compute import a_pass, recommender_of
 

@@ -11,8 +11,9 @@ import torch
 from model.config import ModelConfig
 from model.errors import SnapshotCorruptError, SnapshotError, SnapshotFormatError, SnapshotParentError
 from model.manifest import Manifest, SnapshotKind
+from model.precision_names import RowPrecision
 from model.recommender import Recommender
-from model.row_precision import RowPrecision, as_published, bytes_of_row, rounded_rows
+from model.row_precision import as_published, bytes_of_row, rounded_rows
 from model.snapshot import chain, load_snapshot, read_manifest, snapshot_folder
 from model.swap import apply_snapshot, merge_deltas, undo_snapshot
 from tests.model.study import Study

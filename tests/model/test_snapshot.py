@@ -29,9 +29,9 @@ from model.errors import (
     StateMismatchError,
 )
 from model.manifest import Lineage, Manifest, SnapshotKind
+from model.precision_names import RowPrecision
 from model.recommender import Recommender
 from model.retention import SnapshotRetention
-from model.row_precision import RowPrecision
 from model.snapshot import (
     READY_NAME,
     chain,

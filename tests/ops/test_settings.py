@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,6 +87,16 @@ def _load(tmp_path: Path, text: str = "", **environment: str) -> Settings:
     path = tmp_path / "headrace.toml"
     path.write_text(text)
     return load(path, environment=environment, sections=SECTIONS)
+
+
+def test_neither_settings_nor_ingest_need_torch() -> None:
+    # 1.4 s of every command, and 180 MB of an ingest process.
+    code = (
+        "import sys; from ops.command_line import settings_of; settings_of(None); import ops.daemons, stream.app; "
+        "sys.exit(', '.join({'torch', 'matplotlib', 'polars', 'river'} & set(sys.modules)) or 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_without_file_and_environment_everything_is_at_its_default() -> None:
