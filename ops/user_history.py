@@ -9,12 +9,11 @@ from typing import Final
 
 import numpy as np
 
-from feature_store.ids import stable_id
+from feature_store.ids import numeric_id, stable_id
 from feature_store.store import FeatureStore
 from ops.readable import readable, utc_time
 from stream.events import EventRules
 
-_INT64_MAX: Final = 2**63 - 1
 _COLUMNS: Final = ("event_time_ms", "item_id", "action", "surface", "value", "seq", "arrival_ms")
 _HEADER: Final = ("event time", "item", "action", "value", "seq", "arrived")
 
@@ -94,8 +93,8 @@ def show_user(store: FeatureStore, raw_id: str, rules: EventRules, *, limit: int
 
 def user_ids_meant(raw_id: str) -> list[int]:
     """The numbers under which a user can be stored whom a person names so: the number itself first, then the text."""
-    is_number = raw_id.isascii() and raw_id.isdigit() and len(raw_id) <= 19 and int(raw_id) <= _INT64_MAX
-    return ([int(raw_id)] if is_number else []) + [stable_id(raw_id)]
+    number = numeric_id(raw_id)
+    return ([] if number is None else [number]) + [stable_id(raw_id)]
 
 
 def action_names(mask: int, actions: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,11 +17,10 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from feature_store.ids import stable_id
+from feature_store.ids import numeric_id, stable_id
 from feature_store.impressions import ItemActions, OpenImpression, UserWindows
 from feature_store.interactions import Interactions, JaggedHistories
 from stream.errors import MessageFormatError
-from stream.events import INT64_MAX
 from stream.log import Record
 from stream.messages import Impression, Labels, decode_message
 
@@ -30,7 +29,6 @@ _LATEST_MS: Final = 2**53
 """Far enough below 2^63 for every sum of times here."""
 ITEMS_PER_MESSAGE: Final = 1_000
 """Items in one message of `labels`: it says more of each than the impression, which may be as large as a record may."""
-_ID_DIGITS_MAX: Final = len(str(INT64_MAX))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +147,8 @@ def forgotten_by_tombstone(record: Record) -> int:
     if not record.key:
         raise MessageFormatError("an impression without value needs the user id as key")
     text = record.key.decode("utf-8", "replace")
-    # Of many thousand digits Python makes no number.
-    is_number = len(text) <= _ID_DIGITS_MAX and text.isascii() and text.isdigit() and int(text) <= INT64_MAX
-    return int(text) if is_number else stable_id(text)
+    number = numeric_id(text)
+    return stable_id(text) if number is None else number
 
 
 def _number(raw: int | str) -> int:

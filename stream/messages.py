@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from feature_store.ids import stable_id
+from feature_store.ids import numeric_id, stable_id
 from feature_store.interactions import Interactions
 from feature_store.records import Item
 from stream.errors import MessageFormatError
@@ -287,10 +287,11 @@ def read_item(key: bytes | None, value: bytes | None) -> tuple[int, str | None, 
         if not key:
             raise MessageFormatError("an item record without value needs the item id as key")
         text = key.decode("utf-8", "replace")
-        is_number = text.isascii() and text.isdigit()
-        if is_number and int(text[:20]) > INT64_MAX:
+        if (number := numeric_id(text)) is not None:
+            return number, None, None
+        if text.isascii() and text.isdigit():
             raise MessageFormatError(f"item id {text[:20]} as key: the largest number is {INT64_MAX}")
-        return (int(text) if is_number else stable_id(text)), None, None
+        return stable_id(text), None, None
     message = decode_message(ItemMessage, value)
     if any("\0" in text for text in (str(message.item_id), message.title, message.text, *message.categories)):
         raise MessageFormatError("a text of the item holds a NUL character, which not every database keeps")
@@ -323,9 +324,9 @@ def id_as_written(text: str, *, as_text: bool = False) -> int | str:
     Raises ValueError for what no producer can have sent.
     """
     if not as_text and text.isascii() and text.isdigit():
-        if int(text[:20]) > INT64_MAX:
+        if (number := numeric_id(text)) is None:
             raise ValueError(f"user id {text[:20]}: the largest number is {INT64_MAX}")
-        return int(text)
+        return number
     if not 1 <= len(text) <= 256:
         raise ValueError(f"a user id that is a text has 1 to 256 characters, not {len(text)}")
     return text

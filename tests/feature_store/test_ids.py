@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_store.ids import event_key, event_keys, stable_id
+from feature_store.ids import event_key, event_keys, numeric_id, stable_id
 
 
 def test_values_are_the_same_for_ever() -> None:
@@ -29,3 +30,21 @@ def test_keys_of_a_batch_are_the_keys_of_its_events() -> None:
     keys = event_keys(["a", "b", "é"])
     assert keys.dtype == np.uint64
     assert keys.tolist() == [event_key("a"), event_key("b"), event_key("é")]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("007", 7),
+        (str(2**63 - 1), 2**63 - 1),
+        (str(2**63), None),
+        ("9" * 5_000, None),
+        ("-1", None),
+        ("", None),
+        ("²", None),
+        ("film/7", None),
+    ],
+)
+def test_digits_name_a_number_that_a_column_holds(text: str, number: int | None) -> None:
+    assert numeric_id(text) == number

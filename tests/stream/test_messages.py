@@ -159,6 +159,7 @@ def test_what_is_no_message_is_refused(value: bytes | None) -> None:
         (None, None),
         (b"99999999999999999999", None),
         (b"9" * 5_000, None),
+        (b"0" * 20 + b"9" * 5_000, None),
     ],
 )
 def test_an_item_that_not_every_database_keeps_is_refused(key: bytes | None, value: dict[str, Any] | None) -> None:
