@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RowPrecision
 from model.manifest import Manifest
-from model.precision_names import RowPrecision
 from model.recommender import Catalogue, Recommender
 from model.row_precision import as_published, bytes_of_row
 from model.snapshot import RowBlock, Snapshot

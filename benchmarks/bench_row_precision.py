@@ -38,11 +38,10 @@ from benchmarks.environment import environment
 from benchmarks.in_process import batches, learner_with_store
 from benchmarks.study_stream import ratings
 from kernels.host_memory import keep_freed_memory
-from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.config import ROW_PRECISIONS, LossConfig, ModelConfig, OptimizerConfig, RowPrecision
 from model.device_rows import DeviceRows
 from model.item_table import ItemTable
 from model.manifest import Manifest, SnapshotKind
-from model.precision_names import ROW_PRECISIONS, RowPrecision
 from model.recommender import Recommender
 from model.row_precision import bytes_of_row
 from model.snapshot import load_snapshot, write_snapshot

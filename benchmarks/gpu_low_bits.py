@@ -17,11 +17,10 @@ from benchmarks.gpu_attention import BACKWARD_BY_FORWARD, dense_rows
 from benchmarks.gpu_harness import Arm, Bench, Calls, Case
 from kernels.fp8_product import ProductFormat, fp8_product
 from model.compute import Compute
-from model.config import ModelConfig
+from model.config import ROW_PRECISIONS, ModelConfig, RowPrecision
 from model.device_rows import DeviceRows
 from model.hstu import HSTULayer
 from model.item_table import ItemTable
-from model.precision_names import ROW_PRECISIONS, RowPrecision
 from model.row_precision import bytes_of_row
 
 STEP = "forward+backward"

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fp8_product import CAPABILITY, MULTIPLE, ProductFormat
-from model.config import DeviceChoice, ModelConfig, Precision
-from model.precision_names import RowPrecision
+from model.config import DeviceChoice, ModelConfig, Precision, RowPrecision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from model.encoder_plan import Attention, EncoderPlan, GlobalAttention, Tokens
 from model.transducers import Transducer, check_transducers, part_config
@@ -29,6 +29,9 @@ _NOT_IN_HASH: Final = (
 )
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "bfloat16", "fp8"]
+RowPrecision = Literal["float32", "int8", "int4"]
+"""Of item embeddings in snapshots and on the way to a device (model.row_precision)."""
+ROW_PRECISIONS: Final[tuple[RowPrecision, ...]] = get_args(RowPrecision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import RowPrecision
 from model.item_table import ItemTable
-from model.precision_names import RowPrecision
 from model.reserved_memory import reserved_zeros
 from model.row_precision import RoundedRows, rounded_rows
 

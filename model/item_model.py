@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from model.config import RowPrecision
 from model.errors import StateMismatchError
 from model.item_table import ItemTable
-from model.precision_names import RowPrecision
 
 
 class ModelDescription(Protocol):

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from model.config import ROW_PRECISIONS, RowPrecision
 from model.errors import SnapshotFormatError
-from model.precision_names import ROW_PRECISIONS, RowPrecision
 from model.small_records import read_record
 
 FORMAT_VERSION = 1

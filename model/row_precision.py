@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from model.precision_names import RowPrecision
+from model.config import RowPrecision
 
 _LARGEST: Final = {"int8": 127, "int4": 7}
 _INT4_FRACTIONS: Final = (1.0, 0.92, 0.84, 0.76, 0.68)

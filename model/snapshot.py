@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from model.config import RowPrecision
 from model.errors import (
     SnapshotCorruptError,
     SnapshotExistsError,
@@ -35,7 +36,6 @@ from model.errors import (
 )
 from model.file_cache import FileCache
 from model.manifest import FileEntry, Lineage, Manifest, SnapshotPointer
-from model.precision_names import RowPrecision
 from model.row_precision import RoundedRows, rounded_rows
 from model.storage import SnapshotRoot, SnapshotStorage, open_storage
 

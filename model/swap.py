@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RowPrecision
 from model.errors import ItemTableFullError, SnapshotConfigError, SnapshotParentError, StateMismatchError
 from model.item_model import ItemModel
 from model.item_table import Int64s, ItemTable, RowChange
 from model.manifest import SnapshotKind
-from model.precision_names import RowPrecision
 from model.snapshot import RowBlock, Snapshot
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from model.config import DeviceChoice, Precision
-from model.precision_names import ROW_PRECISIONS, RowPrecision
+from model.config import ROW_PRECISIONS, DeviceChoice, Precision, RowPrecision
 from online_trainer.text_content import TextEncoding
 
 LagPolicy = Literal["fall_behind", "larger_batches", "thin"]

@@ -16,12 +16,12 @@ from feature_store.hot import HotHistories
 from feature_store.interactions import Interactions, JaggedHistories
 from model.batch import HistoryBatch, Targets
 from model.compute import Compute
+from model.config import RowPrecision
 from model.item_table import RowMoves
 from model.learning import SupervisedPass, supervised_pass
 from model.load_balance import LengthBalancer
 from model.manifest import Lineage
 from model.optimizer import RecommenderOptimizer
-from model.precision_names import RowPrecision
 from model.recommender import Recommender
 from online_trainer.action_weights import ActionWeights
 from online_trainer.batching import MicroBatch

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from model.compute import Compute
-from model.config import LossConfig, ModelConfig, OptimizerConfig
+from model.config import LossConfig, ModelConfig, OptimizerConfig, RowPrecision
 from model.device_rows import DeviceRows
 from model.item_table import ItemTable
 from model.optimizer import RecommenderOptimizer
-from model.precision_names import RowPrecision
 from model.recommender import Recommender
 from model.row_precision import as_published, rounded_rows
 from online_trainer.rollback import WeightsCopy

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RowPrecision
 from model.errors import SnapshotCorruptError, SnapshotError, SnapshotFormatError, SnapshotParentError
 from model.manifest import Manifest, SnapshotKind
-from model.precision_names import RowPrecision
 from model.recommender import Recommender
 from model.row_precision import as_published, bytes_of_row, rounded_rows
 from model.snapshot import chain, load_snapshot, read_manifest, snapshot_folder

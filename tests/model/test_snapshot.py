@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RowPrecision
 from model.disk import Disk
 from model.errors import (
     SnapshotConfigError,
@@ -29,7 +29,6 @@ from model.errors import (
     StateMismatchError,
 )
 from model.manifest import Lineage, Manifest, SnapshotKind
-from model.precision_names import RowPrecision
 from model.recommender import Recommender
 from model.retention import SnapshotRetention
 from model.snapshot import (
