@@ -12,15 +12,23 @@ Record = TypeVar("Record")
 
 
 def read_record(kind: type[Record], content: bytes) -> Record:
-    """The dataclass that ``content``, a JSON object, holds; ValueError unless every field is of the type it declares.
+    """The dataclass that ``content``, a JSON object, holds; ValueError as of `checked_record`."""
+    try:
+        raw = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    return checked_record(kind, raw)
+
+
+def checked_record(kind: type[Record], raw: Any) -> Record:
+    """The dataclass of decoded JSON; ValueError unless that is an object whose every field is of the type it declares.
 
     Somebody's editor or script wrote a text where a number belongs: that must not come to light as a TypeError in the
     middle of a worker.
     """
     try:
-        raw = json.loads(content)
         record = kind(**raw)
-    except (TypeError, RecursionError) as error:
+    except TypeError as error:
         raise ValueError(str(error)) from error
     for name, declared in _declared(kind).items():  # type: ignore[arg-type] # to mypy no type[T] can be hashed
         value = getattr(record, name)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final, Literal
 
 from model.errors import SnapshotFormatError
-from model.small_records import read_record
+from model.small_records import checked_record
 from model.snapshot import model_folder
 from model.storage import SnapshotRoot, open_storage
 from online_trainer.config import TrainerConfig
@@ -137,7 +137,7 @@ def read_held(root: SnapshotRoot, model: str) -> list[HeldEpisode]:
     except FileNotFoundError:
         return []
     try:
-        return [read_record(HeldEpisode, json.dumps(episode).encode()) for episode in json.loads(content)["episodes"]]
+        return [checked_record(HeldEpisode, episode) for episode in json.loads(content)["episodes"]]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotFormatError(f"{storage.place(name)} cannot be read ({error!r}): delete it") from error
 

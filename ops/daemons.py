@@ -70,10 +70,8 @@ def _awaited(settings: Settings) -> Awaited:
     from ops.awaited_labels import awaited_by
     from stream.events import EventRules
 
-    try:
+    with _refusing():
         return awaited_by(settings.get(RankingSettings), settings.get(EventRules).actions)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
 
 
 def train(settings: Settings) -> int:
@@ -170,12 +168,10 @@ def _upstream_model_config(settings: Settings) -> UpstreamModelConfig:
     from model.upstream_config import UpstreamConfig
     from stream.events import EventRules
 
-    try:
+    with _refusing():
         return upstream_model_config(
             settings.get(UpstreamConfig), settings.get(RankingSettings), settings.get(EventRules).actions
         )
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
 
 
 def _model_config(settings: Settings) -> ModelConfig:
@@ -193,7 +189,7 @@ def _model_config(settings: Settings) -> ModelConfig:
             f"model.max_len = {model.max_len} and hot.max_len = {hot.max_len}: a step reads one interaction more than "
             f"the model; set hot.max_len to at least {model.max_len + 1}"
         )
-    try:
+    with _refusing():
         return with_ranking_head(
             model,
             settings.get(RankingSettings),
@@ -201,8 +197,6 @@ def _model_config(settings: Settings) -> ModelConfig:
             settings.get(LlatteSettings),
             upstream_width=settings.get(UpstreamConfig).width,
         )
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
 
 
 def serve(settings: Settings, port: int) -> int:
